@@ -1,0 +1,95 @@
+"""Time the kernels beside the GEMVs: packing, histogram, producers.  Appends rows to a CSV:
+
+| column | what |
+|---|---|
+| gpu, torch, triton, commit | where and what was measured |
+| kernel | pack (both passes), histogram, add_rmsnorm, silu_mul, compact (with lists and capture) |
+| rows, k, dtype, sparsity | shape of the input, type, fraction dropped |
+| us_p20, us_p50, us_p80 | microseconds a call, in CUDA-graph replays |
+| gb_per_s | bytes of the input over us_p50 |
+"""
+
+# Shape suffixes: T = tokens, K = features.
+
+import argparse
+import csv
+from pathlib import Path
+
+import torch
+import triton
+from gemv import source_version
+
+from sparsetrace_kernels.add_rmsnorm import add_rmsnorm
+from sparsetrace_kernels.compact import compact
+from sparsetrace_kernels.histogram import NUM_PATTERNS, add_histogram
+from sparsetrace_kernels.pack import pack
+from sparsetrace_kernels.reference import pack_ref
+from sparsetrace_kernels.silu_mul import silu_mul
+from sparsetrace_kernels.timing import time_in_graph
+from sparsetrace_kernels.tune import threshold_bits_for
+
+RESULTS = Path(__file__).parent / "results" / "pack_kernel.csv"
+COLUMNS = [
+    *("gpu", "torch", "triton", "commit", "kernel", "rows", "k", "dtype", "sparsity"),
+    *("us_p20", "us_p50", "us_p80", "gb_per_s"),
+]
+NUM_TOKENS = 65536
+NUM_REPLAYS = 5
+
+
+def block_calls(K: int, dtype: torch.dtype, sparsity: float, device: torch.device) -> dict:
+    """Make calls of the kernels that take a [T, K] block, after checking the packing."""
+    x_TK = torch.randn(NUM_TOKENS, K, device=device, dtype=dtype)
+    x_TK.masked_fill_(torch.rand_like(x_TK) < sparsity, 0)
+    packed = torch.empty(x_TK.numel(), dtype=torch.int16, device=device)
+    mask_TM = torch.empty(NUM_TOKENS, K // 8, dtype=torch.uint8, device=device)
+    offsets = torch.empty(NUM_TOKENS + 1, dtype=torch.int64, device=device)
+    counts = torch.zeros(NUM_PATTERNS, dtype=torch.int64, device=device)
+    pack(x_TK, packed, mask_TM, offsets)
+    for ours, ref in zip((mask_TM, packed, offsets), pack_ref(x_TK), strict=True):
+        assert torch.equal(ours[: ref.shape[0]], ref)
+    return {
+        "pack": [lambda: pack(x_TK, packed, mask_TM, offsets)],
+        "histogram": [lambda: add_histogram(x_TK, counts)],
+    }
+
+
+def producer_calls(K: int, dtype: torch.dtype, sparsity: float, device: torch.device) -> dict:
+    """Make calls of the producers, each with capture."""
+    x_K, delta_K, weight_K = (torch.randn(K, device=device, dtype=dtype) for _ in range(3))
+    gate_up_K2 = torch.randn(2 * K, device=device, dtype=dtype)
+    values_RSK = torch.zeros(4, 3, K, dtype=dtype, device=device)
+    mask_RSM = torch.zeros(4, 3, K // 8, dtype=torch.uint8, device=device)
+    slot = torch.ones(1, dtype=torch.int64, device=device)
+    bits_S = threshold_bits_for(x_K, sparsity).repeat(3)
+    three, one = (None, values_RSK, mask_RSM, slot), (None, values_RSK[:, :1], mask_RSM[:, :1], slot)
+    return {
+        "add_rmsnorm": [lambda: add_rmsnorm(x_K, delta_K, weight_K, 1e-5, bits_S, *three)],
+        "silu_mul": [lambda: silu_mul(gate_up_K2, bits_S[:1], *one)],
+        "compact": [lambda: compact(x_K, bits_S[:1], *one)],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV to append to")
+    arguments = parser.parse_args()
+    device = torch.device("cuda", torch.cuda.current_device())
+    where = [torch.cuda.get_device_name(device), torch.__version__, triton.__version__, source_version()]
+    if not arguments.out.exists():
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(",".join(COLUMNS) + "\n")
+    with arguments.out.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        for rows, make, sizes in ((NUM_TOKENS, block_calls, (4096,)), (1, producer_calls, (4096, 8192, 14336))):
+            for K in sizes:
+                for kernel, calls in make(K, torch.bfloat16, 0.5, device).items():
+                    times = time_in_graph(calls, NUM_REPLAYS)
+                    num_bytes = rows * K * (4 if kernel in ("add_rmsnorm", "silu_mul") else 2)
+                    cells = [*(f"{t:.3f}" for t in times), f"{num_bytes / times[1] / 1e3:.1f}"]
+                    writer.writerow([*where, kernel, rows, K, "bfloat16", 0.5, *cells])
+                    print(f"{kernel:>12} {rows:6} x {K:6} {times[1]:10.2f} us {cells[-1]:>8} GB/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""GPU kernels of sparsetrace: sparse GEMV with fused capture, list producers, packing, histogram.
+
+Importing this package loads nothing: `reference` needs torch only, the other modules need Triton.
+
+| module | op | what |
+|---|---|---|
+| reference | | torch-only oracles, and the reference ops of the torch engine |
+| sparse_gemv | `sparse_gemv` | threshold, multiply and capture in one launch |
+| list_gemv | `list_gemv` | multiply over lists that a producer made |
+| add_rmsnorm, silu_mul, compact | same names | producers: threshold, list and capture |
+| pack | `pack` | masked block to bitmask, kept bit patterns and row offsets |
+| histogram | `add_histogram` | exact counts of 16-bit patterns |
+| configs, tune | | choice of kernel configurations; measurement of a table of them |
+| primitives, checks | | what the kernels, and the ops' checks, share |
+"""

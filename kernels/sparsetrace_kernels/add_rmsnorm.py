@@ -1,0 +1,168 @@
+"""Residual add and RMSNorm that also threshold, list and capture their output.
+
+total = residual + delta;  normed = round(total * rsqrt(mean(total^2) + eps)) * weight, each stored value rounded to
+its dtype before the next step, as Llama does.  The mask is taken on `normed` as stored.
+Oracles: `reference.add_rmsnorm_ref` for the sums, `reference.compact_ref` on the returned `normed_K` for the rest.
+"""
+
+# Shape suffixes: K = features, S = column segments (1 to 3), R = ring slots, M = ceil(K / 8) bitmask bytes.
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsetrace_kernels import checks
+from sparsetrace_kernels.compact import check_producer, chunk_grid, empty_lists
+from sparsetrace_kernels.primitives import finish_chunk, keep_entries, load_threshold, wait_for_producer
+
+
+@triton.jit
+def _load_total(residual_ptr, delta_ptr, o_k, m_k):
+    b_total = tl.load(residual_ptr + o_k, mask=m_k, other=0.0)
+    if delta_ptr is not None:
+        b_delta = tl.load(delta_ptr + o_k, mask=m_k, other=0.0)
+        b_total = (b_total.to(tl.float32) + b_delta.to(tl.float32)).to(residual_ptr.dtype.element_ty)
+    return b_total
+
+
+@triton.jit
+def _normalize(b_total, b_rms, weight_ptr, o_k, m_k):
+    dtype: tl.constexpr = b_total.dtype
+    b_weight = tl.load(weight_ptr + o_k, mask=m_k, other=0.0)
+    b_unit = (b_total.to(tl.float32) * b_rms).to(dtype)
+    return (b_unit.to(tl.float32) * b_weight.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def _add_rmsnorm_kernel(
+    residual_ptr,  # [K]
+    delta_ptr,  # [K] or None
+    weight_ptr,  # [K]
+    eps,
+    threshold_ptr,  # [S] int32
+    scale_ptr,  # [S, K] float32 or None
+    total_ptr,  # [K]; not residual_ptr: every program reads all of that
+    normed_ptr,  # [K]
+    lists_ptr,  # [S, K] int32
+    counts_ptr,  # [S] int32
+    values_ptr,  # [R, S, K] or None
+    mask_ptr,  # [R, S, M] or None
+    slot_ptr,  # [1] int64 or None
+    num_slots,
+    values_slot_stride,
+    values_segment_stride,
+    mask_slot_stride,
+    mask_segment_stride,
+    K,
+    NUM_SEGMENTS: tl.constexpr,
+    NUM_CHUNKS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    i_chunk = tl.program_id(0)
+    wait_for_producer(PDL)
+    o_all = tl.arange(0, NUM_CHUNKS)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    m_all = o_all < K
+    m_before = o_all < i_chunk * BLOCK_K
+    b_all = _load_total(residual_ptr, delta_ptr, o_all, m_all)
+    b_square = b_all.to(tl.float32) * b_all.to(tl.float32)
+    b_mean = tl.sum(tl.sum(b_square, axis=1), axis=0) / K
+    b_rms = tl.rsqrt(b_mean + eps)
+    b_all = _normalize(b_all, b_rms, weight_ptr, o_all, m_all)
+    o_k = i_chunk * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_k = o_k < K
+    b_total = _load_total(residual_ptr, delta_ptr, o_k, m_k)
+    b_x = _normalize(b_total, b_rms, weight_ptr, o_k, m_k)
+    tl.store(total_ptr + o_k, b_total, mask=m_k)
+    tl.store(normed_ptr + o_k, b_x, mask=m_k)
+    for i_segment in tl.static_range(NUM_SEGMENTS):
+        b_t = load_threshold(threshold_ptr, i_segment)
+        b_before = keep_entries(b_all, b_t, scale_ptr, i_segment, o_all, m_before, K)
+        b_num_before = tl.sum(tl.sum(b_before.to(tl.int32), axis=1), axis=0)
+        b_keep = keep_entries(b_x, b_t, scale_ptr, i_segment, o_k, m_k, K)
+        finish_chunk(
+            b_x,
+            b_num_before,
+            b_keep,
+            lists_ptr,
+            counts_ptr,
+            values_ptr,
+            mask_ptr,
+            slot_ptr,
+            num_slots,
+            values_slot_stride,
+            values_segment_stride,
+            mask_slot_stride,
+            mask_segment_stride,
+            i_segment,
+            i_chunk,
+            K,
+            BLOCK_K,
+        )
+
+
+# no default for a written argument: torch 2.11 counts its version by position and fails if it was left out
+@torch.library.custom_op("sparsetrace::add_rmsnorm", mutates_args=("values_RSK", "mask_RSM"))
+def add_rmsnorm(
+    residual_K: Tensor,
+    delta_K: Tensor | None,
+    norm_weight_K: Tensor,
+    eps: float,
+    threshold_bits_S: Tensor,
+    scale_SK: Tensor | None,
+    values_RSK: Tensor | None,
+    mask_RSM: Tensor | None,
+    slot: Tensor | None,
+    use_pdl: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Add to the residual stream, normalise, and list and capture what each segment keeps of the result.
+
+    Args:
+        residual_K: residual stream, fp16 or bf16, K at most 65,536.
+        delta_K: what is added to it, or None before the first layer.
+        norm_weight_K: RMSNorm weight.
+        eps: RMSNorm epsilon.
+        threshold_bits_S: int32, as `sparse_gemv` takes them, 1 to 3.
+        scale_SK: float32 scale of |x| before the comparison, or None.
+        values_RSK: ring that takes each segment's operand, dtype of `residual_K`; or None.
+        mask_RSM: ring that takes the operand's bitmask, uint8, LSB first; or None.
+        slot: [1] int64, the ring slot to write; outside [0, R) nothing is captured; None without a ring.
+        use_pdl: launch while the kernel before still drains (Hopper and later).
+
+    Returns:
+        total_K: the new residual stream.
+        normed_K: the normalised vector as thresholded, before masking; error within 2x that of torch.
+        list_SK, counts_S: as `compact` returns them for `normed_K`.
+    """
+    op = "add_rmsnorm"
+    checks.require_half_vector(op, "residual_K", residual_K)
+    (K,) = residual_K.shape
+    device = residual_K.device
+    if delta_K is not None:
+        checks.require(op, "delta_K", delta_K, (K,), residual_K.dtype, device)
+    checks.require(op, "norm_weight_K", norm_weight_K, (K,), residual_K.dtype, device)
+    S = check_producer(op, residual_K, K, threshold_bits_S, scale_SK, values_RSK, mask_RSM, slot)
+    total_K, normed_K = torch.empty_like(residual_K), torch.empty_like(residual_K)
+    list_SK, counts_S = empty_lists(S, K, device)
+    grid, meta = chunk_grid(K)
+    _add_rmsnorm_kernel[grid](
+        residual_K, delta_K, norm_weight_K, eps, threshold_bits_S, scale_SK, total_K, normed_K, list_SK, counts_S,
+        *checks.ring_arguments(values_RSK, mask_RSM, slot), K,
+        NUM_SEGMENTS=S, PDL=use_pdl, **meta, **({"launch_pdl": True} if use_pdl else {}),
+    )  # fmt: skip
+    return total_K, normed_K, list_SK, counts_S
+
+
+@add_rmsnorm.register_fake
+def _(
+    residual_K, delta_K, norm_weight_K, eps, threshold_bits_S,
+    scale_SK, values_RSK, mask_RSM, slot, use_pdl=False,
+):  # fmt: skip
+    S = threshold_bits_S.shape[0]
+    return (
+        torch.empty_like(residual_K),
+        torch.empty_like(residual_K),
+        threshold_bits_S.new_empty(S, residual_K.shape[0]),
+        threshold_bits_S.new_empty(S),
+    )

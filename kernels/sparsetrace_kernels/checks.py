@@ -1,0 +1,126 @@
+"""Checks that the ops share; each refuses with `<op>: <name> must be <rule>, got <value>`."""
+
+# Shape suffixes: K = input features, N = output features, S = column segments, R = ring slots,
+# M = bitmask bytes of a row, ceil(K / 8); C = arrival counters.
+
+import torch
+from torch import Tensor
+
+HALF_TYPES = (torch.float16, torch.bfloat16)
+
+# a program addresses its tile of rows x N by int32 offsets from an int64 base
+MAX_COLUMNS = 1 << 20
+
+# a list entry holds the row in 16 bits
+MAX_LIST_ROWS = 1 << 16
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+
+
+def require(
+    op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Refuse a tensor that is not contiguous and of exactly this shape, dtype and device."""
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous {dtype} {shape} on {device}, got {_describe(tensor)}")
+
+
+def require_half_vector(op: str, name: str, tensor: Tensor) -> None:
+    """Refuse anything but a contiguous, nonempty fp16 or bf16 vector."""
+    if tensor.ndim != 1 or tensor.numel() == 0 or tensor.dtype not in HALF_TYPES or not tensor.is_contiguous():
+        raise ValueError(
+            f"{op}: {name} must be a contiguous, nonempty fp16 or bf16 vector, got {_describe(tensor)}: "
+            "fp32 models run on the torch engine"
+        )
+
+
+def require_weight(op: str, weight_KN: Tensor, K: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a weight that is not input-major, contiguous and addressable."""
+    if weight_KN.ndim != 2 or weight_KN.shape[0] != K or not weight_KN.is_contiguous():
+        raise ValueError(
+            f"{op}: weight_KN must be contiguous [K={K}, N], got {_describe(weight_KN)}: "
+            "a dropped input skips one contiguous row"
+        )
+    if weight_KN.dtype != dtype or weight_KN.device != device:
+        raise ValueError(f"{op}: weight_KN must be {dtype} on {device}, got {_describe(weight_KN)}")
+    if not 0 < weight_KN.shape[1] <= MAX_COLUMNS:
+        raise ValueError(f"{op}: N must be in [1, {MAX_COLUMNS}], got {weight_KN.shape[1]}")
+
+
+def require_segments(op: str, segments: list[int], N: int) -> None:
+    """Refuse column segments that are not 1 to 3 positive widths which fill the weight."""
+    if not 1 <= len(segments) <= 3 or min(segments) < 1 or sum(segments) != N:
+        raise ValueError(f"{op}: segments must be 1 to 3 positive widths that sum to N={N}, got {list(segments)}")
+
+
+def require_thresholds(
+    op: str, threshold_bits_S: Tensor, scale_SK: Tensor | None, S: int, K: int, device: torch.device
+) -> None:
+    """Refuse thresholds or score scales that do not fit S segments of K inputs."""
+    require(op, "threshold_bits_S", threshold_bits_S, (S,), torch.int32, device)
+    if scale_SK is not None:
+        require(op, "scale_SK", scale_SK, (S, K), torch.float32, device)
+
+
+def require_ring(
+    op: str,
+    values_RSK: Tensor | None,
+    mask_RSM: Tensor | None,
+    slot: Tensor | None,
+    S: int,
+    K: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Refuse a capture ring whose rows do not fit; slots and segments may have any stride."""
+    num_slots = None
+    for name, ring, width, ring_dtype in (
+        ("values_RSK", values_RSK, K, dtype),
+        ("mask_RSM", mask_RSM, -(-K // 8), torch.uint8),
+    ):
+        if ring is None:
+            continue
+        if ring.ndim != 3 or tuple(ring.shape[1:]) != (S, width) or ring.dtype != ring_dtype or ring.device != device:
+            raise ValueError(f"{op}: {name} must be {ring_dtype} [R, {S}, {width}] on {device}, got {_describe(ring)}")
+        if ring.stride(2) != 1:
+            raise ValueError(f"{op}: {name} must have contiguous rows, got strides {ring.stride()}")
+        if num_slots not in (None, ring.shape[0]):
+            raise ValueError(f"{op}: mask_RSM must have as many slots as values_RSK ({num_slots}), got {ring.shape[0]}")
+        num_slots = ring.shape[0]
+    if num_slots is None:
+        if slot is not None:
+            raise ValueError(f"{op}: slot must be given with a ring only, got {_describe(slot)} and no ring")
+    elif slot is None:
+        raise ValueError(f"{op}: slot must be given with a ring, got None: it says where the capture goes")
+    else:
+        require(op, "slot", slot, (1,), torch.int64, device)
+
+
+def require_arrivals(op: str, arrivals_C: Tensor, num_blocks: int, device: torch.device) -> None:
+    """Refuse arrival counters that are too few for the launch."""
+    if arrivals_C.ndim != 1 or arrivals_C.dtype != torch.int32 or arrivals_C.device != device:
+        raise ValueError(f"{op}: arrivals_C must be an int32 vector on {device}, got {_describe(arrivals_C)}")
+    if arrivals_C.shape[0] < num_blocks or not arrivals_C.is_contiguous():
+        raise ValueError(
+            f"{op}: arrivals_C must be contiguous with at least {num_blocks} counters, got {_describe(arrivals_C)}: "
+            "make them with new_arrivals"
+        )
+
+
+def ring_arguments(
+    values_RSK: Tensor | None, mask_RSM: Tensor | None, slot: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, int, int, int, int, int]:
+    """Lay a checked ring out as the kernels take it: pointers, number of slots, strides in elements."""
+    ring = values_RSK if values_RSK is not None else mask_RSM
+    return (
+        values_RSK,
+        mask_RSM,
+        slot,
+        0 if ring is None else ring.shape[0],
+        0 if values_RSK is None else values_RSK.stride(0),
+        0 if values_RSK is None else values_RSK.stride(1),
+        0 if mask_RSM is None else mask_RSM.stride(0),
+        0 if mask_RSM is None else mask_RSM.stride(1),
+    )

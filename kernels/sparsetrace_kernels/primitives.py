@@ -1,0 +1,263 @@
+"""Device functions that several kernels share: thresholding, capture, list entries, the ordered reduction.
+
+Contract (DESIGN's numeric contract 1 and 3): magnitudes are compared as bit patterns of x as stored; an entry is kept
+if its pattern (or that of its float32 score) is above the threshold's and the entry is not zero.
+"""
+
+# Shape suffixes: K = input features, N = output features, S = column segments.
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def wait_for_producer(PDL: tl.constexpr):
+    """Under programmatic dependent launch, wait until the kernel before has finished and let the next one start.
+
+    Every CTA waits before it triggers, so a kernel that starts early can rely on all but its direct predecessor.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def segment_of_block(i_n, N, end_0, end_1, NUM_SEGMENTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Map a column block to (segment, first block, first column, last column + 1); no block spans two segments."""
+    i_segment = 0
+    first = 0
+    lo = 0
+    hi = N
+    if NUM_SEGMENTS > 1:
+        first_1 = tl.cdiv(end_0, BLOCK_N)
+        first_2 = first_1 + tl.cdiv(end_1 - end_0, BLOCK_N)
+        i_segment = (i_n >= first_1).to(tl.int32)
+        first = tl.where(i_n >= first_1, first_1, 0)
+        lo = tl.where(i_n >= first_1, end_0, 0)
+        hi = tl.where(i_n >= first_1, end_1, end_0)
+        if NUM_SEGMENTS > 2:
+            i_segment += (i_n >= first_2).to(tl.int32)
+            first = tl.where(i_n >= first_2, first_2, first)
+            lo = tl.where(i_n >= first_2, end_1, lo)
+            hi = tl.where(i_n >= first_2, N, hi)
+    return i_segment, first, lo, hi
+
+
+@triton.jit
+def load_threshold(threshold_ptr, i_segment):
+    """Load a segment's threshold pattern; a negative one counts as 0, so that zeros are never kept."""
+    return tl.maximum(tl.load(threshold_ptr + i_segment), 0)
+
+
+@triton.jit
+def keep_entries(b_x, b_t, scale_ptr, i_segment, o_k, m_k, K):
+    """Threshold a block of inputs: the one definition of the mask on the device."""
+    b_bits = b_x.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+    if scale_ptr is None:
+        b_keep = (b_bits > b_t) & m_k
+    else:
+        b_scale = tl.load(scale_ptr + i_segment * K + o_k, mask=m_k, other=0.0)
+        b_score = tl.abs(b_x.to(tl.float32)) * b_scale
+        b_keep = ((b_score.to(tl.int32, bitcast=True) & 0x7FFFFFFF) > b_t) & (b_bits != 0) & m_k
+    return b_keep
+
+
+@triton.jit
+def mask_bytes(b_keep, BLOCK_K: tl.constexpr):
+    """Pack a block of booleans into bytes, LSB first."""
+    b_bits = tl.reshape(b_keep.to(tl.int32), [BLOCK_K // 8, 8]) << tl.arange(0, 8)[None, :]
+    return tl.sum(b_bits, axis=1).to(tl.uint8)
+
+
+@triton.jit
+def store_capture(
+    b_x,
+    b_keep,
+    values_ptr,  # [R, S, K] or None
+    mask_ptr,  # [R, S, M] or None
+    slot_ptr,  # [1] int64
+    num_slots,
+    values_slot_stride,
+    values_segment_stride,
+    mask_slot_stride,
+    mask_segment_stride,
+    i_segment,
+    start,
+    K,
+    BLOCK_K: tl.constexpr,
+):
+    """Write the operand and its bitmask into the ring slot; a slot outside the ring writes nothing."""
+    if slot_ptr is not None:
+        b_slot = tl.load(slot_ptr).to(tl.int64)
+        in_ring = (b_slot >= 0) & (b_slot < num_slots)
+        if values_ptr is not None:
+            o_k = start + tl.arange(0, BLOCK_K)
+            row_ptr = values_ptr + b_slot * values_slot_stride + tl.cast(i_segment, tl.int64) * values_segment_stride
+            tl.store(row_ptr + o_k, tl.where(b_keep, b_x, 0.0), mask=(o_k < K) & in_ring)
+        if mask_ptr is not None:
+            o_m = start // 8 + tl.arange(0, BLOCK_K // 8)
+            row_ptr = mask_ptr + b_slot * mask_slot_stride + tl.cast(i_segment, tl.int64) * mask_segment_stride
+            tl.store(row_ptr + o_m, mask_bytes(b_keep, BLOCK_K), mask=(o_m < tl.cdiv(K, 8)) & in_ring)
+
+
+@triton.jit
+def list_entry(b_row, b_x):
+    """Build a list entry: the row in the upper half, the bit pattern of x in the lower."""
+    return (b_row << 16) | (b_x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF)
+
+
+@triton.jit
+def entry_row(b_entry):
+    # the mask undoes the sign extension of rows from 32768 on
+    return (b_entry >> 16) & 0xFFFF
+
+
+@triton.jit
+def entry_x(b_entry, dtype: tl.constexpr):
+    return (b_entry & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+
+
+@triton.jit
+def emit_list(
+    b_x,
+    b_keep,
+    b_num_before,
+    list_ptr,  # [S, K]
+    counts_ptr,  # [S]
+    i_segment,
+    i_chunk,
+    num_chunks,
+    K,
+    BLOCK_K: tl.constexpr,
+):
+    """Append a chunk's kept entries at its place in the segment's list; the last chunk writes the count."""
+    b_one = b_keep.to(tl.int32)
+    o_k = i_chunk * BLOCK_K + tl.arange(0, BLOCK_K)
+    o_list = b_num_before + tl.cumsum(b_one, 0) - b_one
+    tl.store(list_ptr + i_segment * K + o_list, list_entry(o_k, b_x), mask=b_keep)
+    if i_chunk == num_chunks - 1:
+        tl.store(counts_ptr + i_segment, b_num_before + tl.sum(b_one, 0))
+
+
+@triton.jit
+def store_or_reduce(
+    b_y,
+    y_ptr,  # [N]
+    partials_ptr,  # [split, N] float32
+    arrivals_ptr,  # [C] int32, zero before and after
+    i_n,
+    i_k,
+    o_n,
+    m_n,
+    N,
+    split,
+    BLOCK_S: tl.constexpr,
+):
+    """Store one program's sum; of several along K, the last to arrive adds all partial sums in their fixed order."""
+    if split == 1:
+        tl.store(y_ptr + o_n, b_y.to(y_ptr.dtype.element_ty), mask=m_n)
+    else:
+        tl.store(partials_ptr + i_k.to(tl.int64) * N + o_n, b_y, mask=m_n)
+        # all threads' partials are stored before the one atomic publishes them
+        tl.debug_barrier()
+        num_arrived = tl.atomic_add(arrivals_ptr + i_n, 1, sem="acq_rel", scope="gpu")
+        if num_arrived == split - 1:
+            b_total = tl.zeros_like(b_y)
+            for start in tl.range(0, split, BLOCK_S):
+                o_s = start + tl.arange(0, BLOCK_S)
+                m_s = (o_s < split)[:, None] & m_n[None, :]
+                # .cg reads L2: another SM wrote these
+                b_part = tl.load(
+                    partials_ptr + o_s[:, None].to(tl.int64) * N + o_n[None, :],
+                    mask=m_s,
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+                b_total += tl.sum(b_part, axis=0)
+            tl.store(y_ptr + o_n, b_total.to(y_ptr.dtype.element_ty), mask=m_n)
+            tl.store(arrivals_ptr + i_n, 0)
+
+
+@triton.jit
+def gather_sum(
+    entries_ptr,  # [count] list entries
+    w_ptr,  # row 0 of the rows that entries number
+    lo,
+    count,
+    step,
+    N,
+    o_n,
+    m_n,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    USE_DOT: tl.constexpr,
+):
+    """Sum x * weight row over the list entries lo, lo + step, ... in tiles of BLOCK_K; float32 accumulation."""
+    dtype: tl.constexpr = w_ptr.dtype.element_ty
+    if USE_DOT:
+        # mma m16n8k16 needs 16 rows of A, of which the first holds x; the weights then go through cp.async
+        o_16 = tl.arange(0, 16)
+        b_acc = tl.zeros([16, BLOCK_N], dtype=tl.float32)
+        for start in tl.range(lo, count, step, num_stages=NUM_STAGES):
+            o_list = start + tl.arange(0, BLOCK_K)
+            m_list = o_list < count
+            b_entry = tl.load(entries_ptr + o_list, mask=m_list, other=0)
+            o_w = entry_row(b_entry).to(tl.int64)[:, None] * N + o_n[None, :]
+            b_w = tl.load(w_ptr + o_w, mask=m_list[:, None] & m_n[None, :], other=0.0, eviction_policy="evict_first")
+            b_a = tl.where(o_16[:, None] == 0, entry_x(b_entry, dtype)[None, :], 0.0)
+            b_acc = tl.dot(b_a, b_w, b_acc)
+        # not a plain sum: 0 * Inf in the padding rows would turn an infinite weight into NaN
+        b_y = tl.sum(tl.where(o_16[:, None] == 0, b_acc, 0.0), axis=0)
+    else:
+        b_acc = tl.zeros([BLOCK_K, BLOCK_N], dtype=tl.float32)
+        for start in tl.range(lo, count, step, num_stages=NUM_STAGES):
+            o_list = start + tl.arange(0, BLOCK_K)
+            m_list = o_list < count
+            b_entry = tl.load(entries_ptr + o_list, mask=m_list, other=0)
+            o_w = entry_row(b_entry).to(tl.int64)[:, None] * N + o_n[None, :]
+            b_w = tl.load(w_ptr + o_w, mask=m_list[:, None] & m_n[None, :], other=0.0, eviction_policy="evict_first")
+            b_acc += b_w.to(tl.float32) * entry_x(b_entry, dtype).to(tl.float32)[:, None]
+        b_y = tl.sum(b_acc, axis=0)
+    return b_y
+
+
+@triton.jit
+def finish_chunk(
+    b_x,
+    b_num_before,
+    b_keep,
+    lists_ptr,  # [S, K]
+    counts_ptr,  # [S]
+    values_ptr,  # [R, S, K] or None
+    mask_ptr,  # [R, S, M] or None
+    slot_ptr,  # [1] int64 or None
+    num_slots,
+    values_slot_stride,
+    values_segment_stride,
+    mask_slot_stride,
+    mask_segment_stride,
+    i_segment,
+    i_chunk,
+    K,
+    BLOCK_K: tl.constexpr,
+):
+    """List and capture one chunk of a producer's output."""
+    emit_list(b_x, b_keep, b_num_before, lists_ptr, counts_ptr, i_segment, i_chunk, tl.num_programs(0), K, BLOCK_K)
+    store_capture(
+        b_x,
+        b_keep,
+        values_ptr,
+        mask_ptr,
+        slot_ptr,
+        num_slots,
+        values_slot_stride,
+        values_segment_stride,
+        mask_slot_stride,
+        mask_segment_stride,
+        i_segment,
+        i_chunk * BLOCK_K,
+        K,
+        BLOCK_K,
+    )

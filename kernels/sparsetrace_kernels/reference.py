@@ -1,0 +1,177 @@
+"""Plain-torch oracles for the kernels in this folder, and the reference ops that the torch engine shares.
+
+Imports torch only, so it runs on any device and without Triton.  Sums are accumulated in float64.
+"""
+
+# Shape suffixes: K = input features, N = output features, T = tokens.
+
+import torch
+from torch import Tensor
+
+_SIGN_CLEARED = {
+    torch.float16: (torch.int16, 0x7FFF),
+    torch.bfloat16: (torch.int16, 0x7FFF),
+    torch.float32: (torch.int32, 0x7FFFFFFF),
+}
+
+
+def magnitude_bits(x: Tensor) -> Tensor:
+    """Bit pattern of |x|: ordered as |x| is, with Inf and NaN above every finite value.
+
+    Args:
+        x: any shape, fp16, bf16 or fp32.
+
+    Returns:
+        same shape, int16 for the 16-bit types and int32 for fp32, never negative.
+    """
+    if x.dtype not in _SIGN_CLEARED:
+        raise ValueError(
+            f"magnitude_bits: x must be fp16, bf16 or fp32, got {x.dtype}: masks are defined on stored bit patterns"
+        )
+    int_dtype, mask = _SIGN_CLEARED[x.dtype]
+    return x.view(int_dtype) & mask
+
+
+def keep_above(x: Tensor, threshold_bits: int | Tensor) -> Tensor:
+    """Say which entries lie strictly above a threshold, comparing magnitudes as bit patterns.
+
+    Args:
+        x: any shape, fp16, bf16 or fp32.
+        threshold_bits: `magnitude_bits` of the threshold in the dtype of `x`; a tensor is broadcast.
+
+    Returns:
+        bool, shape of `x`; NaN and Inf are kept by every finite threshold.
+    """
+    return magnitude_bits(x) > threshold_bits
+
+
+def mask_operand(x: Tensor, keep: Tensor) -> Tensor:
+    """Build the operand that the multiply consumes: x where kept, else +0.0.
+
+    A kept -0.0 becomes +0.0 too, so an entry of the result is nonzero, as bits, exactly if it is kept and nonzero.
+
+    Args:
+        x: any shape, floating point.
+        keep: bool, broadcast to `x`.
+
+    Returns:
+        shape and dtype of `x`, without any -0.0.
+    """
+    return torch.where(keep & (x != 0), x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def pack_bits(keep: Tensor) -> Tensor:
+    """Pack booleans along the last dim into bytes, LSB first.
+
+    Args:
+        keep: [..., K] bool.
+
+    Returns:
+        [..., ceil(K / 8)] uint8; the trailing bits of the last byte are zero.
+    """
+    padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -keep.shape[-1] % 8))
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=keep.device)
+    return (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+
+
+def keep_segments(x_K: Tensor, threshold_bits_S: Tensor, scale_SK: Tensor | None = None) -> Tensor:
+    """Say which inputs each column segment keeps: a nonzero input whose score is strictly above the threshold.
+
+    Args:
+        x_K: inputs, fp16 or bf16.
+        threshold_bits_S: int32 bit patterns, of the dtype of `x_K`, or of float32 where `scale_SK` is given;
+            a negative threshold counts as 0.
+        scale_SK: float32 score scale; score = |x| * scale in float32, one rounding.
+
+    Returns:
+        keep_SK, bool.
+    """
+    score_SK = x_K[None, :] if scale_SK is None else x_K.float().abs()[None, :] * scale_SK
+    return keep_above(score_SK, threshold_bits_S[:, None].clamp(min=0)) & (x_K != 0)
+
+
+def sparse_gemv_ref(
+    x_K: Tensor, weight_KN: Tensor, threshold_bits_S: Tensor, segments: list[int], scale_SK: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Same contract as `sparse_gemv`, accumulated in float64.
+
+    Returns:
+        y_N: float64.
+        operand_SK: dtype of `x_K`, what the capture must hold.
+        mask_SM: uint8, its bitmask, M = ceil(K / 8).
+    """
+    keep_SK = keep_segments(x_K, threshold_bits_S, scale_SK)
+    operand_SK = mask_operand(x_K.expand_as(keep_SK), keep_SK)
+    columns = weight_KN.double().split(segments, dim=1)
+    y_N = torch.cat([operand_K.double() @ w for operand_K, w in zip(operand_SK, columns, strict=True)])
+    return y_N, operand_SK, pack_bits(keep_SK)
+
+
+def compact_ref(x_K: Tensor, threshold_bits_S: Tensor, scale_SK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Same contract as `compact`; entries from the count on, which the kernel leaves undefined, are zero.
+
+    Returns:
+        list_SK: int32, `row << 16 | bit pattern of x`, rows ascending.
+        counts_S: int32, the number of valid entries.
+    """
+    keep_SK = keep_segments(x_K, threshold_bits_S, scale_SK)
+    rows_K = torch.arange(x_K.shape[0], device=x_K.device)
+    entries_K = (rows_K << 16) | (x_K.view(torch.int16).long() & 0xFFFF)
+    # the 32nd bit of the row wraps into the sign
+    entries_K = torch.where(entries_K >= 2**31, entries_K - 2**32, entries_K).int()
+    list_SK = torch.zeros_like(keep_SK, dtype=torch.int32)
+    for list_K, keep_K in zip(list_SK, keep_SK, strict=True):
+        kept = entries_K[keep_K]
+        list_K[: kept.shape[0]] = kept
+    return list_SK, keep_SK.sum(1, dtype=torch.int32)
+
+
+def list_gemv_ref(list_SK: Tensor, counts_S: Tensor, weight_KN: Tensor, segments: list[int]) -> Tensor:
+    """Same contract as `list_gemv`, accumulated in float64; returns y_N, float64."""
+    parts = []
+    for list_K, count, w in zip(list_SK, counts_S.tolist(), weight_KN.double().split(segments, dim=1), strict=True):
+        entries = list_K[:count]
+        x = (entries & 0xFFFF).to(torch.int32).to(torch.int16).view(weight_KN.dtype)
+        rows = (entries >> 16) & 0xFFFF
+        parts.append(x.double() @ w[rows.long()])
+    return torch.cat(parts)
+
+
+def add_rmsnorm_ref(
+    residual_K: Tensor, delta_K: Tensor | None, norm_weight_K: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Residual add and RMSNorm with the statistics in float64.
+
+    Returns:
+        residual_K: the sum, rounded to the dtype of the inputs as it is stored.
+        normed_K: float64, from the rounded sum and not rounded again.
+    """
+    total_K = residual_K if delta_K is None else (residual_K.float() + delta_K.float()).to(residual_K.dtype)
+    exact_K = total_K.double()
+    return total_K, exact_K * torch.rsqrt(exact_K.square().mean() + eps) * norm_weight_K.double()
+
+
+def silu_mul_ref(gate_up_K2: Tensor) -> Tensor:
+    """SiLU(gate) * up in float64, from the two halves of the last dim; returns float64, half as long."""
+    gate_K, up_K = gate_up_K2.double().chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate_K) * up_K
+
+
+def pack_ref(x_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Same contract as `pack`, with exactly as many values as are kept.
+
+    Returns:
+        mask_TM: uint8.
+        values: int16 (int32 for fp32) bit patterns of the nonzero entries, row after row.
+        offsets: [T + 1] int64, the start of every row in `values`.
+    """
+    keep_TK = magnitude_bits(x_TK) != 0
+    bits_TK = x_TK.view(magnitude_bits(x_TK).dtype)
+    offsets = torch.zeros(x_TK.shape[0] + 1, dtype=torch.int64, device=x_TK.device)
+    offsets[1:] = keep_TK.sum(1).cumsum(0)
+    return pack_bits(keep_TK), bits_TK[keep_TK], offsets
+
+
+def histogram_ref(x: Tensor) -> Tensor:
+    """Counts of the 65,536 bit patterns of a 16-bit tensor, as int64, indexed by the unsigned pattern."""
+    return torch.bincount(x.flatten().view(torch.int16).long() & 0xFFFF, minlength=1 << 16)

@@ -1,0 +1,136 @@
+"""SiLU(gate) * up that also thresholds, lists and captures its output.
+
+product = round(SiLU(gate)) * up, rounded to its dtype after each step, as Llama does.  The mask is taken on the
+product as stored.
+Oracles: `reference.silu_mul_ref` for the product, `reference.compact_ref` on the returned `product_K` for the rest.
+"""
+
+# Shape suffixes: K = features, S = column segments (1), R = ring slots, M = ceil(K / 8) bitmask bytes.
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsetrace_kernels import checks
+from sparsetrace_kernels.compact import check_producer, chunk_grid, empty_lists
+from sparsetrace_kernels.primitives import finish_chunk, keep_entries, load_threshold, wait_for_producer
+
+
+@triton.jit
+def _load_product(gate_up_ptr, o_k, m_k, K):
+    dtype: tl.constexpr = gate_up_ptr.dtype.element_ty
+    b_gate = tl.load(gate_up_ptr + o_k, mask=m_k, other=0.0).to(tl.float32)
+    b_up = tl.load(gate_up_ptr + K + o_k, mask=m_k, other=0.0)
+    b_silu = (b_gate / (1.0 + tl.exp(-b_gate))).to(dtype)
+    return (b_silu.to(tl.float32) * b_up.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def _silu_mul_kernel(
+    gate_up_ptr,  # [2 K]
+    threshold_ptr,  # [1] int32
+    scale_ptr,  # [1, K] float32 or None
+    product_ptr,  # [K]
+    lists_ptr,  # [1, K] int32
+    counts_ptr,  # [1] int32
+    values_ptr,  # [R, 1, K] or None
+    mask_ptr,  # [R, 1, M] or None
+    slot_ptr,  # [1] int64 or None
+    num_slots,
+    values_slot_stride,
+    values_segment_stride,
+    mask_slot_stride,
+    mask_segment_stride,
+    K,
+    NUM_CHUNKS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    i_chunk = tl.program_id(0)
+    wait_for_producer(PDL)
+    o_all = tl.arange(0, NUM_CHUNKS)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    m_before = o_all < i_chunk * BLOCK_K
+    b_all = _load_product(gate_up_ptr, o_all, m_before, K)
+    o_k = i_chunk * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_k = o_k < K
+    b_x = _load_product(gate_up_ptr, o_k, m_k, K)
+    tl.store(product_ptr + o_k, b_x, mask=m_k)
+    b_t = load_threshold(threshold_ptr, 0)
+    b_before = keep_entries(b_all, b_t, scale_ptr, 0, o_all, m_before, K)
+    b_num_before = tl.sum(tl.sum(b_before.to(tl.int32), axis=1), axis=0)
+    b_keep = keep_entries(b_x, b_t, scale_ptr, 0, o_k, m_k, K)
+    finish_chunk(
+        b_x,
+        b_num_before,
+        b_keep,
+        lists_ptr,
+        counts_ptr,
+        values_ptr,
+        mask_ptr,
+        slot_ptr,
+        num_slots,
+        values_slot_stride,
+        values_segment_stride,
+        mask_slot_stride,
+        mask_segment_stride,
+        0,
+        i_chunk,
+        K,
+        BLOCK_K,
+    )
+
+
+# no default for a written argument: torch 2.11 counts its version by position and fails if it was left out
+@torch.library.custom_op("sparsetrace::silu_mul", mutates_args=("values_RSK", "mask_RSM"))
+def silu_mul(
+    gate_up_K2: Tensor,
+    threshold_bits_S: Tensor,
+    scale_SK: Tensor | None,
+    values_RSK: Tensor | None,
+    mask_RSM: Tensor | None,
+    slot: Tensor | None,
+    use_pdl: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate the up projection, and list and capture what the down projection keeps of the result.
+
+    Args:
+        gate_up_K2: gate and up outputs one after the other, 2 K entries, fp16 or bf16, K at most 65,536.
+        threshold_bits_S: int32, as `sparse_gemv` takes it, one.
+        scale_SK: float32 scale of |x| before the comparison, or None.
+        values_RSK: ring that takes the operand, dtype of `gate_up_K2`; or None.
+        mask_RSM: ring that takes the operand's bitmask, uint8, LSB first; or None.
+        slot: [1] int64, the ring slot to write; outside [0, R) nothing is captured; None without a ring.
+        use_pdl: launch while the kernel before still drains (Hopper and later).
+
+    Returns:
+        product_K: the product as thresholded, before masking; error within 2x that of torch.
+        list_SK, counts_S: as `compact` returns them for `product_K`.
+    """
+    op = "silu_mul"
+    checks.require_half_vector(op, "gate_up_K2", gate_up_K2)
+    if gate_up_K2.shape[0] % 2:
+        raise ValueError(f"{op}: gate_up_K2 must hold two halves, got {gate_up_K2.shape[0]} entries")
+    K = gate_up_K2.shape[0] // 2
+    S = check_producer(op, gate_up_K2, K, threshold_bits_S, scale_SK, values_RSK, mask_RSM, slot)
+    if S != 1:
+        raise ValueError(f"{op}: threshold_bits_S must hold one threshold, got {S}: only `down` reads the product")
+    product_K = gate_up_K2.new_empty(K)
+    list_SK, counts_S = empty_lists(S, K, gate_up_K2.device)
+    grid, meta = chunk_grid(K)
+    _silu_mul_kernel[grid](
+        gate_up_K2, threshold_bits_S, scale_SK, product_K, list_SK, counts_S,
+        *checks.ring_arguments(values_RSK, mask_RSM, slot), K,
+        PDL=use_pdl, **meta, **({"launch_pdl": True} if use_pdl else {}),
+    )  # fmt: skip
+    return product_K, list_SK, counts_S
+
+
+@silu_mul.register_fake
+def _(gate_up_K2, threshold_bits_S, scale_SK, values_RSK, mask_RSM, slot, use_pdl=False):
+    K = gate_up_K2.shape[0] // 2
+    return (
+        gate_up_K2.new_empty(K),
+        threshold_bits_S.new_empty(1, K),
+        threshold_bits_S.new_empty(1),
+    )

@@ -1,0 +1,32 @@
+# Step 3: patched sparse decoding of one shard, every operand captured.
+rule generate:
+    input:
+        model=rules.convert.output[0],
+        thresholds=rules.thresholds.output[0],
+        prompts=rules.split.output[0],
+    output:
+        # The blocks lie beside it, undeclared: Snakemake would delete them after a kill, and with them sealed groups.
+        # Temporary because packing removes the blocks; without them the manifest stands for nothing.
+        temp(f"{RESULTS}/{{model}}/{{run}}/{{label}}/dump/{{shard}}/manifest.json"),
+    log:
+        f"{RESULTS}/logs/generate/{{model}}/{{run}}/{{label}}/{{shard}}.log",
+    benchmark:
+        f"{RESULTS}/logs/generate/{{model}}/{{run}}/{{label}}/{{shard}}.bench.tsv"
+    conda:
+        "../envs/generate.yaml"
+    threads: STUDY.machine.threads
+    resources:
+        gpu=1,
+        mem_mb=lambda wildcards, input: STUDY.model_mb(wildcards.model, input.model),
+        runtime=240,
+    params:
+        shard=lambda wildcards: int(wildcards.shard),
+        decoding=lambda wildcards: options(STUDY.runs[wildcards.run].decoding),
+        batching=lambda wildcards: options(STUDY.runs[wildcards.run].batching),
+        machine=options(STUDY.machine),
+        source=source_hash("generate"),
+    message:
+        "Generating shard {wildcards.shard} of {wildcards.model}, run {wildcards.run}, under {wildcards.label}"
+    shell:
+        "sparsetrace generate {input.model:q} --thresholds {input.thresholds:q} --prompts {input.prompts:q}"
+        " --shard {params.shard} --out {output:q} {params.decoding} {params.batching} {params.machine} > {log:q} 2>&1"

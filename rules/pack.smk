@@ -1,0 +1,22 @@
+# Step 4: one shard's dump becomes Parquet.
+rule pack:
+    input:
+        rules.generate.output[0],
+    output:
+        f"{RESULTS}/{{model}}/{{run}}/{{label}}/parts/{{shard}}.json",
+    log:
+        f"{RESULTS}/logs/pack/{{model}}/{{run}}/{{label}}/{{shard}}.log",
+    benchmark:
+        f"{RESULTS}/logs/pack/{{model}}/{{run}}/{{label}}/{{shard}}.bench.tsv"
+    conda:
+        "../envs/pack.yaml"
+    resources:
+        mem_mb=1500,
+        runtime=120,
+    params:
+        workload=f"{RESULTS}/{{model}}/{{run}}/{{label}}/workload",
+        source=source_hash("pack"),
+    message:
+        "Packing shard {wildcards.shard} of {wildcards.model}, run {wildcards.run}, under {wildcards.label}"
+    shell:
+        "sparsetrace pack {input:q} --workload {params.workload:q} --out {output:q} > {log:q} 2>&1"

@@ -1,0 +1,25 @@
+# Step 3, before the model runs: sequences, groups and shards of a prompt set.
+rule split:
+    input:
+        model=rules.convert.output[0],
+        prompts=lambda wildcards: STUDY.prompts(wildcards.run, wildcards.model),
+    output:
+        f"{RESULTS}/{{model}}/{{run}}/prompts.parquet",
+    log:
+        f"{RESULTS}/logs/split/{{model}}/{{run}}.log",
+    benchmark:
+        f"{RESULTS}/logs/split/{{model}}/{{run}}.bench.tsv"
+    conda:
+        "../envs/generate.yaml"
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    params:
+        options=lambda wildcards: options(STUDY.runs[wildcards.run].prompt_set),
+        batching=lambda wildcards: options(STUDY.runs[wildcards.run].batching),
+        source=source_hash("prompts"),
+    message:
+        "Splitting the prompts of run {wildcards.run} for {wildcards.model}"
+    shell:
+        "sparsetrace split {input.model:q} --prompts {input.prompts:q} --out {output:q}"
+        " {params.options} {params.batching} > {log:q} 2>&1"

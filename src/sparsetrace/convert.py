@@ -1,0 +1,341 @@
+"""Step 1: a Hugging Face checkpoint becomes a runtime model.
+
+| file | what |
+|---|---|
+| `config.json` | version, architecture, every tensor with file, shape and sha256, hash of the source; written last |
+| `weights-00000.safetensors`, ... | `layers.N.<site>.weight` [in, out], the site's matrices side by side; the rest |
+| `tokenizer.json` or `tokenizer.model` | copied, with the files that say how it is used |
+
+Tensors are read, merged and written one output file at a time; peak extra memory is one output file.
+"""
+
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparsetrace.config import Conversion
+from sparsetrace.files import InputError, read_json, sha256_file, sha256_json, write_folder_beside, write_json
+from sparsetrace.model import ModelConfig, RopeScaling
+from sparsetrace.runtime import RuntimeModel, open_model, source_weight
+from sparsetrace.schema import FORMATS, MODEL_VERSION, SITES
+from sparsetrace.tokenizer import COMPANION_FILES, TOKENIZER_FILES, Tokenizer, begin_token
+
+# An output file is closed when it reaches this; it bounds the memory of the step.
+FILE_BYTES = 2 << 30
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+
+# What transformers takes where a config.json lacks the field, and where that is not the same as null.
+DEFAULTS: dict[str, dict[str, Any]] = {"llama": {}, "mistral": {"num_key_value_heads": 8, "sliding_window": 4096}}
+
+# Fields that alter the forward pass and may only have these values.
+REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "quantization_config": (None,),
+    "layer_types": (None,),
+}
+READ_FIELDS = {
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling"),
+    *("rope_parameters", "sliding_window", "tie_word_embeddings", "torch_dtype", "dtype", "bos_token_id"),
+    *("eos_token_id", "architectures", "model_type"),
+}
+# Fields that say nothing about inference in floating point: training, defaults of generation, housekeeping.
+HARMLESS_FIELDS = {
+    *("_name_or_path", "transformers_version", "initializer_range", "attention_dropout", "use_cache", "pad_token_id"),
+    *("pretraining_tp", "max_sequence_length", "return_dict", "output_attentions", "output_hidden_states"),
+    *("is_encoder_decoder", "use_bfloat16", "chunk_size_feed_forward", "problem_type", "id2label", "label2id"),
+}
+
+
+def convert(
+    checkpoint: Path,
+    out: Path,
+    conversion: Conversion,
+    report: Callable[[int, int, str], None] | None = None,
+    name: str | None = None,
+) -> RuntimeModel:
+    """Convert a checkpoint folder.
+
+    Args:
+        checkpoint: Hugging Face folder: config.json, safetensors in one file or shards, tokenizer.
+        out: folder of the runtime model; written beside and renamed.
+        conversion: dtype and accepted fields.
+        report: called with (tensors done, tensors in all, name).
+        name: what data sets call the model; the checkpoint's folder name if not given.
+
+    Raises:
+        InputError: names what is missing, unexpected, misshapen, not finite or not supported; nothing is left of `out`.
+    """
+    raw = read_json(checkpoint / "config.json", "convert")
+    config = read_config(raw, conversion, checkpoint)
+    generation = checkpoint / "generation_config.json"
+    ends = (
+        raw
+        if not generation.is_file()
+        else raw | {k: v for k, v in read_json(generation, "convert").items() if k == "eos_token_id" and v is not None}
+    )
+    bos = begin_token(checkpoint, raw.get("bos_token_id"))
+    eos = _ids(ends.get("eos_token_id"), checkpoint)
+    Tokenizer(checkpoint, config.vocab_size, bos)
+
+    source = _Source(checkpoint)
+    plan = dict(_plan(config, source))
+    source.refuse_unexpected({name for names in plan.values() for name in names}, config)
+    if out.exists() and any(out.iterdir()) and not _is_runtime_model(out):
+        raise InputError(
+            f"convert: {out} must be a runtime model or not exist, got another folder: choose another --out"
+        )
+    with write_folder_beside(out) as partial:
+        tensors = _write_weights(partial, config, source, plan, report)
+        for name in (*TOKENIZER_FILES, *COMPANION_FILES):
+            if (checkpoint / name).is_file():
+                shutil.copyfile(checkpoint / name, partial / name)
+        architecture = dataclasses.asdict(config)
+        content = {
+            "format": "sparsetrace-model",
+            "version": MODEL_VERSION,
+            "source": name or checkpoint.resolve().name,
+            "source_hash": source.digest(),
+            "model_hash": sha256_json([architecture, {name: t["sha256"] for name, t in tensors.items()}]),
+            "architecture": architecture,
+            "bos": bos,
+            "eos": sorted(eos),
+            "tensors": tensors,
+        }
+        write_json(partial / "config.json", content)
+    return open_model(out)
+
+
+def _is_runtime_model(folder: Path) -> bool:
+    # a checkpoint has a config.json too, and must not be replaced by its own conversion
+    config = folder / "config.json"
+    return config.is_file() and read_json(config, "convert").get("format") == "sparsetrace-model"
+
+
+def read_config(raw: dict[str, Any], conversion: Conversion, checkpoint: Path) -> ModelConfig:
+    """Architecture from Hugging Face's config.json.
+
+    Raises:
+        InputError: names each field that is missing, unsupported or unknown.
+    """
+    where = f"convert: {checkpoint / 'config.json'}"
+    if raw.get("model_type") not in ARCHITECTURES:
+        raise InputError(
+            f"{where}: model_type must be one of {', '.join(ARCHITECTURES)}, got {raw.get('model_type')!r}"
+        )
+    named = raw.get("architectures") or [ARCHITECTURES[raw["model_type"]]]
+    if named != [ARCHITECTURES[raw["model_type"]]]:
+        raise InputError(f"{where}: architectures must be [{ARCHITECTURES[raw['model_type']]}], got {named}")
+    raw = DEFAULTS[raw["model_type"]] | raw
+    known = READ_FIELDS | HARMLESS_FIELDS | set(REQUIRED_VALUES) | set(conversion.ignore_fields)
+    if unknown := sorted(set(raw) - known):
+        raise InputError(
+            f"{where}: fields must be ones whose effect is known, got {', '.join(unknown)}: "
+            "if they do not alter inference, list them in ignore_fields"
+        )
+    for name, allowed in REQUIRED_VALUES.items():
+        if name in raw and raw[name] not in allowed and name not in conversion.ignore_fields:
+            raise InputError(f"{where}: {name} must be {' or '.join(map(repr, allowed))}, got {raw[name]!r}")
+    heads = _positive(raw, "num_attention_heads", where)
+    hidden = _positive(raw, "hidden_size", where)
+    kv_heads = heads if raw.get("num_key_value_heads") is None else _positive(raw, "num_key_value_heads", where)
+    if heads % kv_heads:
+        raise InputError(
+            f"{where}: num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {kv_heads}"
+        )
+    head_dim = hidden // heads if raw.get("head_dim") is None else _positive(raw, "head_dim", where)
+    rope = raw.get("rope_parameters") or {}
+    scaling = raw.get("rope_scaling") or {key: value for key, value in rope.items() if key != "rope_theta"}
+    dtype = conversion.dtype
+    if dtype == "auto":
+        dtype = raw.get("torch_dtype") or raw.get("dtype") or "float32"
+        if dtype not in FORMATS:
+            raise InputError(f"{where}: torch_dtype must be one of {', '.join(FORMATS)}, got {dtype!r}: choose a dtype")
+    # Mistral's window applies to every layer; Llama has none, whatever its config says.
+    window = raw.get("sliding_window") if raw["model_type"] == "mistral" else None
+    return ModelConfig(
+        hidden_size=hidden,
+        intermediate_size=_positive(raw, "intermediate_size", where),
+        num_hidden_layers=_positive(raw, "num_hidden_layers", where),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=_positive(raw, "vocab_size", where),
+        max_position_embeddings=_positive(raw, "max_position_embeddings", where),
+        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
+        rope_scaling=_rope_scaling(scaling, where),
+        sliding_window=None if window is None else int(window),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        dtype=dtype,
+    )
+
+
+def _positive(raw: dict[str, Any], name: str, where: str) -> int:
+    value = raw.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{where}: {name} must be a positive integer, got {value!r}")
+    return value
+
+
+def _rope_scaling(scaling: dict[str, Any], where: str) -> RopeScaling | None:
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise InputError(f"{where}: rope_scaling type must be default or llama3, got {kind!r}")
+    names = [field.name for field in dataclasses.fields(RopeScaling)]
+    if missing := [name for name in names if name not in scaling]:
+        raise InputError(f"{where}: rope_scaling must hold {', '.join(names)}, got none for {', '.join(missing)}")
+    return RopeScaling(**{name: scaling[name] for name in names})
+
+
+def _ids(value: Any, checkpoint: Path) -> frozenset[int]:
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(item, int) for item in ids):
+        raise InputError(f"convert: {checkpoint}: eos_token_id must be an integer or a list of them, got {value!r}")
+    return frozenset(ids)
+
+
+class _Source:
+    """The safetensors files of a checkpoint, opened lazily."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        index = checkpoint / "model.safetensors.index.json"
+        if index.is_file():
+            weight_map = read_json(index, "convert").get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise InputError(f"convert: {index}: weight_map must be an object, got {weight_map!r}")
+            self.files = sorted({checkpoint / file for file in weight_map.values()})
+        else:
+            weight_map = None
+            self.files = [checkpoint / "model.safetensors"]
+        self.folder = checkpoint
+        self.shapes: dict[str, list[int]] = {}
+        self._file_of: dict[str, Any] = {}
+        for file in self.files:
+            if not file.is_file():
+                raise InputError(f"convert: {file} must be a safetensors file, got nothing there")
+            try:
+                handle = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"convert: {file} must be a whole safetensors file, got {error}") from None
+            for name in handle.keys():  # noqa: SIM118  # not a mapping
+                if name in self._file_of:
+                    raise InputError(f"convert: {file}: tensor {name} must be in one file only, got it twice")
+                self._file_of[name] = handle
+                self.shapes[name] = list(handle.get_slice(name).get_shape())
+        if weight_map is not None and (absent := sorted(set(weight_map) - set(self._file_of))):
+            raise InputError(f"convert: {index}: tensors must be in the files it names, got none for {_some(absent)}")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def tensor(self, name: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of a shape, cast; finite both as stored and as cast."""
+        if name not in self._file_of:
+            raise InputError(f"convert: {self.folder}: tensor {name} must be there, got none of that name")
+        if self.shapes[name] != shape:
+            raise InputError(f"convert: {self.folder}: tensor {name} must have shape {shape}, got {self.shapes[name]}")
+        stored = self._file_of[name].get_tensor(name)
+        if not stored.is_floating_point() or stored.element_size() < 2:
+            raise InputError(f"convert: {self.folder}: tensor {name} must be fp16, bf16 or fp32, got {stored.dtype}")
+        if not stored.isfinite().all():
+            raise InputError(f"convert: {self.folder}: tensor {name} must be finite, got NaN or Inf")
+        cast: Tensor = stored.to(dtype)
+        if not cast.isfinite().all():
+            raise InputError(f"convert: {self.folder}: tensor {name} must fit {dtype}, got {stored.abs().max():g}")
+        return cast
+
+    def refuse_unexpected(self, wanted: set[str], config: ModelConfig) -> None:
+        """Every wanted tensor is there and no other."""
+        if missing := sorted(wanted - set(self._file_of)):
+            raise InputError(f"convert: {self.folder}: tensors must be complete, got none for {_some(missing)}")
+        # A tied checkpoint may carry either name or both; rotary buffers were once saved and are recomputed.
+        spare = {"model.embed_tokens.weight", "lm_head.weight"} if config.tie_word_embeddings else set()
+        extra = sorted(name for name in set(self._file_of) - wanted - spare if not name.endswith("rotary_emb.inv_freq"))
+        if extra:
+            raise InputError(
+                f"convert: {self.folder}: tensors must be those of the architecture, got also {_some(extra)}"
+            )
+
+    def digest(self) -> str:
+        """sha256 over the names and bytes of config and weights."""
+        files = [self.folder / "config.json", *self.files]
+        return sha256_json([[file.name, sha256_file(file)] for file in files])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _plan(config: ModelConfig, source: _Source) -> Iterator[tuple[str, list[str]]]:
+    """Every runtime tensor with the checkpoint tensors it is made of."""
+    # where they are tied, a checkpoint holds one of two names
+    tied = config.tie_word_embeddings and "model.embed_tokens.weight" not in source
+    yield "embedding", ["lm_head.weight" if tied else "model.embed_tokens.weight"]
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        yield f"layers.{layer}.attn_norm.weight", [f"{prefix}.input_layernorm.weight"]
+        yield f"layers.{layer}.mlp_norm.weight", [f"{prefix}.post_attention_layernorm.weight"]
+        for site, matrices in SITES.items():
+            yield f"layers.{layer}.{site}.weight", [source_weight(layer, matrix) for matrix in matrices]
+    yield "norm.weight", ["model.norm.weight"]
+    if not config.tie_word_embeddings:
+        yield "lm_head", ["lm_head.weight"]
+
+
+def _write_weights(
+    folder: Path,
+    config: ModelConfig,
+    source: _Source,
+    plan: dict[str, list[str]],
+    report: Callable[[int, int, str], None] | None,
+) -> dict[str, dict[str, Any]]:
+    tensors: dict[str, dict[str, Any]] = {}
+    waiting: dict[str, Tensor] = {}
+    waiting_bytes = num_files = 0
+    for done, (name, parts) in enumerate(plan.items(), start=1):
+        tensor = _runtime_tensor(config, source, name, parts)
+        waiting[name] = tensor
+        waiting_bytes += tensor.nbytes
+        tensors[name] = {
+            "file": f"weights-{num_files:05d}.safetensors",
+            "shape": list(tensor.shape),
+            "sha256": hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().data).hexdigest(),
+        }
+        if waiting_bytes >= FILE_BYTES or done == len(plan):
+            save_file(
+                waiting, folder / f"weights-{num_files:05d}.safetensors", metadata={"format": "sparsetrace-model"}
+            )
+            waiting, waiting_bytes, num_files = {}, 0, num_files + 1
+        if report is not None:
+            report(done, len(plan), name)
+    return tensors
+
+
+def _runtime_tensor(config: ModelConfig, source: _Source, name: str, parts: list[str]) -> Tensor:
+    dtype = config.torch_dtype
+    site = name.split(".")[-2] if name.startswith("layers.") else ""
+    if site in SITES:
+        K = config.in_features(site)
+        columns = config.columns(site)
+        weight_KN = torch.empty(K, max(c.stop for c in columns.values()), dtype=dtype)
+        for matrix, part in zip(SITES[site], parts, strict=True):
+            weight_KN[:, columns[matrix]] = source.tensor(part, [config.out_features(matrix), K], dtype).T
+        return weight_KN
+    shape = [config.hidden_size]
+    if name in ("embedding", "lm_head"):
+        shape = [config.vocab_size, config.hidden_size]
+    return source.tensor(parts[0], shape, dtype)

@@ -1,0 +1,102 @@
+"""Files written whole or not at all, their hashes, and the error that users are shown.
+
+Every file is written beside its final name and renamed, so that a name that exists is complete, whatever was killed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+HASH_CHUNK_BYTES = 1 << 22
+
+
+class InputError(ValueError):
+    """What a user can cause and mend; the command line prints it as one line, without a traceback.
+
+    Form: `<where>: <name> must be <rule>, got <value>`, then the reason or the remedy.
+    """
+
+
+@contextmanager
+def write_beside(path: Path) -> Iterator[Path]:
+    """Yield the name to write to; it becomes `path` when the block ends well and is removed when it does not.
+
+    A killed run leaves at most one `.NAME.partial`, which the next one overwrites.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def write_folder_beside(path: Path) -> Iterator[Path]:
+    """The same for a whole folder; an earlier `path` is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for file in partial.iterdir():
+            sync(file)
+        if path.exists():
+            shutil.rmtree(path)
+        partial.rename(path)
+        sync(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Flush a file's data, or a folder's names, to the disk: a rename must never outlive the bytes it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content`, keys in the order given, with a final newline."""
+    with write_beside(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, where: str) -> dict[str, Any]:
+    """Read a JSON object, or say in one line why it cannot be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{where}: {path} must be a file, got nothing there") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{where}: {path} must be JSON, got {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: {path} must be a JSON object, got {type(content).__name__}")
+    return content
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_json(content: Any) -> str:
+    """Hex sha256 of a value's canonical JSON (sorted keys, no spaces)."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,242 @@
+"""Llama and Mistral decoders; knows nothing of sparsity or files.
+
+The matrices that read one site are one `Projection`, named by the site, so that a method is installed by replacing it
+(`sparsetrace.patch`). Numerics follow Hugging Face transformers' modeling_llama, the oracle of the tests.
+"""
+
+# Shape suffixes: B batch, T tokens of this call, S key positions, C hidden, H query heads, G kv heads, D head dim,
+# K input features, N output features, V vocabulary.
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparsetrace.schema import SITES
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """Llama 3.1's frequency scaling (`rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Architecture of a decoder; names are those of Hugging Face's config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    sliding_window: int | None
+    tie_word_embeddings: bool
+    dtype: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch's."""
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    def out_features(self, matrix: str) -> int:
+        """Outputs of one matrix."""
+        return {
+            "q": self.num_attention_heads * self.head_dim,
+            "k": self.num_key_value_heads * self.head_dim,
+            "v": self.num_key_value_heads * self.head_dim,
+            "o": self.hidden_size,
+            "gate": self.intermediate_size,
+            "up": self.intermediate_size,
+            "down": self.hidden_size,
+        }[matrix]
+
+    def in_features(self, site: str) -> int:
+        """Width of the vector read at a site."""
+        return {
+            "attn_in": self.hidden_size,
+            "attn_out": self.num_attention_heads * self.head_dim,
+            "mlp_in": self.hidden_size,
+            "mlp_mid": self.intermediate_size,
+        }[site]
+
+    def columns(self, site: str) -> dict[str, slice]:
+        """Columns of each matrix in the site's merged weight."""
+        stop, columns = 0, {}
+        for matrix in SITES[site]:
+            start, stop = stop, stop + self.out_features(matrix)
+            columns[matrix] = slice(start, stop)
+        return columns
+
+
+class Projection(nn.Module):
+    """y = x @ W for all matrices that read one site, side by side.
+
+    Args:
+        config: of the model.
+        site: one of `schema.SITES`.
+    """
+
+    def __init__(self, config: ModelConfig, site: str) -> None:
+        super().__init__()
+        self.columns = config.columns(site)
+        N = max(columns.stop for columns in self.columns.values())
+        # input-major: a dropped input skips one contiguous row
+        self.weight = nn.Parameter(torch.empty(config.in_features(site), N, dtype=config.torch_dtype))
+
+    def forward(self, x_BTK: Tensor) -> Tensor:
+        y_BTN: Tensor = x_BTK @ self.weight
+        return y_BTN
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean in float32."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size, dtype=config.torch_dtype))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        x = x_BTC.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x.to(x_BTC.dtype)
+
+
+class KVCache:
+    """Keys and values of a batch at fixed shapes; slot positions never written are zero and masked.
+
+    Args:
+        config: of the model.
+        batch: slots.
+        length: positions per slot.
+        device: where it lies.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, length: int, device: torch.device) -> None:
+        shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
+        self.k_LBSGD = torch.zeros(shape, dtype=config.torch_dtype, device=device)
+        self.v_LBSGD = torch.zeros(shape, dtype=config.torch_dtype, device=device)
+        self.slots_B1 = torch.arange(batch, device=device)[:, None]
+
+    def update(self, layer: int, positions_BT: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store at `positions_BT` and return the whole cache of the layer, [B, S, G, D]."""
+        self.k_LBSGD[layer, self.slots_B1, positions_BT] = k_BTGD
+        self.v_LBSGD[layer, self.slots_B1, positions_BT] = v_BTGD
+        return self.k_LBSGD[layer], self.v_LBSGD[layer]
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """[D/2] float32 rotary frequencies, scaled as Llama 3.1 does where the config says so."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    frequency = 1.0 / (config.rope_theta**exponent)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    wavelength = 2 * math.pi / frequency
+    context = scaling.original_max_position_embeddings
+    smooth = (context / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blended = (1 - smooth) * frequency / scaling.factor + smooth * frequency
+    low = wavelength > context / scaling.low_freq_factor
+    high = wavelength < context / scaling.high_freq_factor
+    return torch.where(low, frequency / scaling.factor, torch.where(high, frequency, blended))
+
+
+def rotate(x_BTHD: Tensor, cos_BT1D: Tensor, sin_BT1D: Tensor) -> Tensor:
+    """Rotary embedding, halves convention."""
+    low, high = x_BTHD.chunk(2, dim=-1)
+    return x_BTHD * cos_BT1D + torch.cat((-high, low), dim=-1) * sin_BT1D
+
+
+class Block(nn.Module):
+    """One decoder layer; its four `Projection`s carry the names of the sites."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.attn_norm = RMSNorm(config)
+        self.attn_in = Projection(config, "attn_in")
+        self.attn_out = Projection(config, "attn_out")
+        self.mlp_norm = RMSNorm(config)
+        self.mlp_in = Projection(config, "mlp_in")
+        self.mlp_mid = Projection(config, "mlp_mid")
+
+    def forward(
+        self, x_BTC: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, positions_BT: Tensor, cache: KVCache | None
+    ) -> Tensor:
+        config, (B, T, _) = self.config, x_BTC.shape
+        widths = [config.out_features(matrix) for matrix in SITES["attn_in"]]
+        q, k, v = self.attn_in(self.attn_norm(x_BTC)).split(widths, dim=-1)
+        q_BTHD = rotate(q.reshape(B, T, -1, config.head_dim), *rotary)
+        k_BTGD = rotate(k.reshape(B, T, -1, config.head_dim), *rotary)
+        v_BTGD = v.reshape(B, T, -1, config.head_dim)
+        if cache is not None:
+            k_BTGD, v_BTGD = cache.update(self.layer, positions_BT, k_BTGD, v_BTGD)
+        y_BHTD = functional.scaled_dot_product_attention(
+            q_BTHD.transpose(1, 2), k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2), attn_mask=mask, enable_gqa=True
+        )
+        x_BTC = x_BTC + self.attn_out(y_BHTD.transpose(1, 2).reshape(B, T, -1))
+        gate, up = self.mlp_in(self.mlp_norm(x_BTC)).chunk(2, dim=-1)
+        return x_BTC + self.mlp_mid(functional.silu(gate) * up)
+
+
+class Decoder(nn.Module):
+    """Token ids to hidden states, and hidden states to logits."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=config.torch_dtype))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config)
+        # one parameter under two names where they are tied
+        self.lm_head = self.embedding if config.tie_word_embeddings else nn.Parameter(torch.empty_like(self.embedding))
+
+    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Hidden states after the last norm.
+
+        Args:
+            tokens_BT: int64 ids.
+            positions_BT: int64 position of each; a token attends to the positions up to its own.
+            cache: holds the earlier positions and receives these; without one, the T tokens are all there is.
+
+        Returns:
+            [B, T, C] in the model's dtype.
+        """
+        config = self.config
+        # built here, not stored: a model on the `meta` device has no values to keep
+        frequency = inverse_frequencies(config).to(tokens_BT.device)
+        angle_BTD = (positions_BT[..., None].float() * frequency).repeat(1, 1, 2)
+        rotary = (
+            angle_BTD.cos()[:, :, None].to(config.torch_dtype),
+            angle_BTD.sin()[:, :, None].to(config.torch_dtype),
+        )
+        keys_S = torch.arange(cache.k_LBSGD.shape[2], device=tokens_BT.device) if cache else positions_BT[:, None, :]
+        distance_BTS = positions_BT[:, :, None] - keys_S
+        mask_BTS = distance_BTS >= 0
+        if config.sliding_window is not None:
+            mask_BTS &= distance_BTS < config.sliding_window
+        x_BTC = functional.embedding(tokens_BT, self.embedding)
+        for layer in self.layers:
+            x_BTC = layer(x_BTC, rotary, mask_BTS[:, None], positions_BT, cache)
+        hidden: Tensor = self.norm(x_BTC)
+        return hidden
+
+    def logits(self, hidden_C: Tensor) -> Tensor:
+        """[..., V] float32 logits of hidden states [..., C]."""
+        return functional.linear(hidden_C, self.lm_head).float()

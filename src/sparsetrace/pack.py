@@ -1,0 +1,467 @@
+"""Step 4: dumps become the Parquet workload; imports no torch.
+
+`pack` turns one shard's dump into `data/LNN/matrix/part-<shard>.parquet` and removes the dump's blocks; `index` merges
+the shards' tables and writes the manifest, last. The format is docs/format.md.
+
+| output of `pack` | what |
+|---|---|
+| `workload/data/L07/q/part-00003.parquet` | `schema.data_schema`, one row per token, ascending |
+| `parts/00003.tokens.parquet`, `.sequences.parquet` | the shard's tables |
+| `parts/00003.json` | every file with rows, nonzeros, token range and sha256 |
+
+Memory: one row group of each thread, and `_Order`, 28 bytes a token of the shard.
+"""
+
+import json
+import platform
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sparsetrace import __version__
+from sparsetrace.card import data_card, duckdb_views
+from sparsetrace.dump import Block, group_name
+from sparsetrace.files import InputError, read_json, sha256_file, sha256_json, write_beside, write_json
+from sparsetrace.ragged import offsets_of, runs
+from sparsetrace.rows import Figures, Index, Rows, encode_rows, popcounts, row_figures
+from sparsetrace.schema import (
+    DUMP_VERSION,
+    FORMATS,
+    MATRIX_TABLE,
+    ROW_GROUP_ROWS,
+    SEQUENCES,
+    TOKENS,
+    WORKLOAD_VERSION,
+    NumberFormat,
+    column_encodings,
+    data_schema,
+    leaf,
+    mask_bytes,
+    part_name,
+)
+
+# Statistics on the index and the row figures only: on masks and planes they would cost space and select nothing.
+STATISTICS = ["layer", "matrix", "token", "sequence", "position", "nnz", "absmax", "l2"]
+SHARD_TABLES = {"tokens": TOKENS, "sequences": SEQUENCES}
+# Bytes of the dump that one thread reads before it gives their pages back.
+RELEASE_BYTES = 32 << 20
+# What all threads' row groups may take together; a wide matrix is packed by fewer threads.
+MEMORY_BYTES = 768 << 20
+# Peak bytes of a thread over the dense bytes of its row group, measured: operand, planes, squares, encoded pages.
+MEMORY_FACTOR = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """Rows of a shard, ascending by token: where each lies in the dump.
+
+    Args:
+        block: index of the block, [R].
+        row: row within the block, [R].
+        index: index columns, [R] each.
+    """
+
+    block: np.ndarray
+    row: np.ndarray
+    index: Index
+
+    def __len__(self) -> int:
+        return len(self.block)
+
+
+def pack(
+    dump_manifest: Path,
+    workload: Path,
+    out: Path,
+    report: Callable[[int, int], None] | None = None,
+    *,
+    encoding: str = "split",
+    share_inputs: bool = False,
+    threads: int = 1,
+) -> dict[str, Any]:
+    """Pack one shard.
+
+    A shard packed before from the same dump is left as it is, also when its blocks are gone by now; one that was
+    interrupted goes on after its last finished file. The bytes do not depend on the number of threads.
+
+    Args:
+        dump_manifest: `manifest.json` of the shard's dump.
+        workload: folder of the data set.
+        out: the shard's manifest, `parts/<shard>.json`; the tables are written beside it.
+        report: called with (leaves done, leaves in all).
+        encoding: one of `schema.ENCODINGS`.
+        share_inputs: store the matrices that read one masked input once.
+        threads: files written at a time.
+
+    Returns:
+        The shard's manifest.
+    """
+    dump = read_json(dump_manifest, "pack")
+    if dump["version"] != DUMP_VERSION:
+        raise InputError(f"pack: {dump_manifest} must have version {DUMP_VERSION}, got {dump['version']}")
+    # The workflow may delete `out` after a kill; this record it does not know.
+    record = out.with_name(f".{out.name}.record")
+    packed = read_json(record, "pack") if record.is_file() else None
+    wanted = sha256_json([dump, __version__, WORKLOAD_VERSION, encoding, share_inputs])
+    if packed is None or packed["dump"] != wanted or not _is_whole(packed, workload, out.parent):
+        # a data set whose parts are being replaced is not whole until `index` says so again
+        (workload / "manifest.json").unlink(missing_ok=True)
+        job = _Shard(dump, dump_manifest.parent, workload, out, wanted, encoding, share_inputs)
+        packed = job.pack(threads, report)
+        write_json(record, packed)
+        job.journal.unlink(missing_ok=True)
+    write_json(out, packed)
+    for file in dump_manifest.parent.glob("group-*"):
+        file.unlink()
+    return packed
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """One shard on its way from dump to Parquet; the fields are `pack`'s."""
+
+    dump: dict[str, Any]
+    folder: Path
+    workload: Path
+    out: Path
+    wanted: str
+    encoding: str
+    share_inputs: bool
+
+    @property
+    def journal(self) -> Path:
+        """One JSON line for each finished file, after a line that names the dump."""
+        return self.out.with_name(f".{self.out.name}.journal")
+
+    def pack(self, threads: int, report: Callable[[int, int], None] | None) -> dict[str, Any]:
+        names = [group_name(group) for group in self.dump["groups"]]
+        seals = (read_json(self.folder / f"{name}.json", "pack") for name in names)
+        blocks = [Block(self.folder / file) for seal in seals for file in seal["blocks"]]
+        order = _order(blocks)
+        distinct = 1 + int(np.count_nonzero(np.diff(order.index.token))) if len(order) else 0
+        if len(order) != self.dump["rows"] or distinct != len(order):
+            raise InputError(
+                f"pack: {self.folder} must hold {self.dump['rows']} rows of different tokens, got {len(order)} with "
+                f"{distinct} different: generate it again"
+            )
+        shared = {}
+        if self.share_inputs:
+            same = ((matrix, matrix.get("same_input_as")) for matrix in self.dump["matrices"])
+            shared = {leaf(matrix["layer"], matrix["matrix"]): other for matrix, other in same if other}
+        stored = [m for m in self.dump["matrices"] if leaf(m["layer"], m["matrix"]) not in shared]
+        done = self._finished()
+        todo = [matrix for matrix in stored if self._path(matrix) not in done]
+        self.journal.parent.mkdir(parents=True, exist_ok=True)
+        with self.journal.open("a" if done else "w", encoding="utf-8") as journal:
+            if not done:
+                _note(journal, {"dump": self.wanted})
+            for entry in _in_threads(lambda m: self._write_leaf(m, blocks, order), todo, _threads(threads, stored)):
+                _note(journal, entry)
+                done[entry["path"]] = entry
+                if report is not None:
+                    report(len(done), len(stored))
+        for table, schema in SHARD_TABLES.items():
+            pieces = [pq.read_table(self.folder / f"{name}.{table}.parquet", schema=schema) for name in names]
+            with write_beside(self.out.with_suffix(f".{table}.parquet")) as partial:
+                pq.write_table(pa.concat_tables(pieces), partial)
+        return {
+            "dump": self.wanted,
+            "shard": int(self.out.stem),
+            "encoding": self.encoding,
+            "shared": shared,
+            "manifest": self.dump,
+            "files": [done[self._path(matrix)] for matrix in stored],
+        }
+
+    def _path(self, matrix: dict[str, Any]) -> str:
+        return f"data/{leaf(matrix['layer'], matrix['matrix'])}/{part_name(int(self.out.stem))}"
+
+    def _finished(self) -> dict[str, dict[str, Any]]:
+        """Files that an interrupted run of the same dump left whole, by path."""
+        if not self.journal.is_file():
+            return {}
+        entries = []
+        for line in self.journal.read_text(encoding="utf-8").splitlines(keepends=True):
+            # the last line may have been cut off
+            if line.endswith("\n"):
+                entries.append(json.loads(line))
+        if not entries or entries[0] != {"dump": self.wanted}:
+            return {}
+        return {e["path"]: e for e in entries[1:] if _has_size(self.workload / e["path"], e["bytes"])}
+
+    def _write_leaf(self, matrix: dict[str, Any], blocks: list[Block], order: _Order) -> dict[str, Any]:
+        """Write one layer and matrix, a row group at a time; returns its entry in the manifest."""
+        path = self.workload / self._path(matrix)
+        level = self.dump.get("capture", {}).get("level", "full")
+        schema = data_schema(matrix["dtype"], self.encoding, level, matrix["in_features"])
+        nnz = 0
+        with (
+            write_beside(path) as partial,
+            pq.ParquetWriter(
+                partial,
+                schema,
+                compression="zstd",
+                compression_level=1,
+                use_dictionary=["matrix"],
+                column_encoding=column_encodings(schema),
+                write_statistics=STATISTICS,
+                write_page_checksum=True,
+            ) as writer,
+        ):
+            for index, figures, rows in _row_groups(matrix, level, blocks, order):
+                table = encode_rows(schema, matrix["layer"], matrix["matrix"], index, figures, rows)
+                writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+                nnz += int(figures.nnz.sum())
+        token = order.index.token
+        return {
+            "path": self._path(matrix),
+            "layer": matrix["layer"],
+            "matrix": matrix["matrix"],
+            "rows": len(order),
+            "nnz": nnz,
+            "first_token": int(token[0]) if len(order) else None,
+            "last_token": int(token[-1]) if len(order) else None,
+            "bytes": path.stat().st_size,
+            "sha256": sha256_file(path),
+        }
+
+
+def _note(journal: TextIO, entry: dict[str, Any]) -> None:
+    journal.write(json.dumps(entry) + "\n")
+    journal.flush()
+
+
+def _in_threads(
+    work: Callable[[dict[str, Any]], dict[str, Any]], items: list[dict[str, Any]], threads: int
+) -> Iterable[dict[str, Any]]:
+    """Results in the order of the items; after an error or an interrupt nothing more is begun."""
+    if threads == 1:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            yield from pool.map(work, items)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _threads(threads: int, matrices: list[dict[str, Any]]) -> int:
+    """As many as asked for, or as `MEMORY_BYTES` allows."""
+    widest = max((m["in_features"] * FORMATS[m["dtype"]].bits.itemsize for m in matrices), default=1)
+    return max(1, min(threads, MEMORY_BYTES // (MEMORY_FACTOR * ROW_GROUP_ROWS * widest)))
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _is_whole(packed: dict[str, Any], workload: Path, parts: Path) -> bool:
+    tables = [parts / f"{packed['shard']:05d}.{table}.parquet" for table in SHARD_TABLES]
+    return all(_has_size(workload / file["path"], file["bytes"]) for file in packed["files"]) and all(
+        table.is_file() for table in tables
+    )
+
+
+def _order(blocks: list[Block]) -> _Order:
+    def column(name: str, dtype: type) -> np.ndarray:
+        return np.concatenate([np.empty(0, dtype), *(block[f"rows.{name}"] for block in blocks)], dtype=dtype)
+
+    token = column("token", np.int64)
+    sizes = [len(block["rows.token"]) for block in blocks]
+    block = np.repeat(np.arange(len(blocks), dtype=np.int32), sizes)
+    row = np.concatenate([np.empty(0, np.int32), *(np.arange(size, dtype=np.int32) for size in sizes)])
+    by_token = np.argsort(token, kind="stable")
+    index = Index(token[by_token], column("sequence", np.int32)[by_token], column("position", np.int32)[by_token])
+    for one in blocks:
+        one.release()
+    return _Order(block[by_token], row[by_token], index)
+
+
+def _row_groups(
+    matrix: dict[str, Any], level: str, blocks: list[Block], order: _Order
+) -> Iterable[tuple[Index, Figures, Rows | None]]:
+    """The row groups of one layer and matrix, in order."""
+    name = f"L{matrix['layer']:02d}.{matrix['matrix']}"
+    number = FORMATS[matrix["dtype"]]
+    read = 0
+    for start in range(0, len(order), ROW_GROUP_ROWS):
+        chosen = slice(start, start + ROW_GROUP_ROWS)
+        block, row = order.block[chosen], order.row[chosen]
+        index = Index(*(column[chosen] for column in (order.index.token, order.index.sequence, order.index.position)))
+        rows, out_mask = None, None
+        if f"{name}.out_mask" in blocks[block[0]]:
+            out_mask = _pick(blocks, f"{name}.out_mask", block, row)
+        if level == "full":
+            mask, offsets, patterns = gather(blocks, name, block, row, number)
+            figures = Figures(np.diff(offsets), *row_figures(patterns, offsets, number))
+            bits = patterns
+        else:
+            absmax, l2 = (_pick(blocks, f"{name}.{figure}", block, row) for figure in ("absmax", "l2"))
+            if level == "masks":
+                mask = _pick(blocks, f"{name}.mask", block, row)
+                figures, bits = Figures(popcounts(mask), absmax, l2), None
+            else:
+                figures = Figures(_pick(blocks, f"{name}.nnz", block, row), absmax, l2)
+        if level != "stats":
+            if mask.shape[1] != mask_bytes(matrix["in_features"]):
+                raise InputError(
+                    f"pack: {name} must have {matrix['in_features']} inputs, got {mask.shape[1]} mask bytes"
+                )
+            rows = Rows(
+                matrix["layer"],
+                matrix["matrix"],
+                matrix["in_features"],
+                number.name,
+                index.token,
+                mask,
+                offsets_of(figures.nnz),
+                bits,
+                out_mask,
+            )
+        yield index, figures, rows
+        read += matrix["in_features"] * number.bits.itemsize * len(block)
+        if read > RELEASE_BYTES:
+            read = 0
+            for used in blocks[block.min() : block.max() + 1]:
+                used.release()
+    for used in blocks:
+        used.release()
+
+
+def gather(
+    blocks: list[Block], name: str, block: np.ndarray, row: np.ndarray, number: NumberFormat
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Collect rows of one layer and matrix from the blocks, in the order asked for.
+
+    Args:
+        blocks: of the dump.
+        name: such as `L07.q`.
+        block, row: [R], where each row lies.
+        number: format of the values.
+
+    Returns:
+        mask [R, bytes] uint8, offsets [R + 1] int64, patterns [nnz].
+    """
+    lengths, patterns = [], []
+    for start, stop in runs(block):
+        source, rows = blocks[block[start]], row[start:stop]
+        first, last = int(rows.min()), int(rows.max()) + 1
+        offsets = source[f"{name}.offsets"][first : last + 1]
+        values = source[f"{name}.values"][offsets[0] : offsets[-1]]
+        if len(rows) == last - first and (np.diff(rows) == 1).all():
+            lengths.append(np.diff(offsets))
+            patterns.append(values)
+            continue
+        # Arrow copies whole rows of bytes, ten times faster than an index for every value
+        size = number.bits.itemsize
+        buffers = [None, pa.py_buffer((offsets - offsets[0]) * size), pa.py_buffer(values)]
+        taken = pa.Array.from_buffers(pa.large_binary(), last - first, buffers).take(pa.array(rows - first))
+        _, taken_offsets, taken_values = taken.buffers()
+        lengths.append(np.diff(np.frombuffer(taken_offsets, np.int64, len(rows) + 1)) // size)
+        count = int(lengths[-1].sum())
+        patterns.append(np.frombuffer(taken_values or b"", number.bits, count))
+    offsets = offsets_of(np.concatenate(lengths))
+    return _pick(blocks, f"{name}.mask", block, row), offsets, np.concatenate(patterns, dtype=number.bits)
+
+
+def _pick(blocks: list[Block], name: str, block: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """Rows of an array that has one line for each, in the order asked for."""
+    return np.concatenate([blocks[block[start]][name][row[start:stop]] for start, stop in runs(block)])
+
+
+def index(parts: list[Path], workload: Path) -> dict[str, Any]:
+    """Merge the shards' tables and write the data set's manifest, last.
+
+    Args:
+        parts: `parts/<shard>.json` of every shard.
+        workload: folder of the data set.
+
+    Raises:
+        InputError: shards of different runs, the same shard twice, or a file that is not there.
+    """
+    shards = sorted((read_json(part, "index") | {"at": part} for part in parts), key=lambda shard: shard["shard"])
+    if [shard["shard"] for shard in shards] != list(range(len(shards))):
+        raise InputError(f"index: shards must be 0 to {len(shards) - 1}, got {[shard['shard'] for shard in shards]}")
+    first = shards[0]["manifest"]
+    same = [name for name in first if name not in ("key", "prompts", "groups", "rows")]
+    for shard in shards:
+        other = [name for name in same if shard["manifest"][name] != first[name]]
+        other += [name for name in ("encoding", "shared") if shard[name] != shards[0][name]]
+        if other:
+            raise InputError(f"index: shards must be of one run, got {shard['at']} with another {', '.join(other)}")
+        if not _is_whole(shard, workload, shard["at"].parent):
+            raise InputError(f"index: {shard['at']} must have all its files, got some missing: pack it again")
+    _remove_strangers(workload / "data", {file["path"] for shard in shards for file in shard["files"]}, workload)
+
+    tables = []
+    for table, schema in SHARD_TABLES.items():
+        pieces = [pq.read_table(shard["at"].with_suffix(f".{table}.parquet"), schema=schema) for shard in shards]
+        tables.append(_write_table(workload, f"{table}.parquet", pa.concat_tables(pieces)))
+    rows = sum(shard["manifest"]["rows"] for shard in shards)
+    matrices = _matrices(shards, rows)
+    tables.append(_write_table(workload, "matrices.parquet", matrices))
+
+    model = ("model_hash", "source", "source_hash", "dtype")
+    settings = ("label", "method", "parameters", "calibration", "decoding", "batching")
+    manifest = {
+        "format": "sparsetrace-workload",
+        "version": WORKLOAD_VERSION,
+        **{name: first[name] for name in (*model, *settings)},
+        "capture": first.get("capture", {"level": "full"}),
+        "encoding": shards[0]["encoding"],
+        "share_inputs": bool(shards[0]["shared"]),
+        "device": first["device"],
+        "threads": first["threads"],
+        "versions": {**first["versions"], "pyarrow": pa.__version__, "sparsetrace": __version__},
+        "packed_with": {"python": platform.python_version(), "numpy": np.__version__},
+        "tokens": rows,
+        "rows": rows * len(first["matrices"]),
+        "nnz": sum(matrices["nnz"].to_pylist()),
+        "files": [file for shard in shards for file in shard["files"]] + tables,
+    }
+    views = duckdb_views(first["dtype"], manifest["encoding"], manifest["capture"]["level"], manifest["share_inputs"])
+    for name, text in (("README.md", data_card(manifest, matrices)), ("views.sql", views)):
+        with write_beside(workload / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+    write_json(workload / "manifest.json", manifest | {"sha256": sha256_json(manifest)})
+    return manifest
+
+
+def _matrices(shards: list[dict[str, Any]], rows: int) -> pa.Table:
+    nnz: dict[str, int] = {}
+    for shard in shards:
+        for file in shard["files"]:
+            key = leaf(file["layer"], file["matrix"])
+            nnz[key] = nnz.get(key, 0) + file["nnz"]
+    table = []
+    for matrix in shards[0]["manifest"]["matrices"]:
+        other = shards[0]["shared"].get(leaf(matrix["layer"], matrix["matrix"]))
+        kept = nnz[leaf(matrix["layer"], other or matrix["matrix"])]
+        inputs = rows * matrix["in_features"]
+        counted = {"rows": rows, "nnz": kept, "achieved_sparsity": 1 - kept / inputs if inputs else None}
+        table.append(matrix | counted | {"shares_input_with": other})
+    return pa.Table.from_pylist(table, schema=MATRIX_TABLE)
+
+
+def _write_table(workload: Path, name: str, table: pa.Table) -> dict[str, Any]:
+    with write_beside(workload / name) as partial:
+        pq.write_table(table, partial, compression="zstd")
+    path = workload / name
+    return {"path": name, "rows": table.num_rows, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def _remove_strangers(data: Path, known: set[str], workload: Path) -> None:
+    """Remove parts that an earlier study with more shards left; a reader would take them for rows."""
+    for file in data.rglob("*.parquet"):
+        if file.relative_to(workload).as_posix() not in known:
+            file.unlink()
+    for folder in data.iterdir():
+        if not any(folder.rglob("*.parquet")):
+            shutil.rmtree(folder)

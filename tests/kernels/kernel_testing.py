@@ -1,0 +1,66 @@
+"""What the kernel tests share: inputs at a sparsity, poisoned rings, the bound on a sum's error."""
+
+# Shape suffixes: K = input features, N = output features, S = column segments, R = ring slots, M = ceil(K / 8).
+
+import torch
+
+from sparsetrace_kernels.reference import magnitude_bits
+
+NUM_SLOTS = 3
+POISON_BYTE = 0xA5
+
+
+def make_input(K, dtype, device, seed=0):
+    """Draw a normal vector that also holds both zeros and a subnormal."""
+    generator = torch.Generator().manual_seed(seed)
+    x_K = torch.randn(K, generator=generator).to(dtype)
+    if K >= 4:
+        x_K[:3] = torch.tensor([0.0, -0.0, torch.finfo(dtype).smallest_normal / 4])
+    return x_K.to(device)
+
+
+def make_weight(K, N, dtype, device, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(K, N, generator=generator).to(dtype).to(device)
+
+
+def threshold_bits(score_K, sparsity):
+    """Give the [1] int32 pattern under which the wanted fraction lies: 0 keeps what is nonzero, 1 keeps nothing."""
+    bits_K = magnitude_bits(score_K).int().sort().values
+    index = round(sparsity * score_K.shape[0])
+    return bits_K[index - 1 : index].clone() if index else bits_K.new_zeros(1)
+
+
+def make_ring(S, K, dtype, device):
+    """Make poisoned rings whose segments lie inside wider rows, as views of one big ring do."""
+    num_bytes = -(-K // 8)
+    values = torch.full((NUM_SLOTS, S + 1, K + 5), float("nan"), dtype=dtype, device=device)
+    mask = torch.full((NUM_SLOTS, S + 1, num_bytes + 3), POISON_BYTE, dtype=torch.uint8, device=device)
+    return values[:, 1:, :K], mask[:, 1:, :num_bytes]
+
+
+def make_slot(number, device):
+    return torch.tensor([number], dtype=torch.int64, device=device)
+
+
+def assert_ring(values_RSK, mask_RSM, number, operand_SK, mask_SM):
+    """The slot holds exactly the operand and its bitmask, and everything else is still poisoned."""
+    assert torch.equal(values_RSK[number].view(torch.int16), operand_SK.view(torch.int16))
+    assert torch.equal(mask_RSM[number], mask_SM)
+    assert_untouched(values_RSK, mask_RSM, except_slot=number)
+
+
+def assert_untouched(values_RSK, mask_RSM, except_slot=None):
+    others = [r for r in range(NUM_SLOTS) if r != except_slot]
+    assert values_RSK[others].isnan().all()
+    assert (mask_RSM[others] == POISON_BYTE).all()
+    # the segment row in front of the views' first
+    base = values_RSK._base
+    assert base is None or base[:, 0].isnan().all()
+
+
+def assert_sum_close(y_N, ref_N, torch_N):
+    """Error against float64 at most twice torch's own in the same dtype, and one rounding more."""
+    assert not y_N.isnan().any()
+    ulp = torch.finfo(y_N.dtype).eps * ref_N.abs().max()
+    assert (y_N.double() - ref_N).abs().max() <= 2 * (torch_N.double() - ref_N).abs().max() + ulp

@@ -1,0 +1,375 @@
+"""Conversion against the checkpoint's own tensors; whatever is wrong is named, and no output is left."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparsetrace import convert as step
+from sparsetrace.config import Conversion
+from sparsetrace.convert import convert, read_config
+from sparsetrace.files import InputError
+from sparsetrace.runtime import describe, open_model, source_weight
+from sparsetrace.schema import SITES
+
+
+def runtime_tensors(model) -> dict[str, torch.Tensor]:
+    files = sorted({entry["file"] for entry in model.tensors.values()})
+    return {name: tensor for file in files for name, tensor in load_file(model.folder / file).items()}
+
+
+def write_sharded(folder, tiny, config, tensors, parts):
+    """The same checkpoint in several files with an index."""
+    tiny.tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    names = list(tensors)
+    weight_map = {}
+    for part in range(parts):
+        file = f"model-{part + 1:05d}-of-{parts:05d}.safetensors"
+        own = {name: tensors[name] for name in names[part::parts]}
+        save_file(own, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(own, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def refused(checkpoint, out, match, conversion=None):
+    """Conversion fails with a message, and leaves nothing beside or in place of its output."""
+    with pytest.raises(InputError, match=match) as error:
+        convert(checkpoint, out, conversion or Conversion())
+    assert str(error.value).startswith(("convert:", "tokenizer:"))
+    assert "\n" not in str(error.value)
+    assert not out.exists()
+    assert not [path for path in out.parent.iterdir() if "partial" in path.name]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_every_tensor_is_the_checkpoints_own(tiny, tmp_path, rng, dtype):
+    """[in, out] order, the matrices of a site side by side, bit for bit."""
+    config = tiny.config | {"torch_dtype": dtype}
+    source = tiny.weights(rng, config)
+    model = convert(tiny.write(tmp_path / "checkpoint", config, source), tmp_path / "model", Conversion())
+    found = runtime_tensors(model)
+    expected = {
+        "embedding": source["model.embed_tokens.weight"],
+        "lm_head": source["lm_head.weight"],
+        "norm.weight": source["model.norm.weight"],
+    }
+    for layer in range(2):
+        prefix = f"model.layers.{layer}"
+        expected[f"layers.{layer}.attn_norm.weight"] = source[f"{prefix}.input_layernorm.weight"]
+        expected[f"layers.{layer}.mlp_norm.weight"] = source[f"{prefix}.post_attention_layernorm.weight"]
+        for site, matrices in SITES.items():
+            weights = [source[source_weight(layer, matrix)].T for matrix in matrices]
+            expected[f"layers.{layer}.{site}.weight"] = torch.cat(weights, 1)
+    assert found.keys() == expected.keys() == model.tensors.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == getattr(torch, dtype)
+        assert torch.equal(found[name], tensor), name
+        assert model.tensors[name]["shape"] == list(tensor.shape)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_casts_as_torch_does(tiny, tmp_path, rng, dtype):
+    source = tiny.weights(rng, tiny.config)
+    model = convert(tiny.write(tmp_path / "c", tiny.config, source), tmp_path / "m", Conversion(dtype=dtype))
+    assert model.config.dtype == dtype
+    down = source["model.layers.1.mlp.down_proj.weight"].to(getattr(torch, dtype)).T
+    assert torch.equal(runtime_tensors(model)["layers.1.mlp_mid.weight"], down)
+
+
+def test_sharded_or_not_is_the_same_model(tiny, tmp_path, rng):
+    source = tiny.weights(rng, tiny.config)
+    one = convert(tiny.write(tmp_path / "one", tiny.config, source), tmp_path / "a", Conversion())
+    two = convert(write_sharded(tmp_path / "two", tiny, tiny.config, source, 2), tmp_path / "b", Conversion())
+    five = convert(write_sharded(tmp_path / "five", tiny, tiny.config, source, 5), tmp_path / "c", Conversion())
+    assert one.model_hash == two.model_hash == five.model_hash
+    assert one.tensors == two.tensors == five.tensors
+    assert len({one.source_hash, two.source_hash, five.source_hash}) == 3
+    for file in (tmp_path / "a").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_small_output_files_hold_the_same_model(tiny, tmp_path, rng, monkeypatch):
+    checkpoint = tiny.checkpoint(tmp_path / "c", rng)
+    one = convert(checkpoint, tmp_path / "a", Conversion())
+    monkeypatch.setattr(step, "FILE_BYTES", 5000)
+    many = convert(checkpoint, tmp_path / "b", Conversion())
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 3
+    assert one.model_hash == many.model_hash
+    left, right = one.load(torch.device("cpu")).state_dict(), many.load(torch.device("cpu")).state_dict()
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_any_change_of_a_weight_changes_the_hash(tiny, tmp_path, rng):
+    source = tiny.weights(rng, tiny.config)
+    hashes = set()
+    for number, name in enumerate([None, "model.norm.weight", "model.layers.1.self_attn.k_proj.weight"]):
+        changed = {key: tensor.clone() for key, tensor in source.items()}
+        if name:
+            changed[name].view(torch.int32).flatten()[-1] ^= 1
+        checkpoint = tiny.write(tmp_path / f"c{number}", tiny.config, changed)
+        hashes.add(convert(checkpoint, tmp_path / f"m{number}", Conversion()).model_hash)
+    config = tiny.config | {"rope_theta": 10001.0}
+    hashes.add(convert(tiny.write(tmp_path / "c", config, source), tmp_path / "m", Conversion()).model_hash)
+    assert len(hashes) == 4
+
+
+@pytest.mark.parametrize("held", ["model.embed_tokens.weight", "lm_head.weight", "both"])
+def test_tied_under_either_name(tiny, tmp_path, rng, held):
+    config = tiny.config | {"tie_word_embeddings": True}
+    source = tiny.weights(rng, config)
+    table = source.pop("model.embed_tokens.weight")
+    names = ["model.embed_tokens.weight", "lm_head.weight"] if held == "both" else [held]
+    source |= {name: table.clone() for name in names}
+    model = convert(tiny.write(tmp_path / "c", config, source), tmp_path / "m", Conversion())
+    decoder = model.load(torch.device("cpu"))
+    assert torch.equal(decoder.embedding, table)
+    assert decoder.lm_head.data_ptr() == decoder.embedding.data_ptr()
+    assert "lm_head" not in model.tensors
+
+
+def test_converting_again_replaces_the_model(tiny, tmp_path, rng):
+    first = convert(tiny.checkpoint(tmp_path / "c1", rng), tmp_path / "m", Conversion())
+    second = convert(tiny.checkpoint(tmp_path / "c2", rng), tmp_path / "m", Conversion())
+    assert first.model_hash != second.model_hash
+    assert open_model(tmp_path / "m") == second
+    assert open_model(tmp_path / "m" / "config.json") == second
+    assert "2 layers of 7 matrices" in describe(second)
+
+
+def test_leaves_a_foreign_folder_alone(tiny, tmp_path, rng):
+    checkpoint = tiny.checkpoint(tmp_path / "c", rng)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="must be a runtime model or not exist, got another folder"):
+        convert(checkpoint, tmp_path / "m", Conversion())
+    assert (tmp_path / "m" / "thesis.tex").read_text() == "years of work"
+
+
+def test_does_not_replace_the_checkpoint_itself(tiny, tmp_path, rng):
+    checkpoint = tiny.checkpoint(tmp_path / "c", rng)
+    before = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
+    with pytest.raises(InputError, match="must be a runtime model or not exist"):
+        convert(checkpoint, checkpoint, Conversion())
+    assert {file.name: file.read_bytes() for file in checkpoint.iterdir()} == before
+
+
+def drop(name):
+    return lambda config, tensors: tensors.pop(name)
+
+
+def put(name, make):
+    return lambda config, tensors: tensors.update({name: make(tensors[name] if name in tensors else None)})
+
+
+def poke(name, value):
+    def change(config, tensors):
+        tensors[name][-1, -1] = value
+
+    return change
+
+
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+BAD_TENSORS = [
+    # id, change, message
+    ("missing", drop(WEIGHT), f"tensors must be complete, got none for {WEIGHT}"),
+    ("no-embedding", drop("model.embed_tokens.weight"), "got none for model.embed_tokens.weight"),
+    ("no-head", drop("lm_head.weight"), "got none for lm_head.weight"),
+    ("unexpected", put("model.layers.0.mlp.bias", lambda _: torch.zeros(3)), "got also model.layers.0.mlp.bias"),
+    ("third-layer", put("model.layers.2.mlp.up_proj.weight", lambda _: torch.zeros(3)), "got also model.layers.2"),
+    ("misshapen", put(WEIGHT, lambda x: x[:-1].clone()), rf"{WEIGHT} must have shape \[43, 36\], got \[42, 36\]"),
+    ("transposed", put(WEIGHT, lambda x: x.T.contiguous()), rf"{WEIGHT} must have shape \[43, 36\], got \[36, 43\]"),
+    ("nan", poke(WEIGHT, float("nan")), f"{WEIGHT} must be finite, got NaN or Inf"),
+    ("inf", poke("model.embed_tokens.weight", float("-inf")), "embed_tokens.weight must be finite, got NaN or Inf"),
+    ("integers", put(WEIGHT, lambda x: x.int()), f"{WEIGHT} must be fp16, bf16 or fp32, got torch.int32"),
+    ("fp8", put(WEIGHT, lambda x: x.to(torch.float8_e4m3fn)), f"{WEIGHT} must be fp16, bf16 or fp32"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), [pytest.param(*case[1:], id=case[0]) for case in BAD_TENSORS])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_refuses_tensors(tiny, tmp_path, rng, change, message, parts):
+    config, tensors = dict(tiny.config), tiny.weights(rng, tiny.config)
+    change(config, tensors)
+    folder = tmp_path / "checkpoint"
+    if parts == 1:
+        tiny.write(folder, config, tensors)
+    else:
+        write_sharded(folder, tiny, config, tensors, parts)
+    refused(folder, tmp_path / "model", message)
+
+
+def test_refuses_what_a_dtype_cannot_hold(tiny, tmp_path, rng):
+    tensors = tiny.weights(rng, tiny.config)
+    tensors[WEIGHT][3, 4] = 70_000
+    checkpoint = tiny.write(tmp_path / "c", tiny.config, tensors)
+    refused(checkpoint, tmp_path / "m", f"{WEIGHT} must fit torch.float16, got 70000", Conversion(dtype="float16"))
+    assert convert(checkpoint, tmp_path / "m", Conversion(dtype="bfloat16")).config.dtype == "bfloat16"
+
+
+def test_saved_rotary_buffers_are_no_matter(tiny, tmp_path, rng):
+    tensors = tiny.weights(rng, tiny.config)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    convert(tiny.write(tmp_path / "c", tiny.config, tensors), tmp_path / "m", Conversion())
+
+
+BAD_CONFIGS = [
+    # id, changes, message
+    ("type", {"model_type": "gpt2"}, "model_type must be one of llama, mistral, got 'gpt2'"),
+    ("no-type", {"model_type": None}, "model_type must be one of llama, mistral, got None"),
+    ("architecture", {"architectures": ["LlamaForSequenceClassification"]}, "architectures must be"),
+    ("unknown", {"logit_softcap": 30.0, "mystery": 1}, "got logit_softcap, mystery: .* ignore_fields"),
+    ("activation", {"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
+    ("bias", {"attention_bias": True}, "attention_bias must be False, got True"),
+    ("quantised", {"quantization_config": {"bits": 4}}, "quantization_config must be None"),
+    ("rope", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "must be default or llama3, got 'linear'"),
+    ("rope3", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "got none for low_freq_factor"),
+    ("heads", {"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads, got 4 and 3"),
+    ("negative", {"intermediate_size": -1}, "intermediate_size must be a positive integer, got -1"),
+    ("text", {"hidden_size": "36"}, "hidden_size must be a positive integer, got '36'"),
+    ("absent", {"max_position_embeddings": None}, "max_position_embeddings must be a positive integer, got None"),
+    ("dtype", {"torch_dtype": "int8"}, "torch_dtype must be one of float16, bfloat16, float32, got 'int8'"),
+    ("eos", {"eos_token_id": "</s>"}, "eos_token_id must be an integer or a list of them, got '</s>'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), [pytest.param(*case[1:], id=case[0]) for case in BAD_CONFIGS])
+def test_refuses_configurations(tiny, tmp_path, rng, changes, message):
+    tensors = tiny.weights(rng, tiny.config)
+    refused(tiny.write(tmp_path / "c", tiny.config | changes, tensors), tmp_path / "m", message)
+
+
+def test_fields_said_to_be_harmless_are(tiny, tmp_path, rng):
+    tensors = tiny.weights(rng, tiny.config)
+    checkpoint = tiny.write(tmp_path / "c", tiny.config | {"mystery": 1}, tensors)
+    convert(checkpoint, tmp_path / "m", Conversion(ignore_fields=("mystery",)))
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_refuses_truncated_files(tiny, tmp_path, rng, keep):
+    checkpoint = tiny.checkpoint(tmp_path / "c", rng)
+    data = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "model.safetensors").write_bytes(data[:keep])
+    refused(checkpoint, tmp_path / "m", "model.safetensors must be a whole safetensors file")
+
+
+def test_refuses_files_that_are_not_there(tiny, tmp_path, rng):
+    refused(tmp_path / "nowhere", tmp_path / "m", "nowhere/config.json must be a file, got nothing there")
+    checkpoint = tiny.checkpoint(tmp_path / "c", rng)
+    (checkpoint / "model.safetensors").rename(checkpoint / "weights.bin")
+    refused(checkpoint, tmp_path / "m", "model.safetensors must be a safetensors file, got nothing there")
+
+
+def test_refuses_a_wrong_index(tiny, tmp_path, rng):
+    checkpoint = write_sharded(tmp_path / "c", tiny, tiny.config, tiny.weights(rng, tiny.config), 2)
+    index = checkpoint / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    file = content["weight_map"].popitem()[1]
+    content["weight_map"]["model.ghost"] = file
+    index.write_text(json.dumps(content))
+    refused(checkpoint, tmp_path / "m", "tensors must be in the files it names, got none for model.ghost")
+    index.write_text(json.dumps({"weight_map": [1]}))
+    refused(checkpoint, tmp_path / "m", r"weight_map must be an object, got \[1\]")
+    index.write_text("{")
+    refused(checkpoint, tmp_path / "m", "index.json must be JSON")
+    index.unlink()
+    refused(checkpoint, tmp_path / "m", "model.safetensors must be a safetensors file, got nothing there")
+
+
+def test_refuses_the_same_tensor_twice(tiny, tmp_path, rng):
+    tensors = tiny.weights(rng, tiny.config)
+    checkpoint = write_sharded(tmp_path / "c", tiny, tiny.config, tensors, 2)
+    second = checkpoint / "model-00002-of-00002.safetensors"
+    save_file(load_file(second) | {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"]}, second)
+    refused(checkpoint, tmp_path / "m", "tensor model.embed_tokens.weight must be in one file only, got it twice")
+
+
+def test_failure_keeps_the_earlier_model(tiny, tmp_path, rng):
+    model = convert(tiny.checkpoint(tmp_path / "c", rng), tmp_path / "m", Conversion())
+    tensors = tiny.weights(rng, tiny.config)
+    tensors[WEIGHT][0, 0] = float("nan")
+    with pytest.raises(InputError, match="must be finite"):
+        convert(tiny.write(tmp_path / "bad", tiny.config, tensors), tmp_path / "m", Conversion())
+    assert open_model(tmp_path / "m") == model
+    model.load(torch.device("cpu"))
+
+
+def test_tokenizer_is_copied_with_its_settings(tiny, tmp_path, rng):
+    checkpoint = tiny.checkpoint(tmp_path / "c", rng)
+    (checkpoint / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [2, 7], "bos_token_id": 5}')
+    model = convert(checkpoint, tmp_path / "m", Conversion())
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (model.folder / name).read_bytes() == (checkpoint / name).read_bytes()
+    assert model.bos is None
+    assert model.eos == {2, 7}
+    assert model.tokenizer().encode("w3 w9", "test") == [3, 9]
+
+
+def test_refuses_a_checkpoint_without_tokenizer(tiny, tmp_path, rng):
+    checkpoint = tiny.checkpoint(tmp_path / "c", rng)
+    (checkpoint / "tokenizer.json").unlink()
+    refused(checkpoint, tmp_path / "m", "must hold tokenizer.json or tokenizer.model, got neither")
+    (checkpoint / "tokenizer.model").write_bytes(b"not a model")
+    refused(checkpoint, tmp_path / "m", "must hold a readable tokenizer")
+
+
+def test_refuses_a_model_that_is_none(tiny, tmp_path, rng):
+    checkpoint = tiny.checkpoint(tmp_path / "c", rng)
+    with pytest.raises(InputError, match="must be a converted model, got another config.json: run `sparsetrace convert`"):
+        open_model(checkpoint)
+    model = convert(checkpoint, tmp_path / "m", Conversion())
+    content = json.loads((model.folder / "config.json").read_text())
+    (model.folder / "config.json").write_text(json.dumps(content | {"version": 99}))
+    with pytest.raises(InputError, match="must have version 1, got 99: convert again"):
+        open_model(model.folder)
+
+
+def test_refuses_truncated_weights_when_loading(tiny, tmp_path, rng):
+    model = convert(tiny.checkpoint(tmp_path / "c", rng), tmp_path / "m", Conversion())
+    file = model.folder / "weights-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match="must be whole, got .*: convert again"):
+        model.load(torch.device("cpu"))
+
+
+ABSENT = [
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "sliding_window",
+    "tie_word_embeddings",
+    "hidden_act",
+]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize("absent", [pytest.param((name,), id=name) for name in ABSENT] + [pytest.param(ABSENT, id="all")])
+def test_absent_fields_mean_what_they_mean_to_transformers(tiny, tmp_path, model_type, absent):
+    """Old and trimmed config.json files: the default is transformers', field by field."""
+    transformers = pytest.importorskip("transformers")
+    architecture = {"llama": "Llama", "mistral": "Mistral"}[model_type]
+    raw = tiny.config | {
+        "model_type": model_type,
+        "architectures": [f"{architecture}ForCausalLM"],
+        "num_attention_heads": 16,
+        "hidden_size": 128,
+        "sliding_window": 7,
+        "tie_word_embeddings": True,
+        "rope_scaling": None,
+    }
+    raw = {name: value for name, value in raw.items() if name not in absent}
+    theirs = getattr(transformers, f"{architecture}Config")(**{k: v for k, v in raw.items() if k != "model_type"})
+    ours = read_config(raw, Conversion(), tmp_path)
+    assert ours.num_key_value_heads == theirs.num_key_value_heads
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.sliding_window == (theirs.sliding_window if model_type == "mistral" else None)
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings

@@ -1,0 +1,234 @@
+"""The format itself: golden bytes, the schema, and docs/format.md's own recipe; and packing's promises.
+
+The golden hash was made by this code; the planes beside it were written out by hand from docs/format.md.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from workload_testing import build, pack_all, write_dump
+
+import sparsetrace
+from sparsetrace import pack as packing
+from sparsetrace.files import InputError
+from sparsetrace.rows import Figures, Index, Rows, decode_rows, encode_rows
+from sparsetrace.schema import FORMATS, LEVELS, data_schema
+
+# one row of nine inputs; inputs 0, 3 and 8 are kept: 1.0, -2.5 and the smallest positive number
+KEPT = [0, 3, 8]
+MASK = bytes([0b0000_1001, 0b0000_0001])
+PLANES = {
+    # 0x3C00, 0xC100, 0x0001
+    "float16": [bytes([0x00, 0x00, 0x01]), bytes([0x3C, 0xC1, 0x00])],
+    # 0x3F80, 0xC020, 0x0001, rotated left by one: 0x7F00, 0x8041, 0x0002
+    "bfloat16": [bytes([0x00, 0x41, 0x02]), bytes([0x7F, 0x80, 0x00])],
+    # 0x3F800000, 0xC0200000, 0x00000001
+    "float32": [bytes([0, 0, 1]), bytes([0, 0, 0]), bytes([0x80, 0x20, 0]), bytes([0x3F, 0xC0, 0])],
+}
+PATTERNS = {"float16": [0x3C00, 0xC100, 1], "bfloat16": [0x3F80, 0xC020, 1], "float32": [0x3F800000, 0xC0200000, 1]}
+
+
+def one_row(dtype, encoding="split"):
+    number = FORMATS[dtype]
+    bits = np.array(PATTERNS[dtype], number.bits)
+    mask = np.frombuffer(MASK, np.uint8)[None]
+    rows = Rows(3, "up", 9, dtype, np.array([5]), mask, np.array([0, 3]), bits)
+    figures = Figures(np.array([3]), np.array([2.5], np.float32), np.array([2.7], np.float32))
+    index = Index(np.array([5]), np.array([1]), np.array([2]))
+    return rows, encode_rows(data_schema(dtype, encoding, features=9), 3, "up", index, figures, rows)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_golden_bytes_of_a_row(dtype):
+    rows, table = one_row(dtype)
+    assert table["mask"].to_pylist() == [MASK]
+    assert [table[name][0].as_py() for name in FORMATS[dtype].planes] == PLANES[dtype]
+    again = decode_rows(table, 3, "up", 9, FORMATS[dtype])
+    assert again.patterns.tolist() == rows.patterns.tolist()
+    assert again.indices().tolist() == KEPT
+    _, lists = one_row(dtype, "open")
+    assert lists["indices"].to_pylist() == [KEPT]
+    assert decode_rows(lists, 3, "up", 9, FORMATS[dtype]).patterns.tolist() == PATTERNS[dtype]
+
+
+def test_three_lines_of_numpy():
+    """How docs/format.md decodes a row."""
+    _, table = one_row("float16")
+    row = table.to_pylist()[0]
+    x = np.zeros(9, np.float16)
+    keep = np.unpackbits(np.frombuffer(row["mask"], np.uint8), count=9, bitorder="little").astype(bool)
+    lo, hi = (np.frombuffer(row[name], np.uint8).astype(np.uint16) for name in ("values_lo", "values_hi"))
+    x[keep] = (lo | hi << 8).view(np.float16)
+    assert x.tolist() == [1.0, 0, 0, -2.5, 0, 0, 0, 0, 2.0**-24]
+
+
+def test_golden_schema():
+    assert [(f.name, str(f.type), f.nullable) for f in data_schema("float16")] == [
+        ("layer", "int16", False),
+        ("matrix", "dictionary<values=string, indices=int8, ordered=0>", False),
+        ("token", "int64", False),
+        ("sequence", "int32", False),
+        ("position", "int32", False),
+        ("expert", "int16", True),
+        ("nnz", "int32", False),
+        ("absmax", "float", False),
+        ("l2", "float", False),
+        ("mask", "binary", False),
+        ("out_mask", "binary", True),
+        ("values_lo", "binary", False),
+        ("values_hi", "binary", False),
+    ]
+    assert data_schema("float32").names[-4:] == ["values_b0", "values_b1", "values_b2", "values_b3"]
+    lists = data_schema("bfloat16", "open", features=1 << 17)
+    assert lists.field("indices").type.value_type == pa.uint32()
+    assert lists.field("values").type.value_type == pa.float32()
+    assert [len(data_schema("float16", level=level).names) for level in LEVELS] == [13, 11, 9]
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_files_hold_the_schema_and_small_row_groups(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr(packing, "ROW_GROUP_ROWS", 8)
+    built = build(tmp_path, dtype)
+    ds = sparsetrace.open(built.workload)
+    for layer, matrix in ds.leaves:
+        values = FORMATS[dtype].from_float(ds.matrix(layer, matrix).dense())
+        assert np.array_equal(values, built.dense[layer, matrix])
+    for path in sorted((built.workload / "data").rglob("*.parquet")):
+        file = pq.ParquetFile(path)
+        assert file.schema_arrow.equals(data_schema(dtype), check_metadata=True)
+        assert max(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)) <= 8
+        for i in range(file.metadata.num_columns):
+            column = file.metadata.row_group(0).column(i)
+            assert column.compression == "ZSTD"
+            operand = column.path_in_schema in ("mask", *FORMATS[dtype].planes)
+            assert column.is_stats_set is not operand or column.path_in_schema in ("expert", "out_mask")
+
+
+def test_unknown_versions_are_refused(tmp_path, half):
+    folder = tmp_path / "w"
+    folder.mkdir()
+    manifest = json.loads((half.workload / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"version": 2}))
+    with pytest.raises(InputError, match="must have format version 1, got 2: install the sparsetrace that knows it"):
+        sparsetrace.open(folder)
+    (folder / "manifest.json").write_text(json.dumps({"format": "other"}))
+    with pytest.raises(InputError, match="must be a sparsetrace workload, got another"):
+        sparsetrace.open(folder)
+
+
+def tree(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_bytes_do_not_depend_on_threads_or_blocks(tmp_path, monkeypatch):
+    built = build(tmp_path, "bfloat16")
+    monkeypatch.setattr(packing, "RELEASE_BYTES", 1)
+    assert tree(pack_all(built, "threads", threads=3)) == tree(built.workload)
+
+
+def test_an_interrupted_pack_goes_on(tmp_path, monkeypatch):
+    built = build(tmp_path, "float16")
+    dump, out = built.folder / "dump" / "00000" / "manifest.json", tmp_path / "again-parts" / "00000.json"
+    written, write = [], packing._Shard._write_leaf
+
+    def dies_after_five(self, matrix, *rest):
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        written.append(matrix)
+        return write(self, matrix, *rest)
+
+    monkeypatch.setattr(packing._Shard, "_write_leaf", dies_after_five)
+    with pytest.raises(KeyboardInterrupt):
+        packing.pack(dump, tmp_path / "again", out)
+    assert not out.exists()
+    assert not list((tmp_path / "again").rglob("*.partial"))
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "again").rglob("*.parquet")}
+    assert len(files) == 5
+    # a file that was damaged since is written again
+    damaged = next(iter(files))
+    damaged.write_bytes(b"short")
+
+    monkeypatch.setattr(
+        packing._Shard, "_write_leaf", lambda self, m, *rest: written.append(m) or write(self, m, *rest)
+    )
+    packing.pack(dump, tmp_path / "again", out)
+    assert len(written) == 5 + 14 - 4
+    assert all(path == damaged or path.stat().st_mtime_ns == time for path, time in files.items())
+    whole = tree(built.workload)
+    assert all(whole[name] == data for name, data in tree(tmp_path / "again").items())
+
+    # and a finished one is left alone, its blocks gone
+    assert not list(dump.parent.glob("group-*"))
+    packing.pack(dump, tmp_path / "again", out)
+    assert len(written) == 5 + 14 - 4
+
+
+def test_another_setting_packs_anew(tmp_path):
+    built = build(tmp_path, "float16")
+    before = tree(built.workload)
+    dump, out = built.folder / "dump" / "00000" / "manifest.json", built.folder / "workload-parts" / "00000.json"
+    packing.pack(dump, built.workload, out, encoding="open")
+    after = tree(built.workload)
+    assert "manifest.json" not in after
+    assert all(after[name] != before[name] for name in after if name.endswith("part-00000.parquet"))
+    parts = sorted(out.parent.glob("0*.json"))
+    with pytest.raises(InputError, match="must be of one run, got .* with another encoding"):
+        packing.index(parts, built.workload)
+
+
+def test_memory_stays_bounded(tmp_path):
+    """A dump many times the bound of one thread's work is packed in little more memory than a small one."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from sparsetrace.pack import pack\n"
+        "pack(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    peaks = []
+    for blocks in (1, 24):
+        folder = tmp_path / f"{blocks}"
+        wide_dump(folder, blocks)
+        arguments = [folder / "manifest.json", folder / "workload", folder / "parts" / "00000.json"]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(
+            [sys.executable, script, *arguments], capture_output=True, text=True, check=True, env=environment
+        )
+        peaks.append(int(done.stdout) / 1024)
+    assert peaks[1] - peaks[0] < 80, f"peaks of {peaks} MiB for 8 and 200 MiB of dump"
+
+
+def wide_dump(folder: Path, blocks: int, rows: int = 1024, features: int = 4096):
+    """One group of one matrix, 8 MiB a block."""
+    from sparsetrace.dump import block_name, write_block
+
+    built = write_dump(folder / "model", "float16")
+    manifest = json.loads((built.folder / "dump" / "00000" / "manifest.json").read_text())
+    rng = np.random.default_rng(0)
+    values = rng.integers(1, 1 << 15, rows * features // 2, dtype=np.uint16)
+    for block in range(blocks):
+        arrays = {
+            "rows.token": np.arange(rows) + block * rows,
+            "rows.sequence": np.zeros(rows, np.int32),
+            "rows.position": np.arange(rows, dtype=np.int32),
+            "L00.q.offsets": np.arange(rows + 1) * (features // 2),
+            "L00.q.values": values,
+            "L00.q.mask": np.full((rows, features // 8), 0x55, np.uint8),
+        }
+        write_block(folder / block_name(0, block), arrays)
+    manifest |= {"matrices": [manifest["matrices"][0] | {"in_features": features}], "groups": [0]}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"rows": rows * blocks}))
+    names = [block_name(0, block) for block in range(blocks)]
+    (folder / "group-00000.json").write_text(json.dumps({"key": "k", "blocks": names, "rows": rows * blocks}))
+    for table in ("tokens", "sequences"):
+        (built.folder / "dump" / "00000" / f"group-00000.{table}.parquet").rename(
+            folder / f"group-00000.{table}.parquet"
+        )

@@ -1,0 +1,284 @@
+"""Reading a packed workload against the dense operands that it was made from: every bit must be equal."""
+
+import threading
+
+import numpy as np
+import pytest
+from workload_testing import LAYERS, WIDTHS, build
+
+import sparsetrace
+from sparsetrace.schema import FORMATS, MATRICES
+
+LEAVES = [(layer, matrix) for layer in range(LAYERS) for matrix in MATRICES]
+
+
+def patterns(built, values):
+    return FORMATS[built.dtype].from_float(values)
+
+
+@pytest.mark.parametrize("encoding", ["split", "open"])
+@pytest.mark.parametrize("share_inputs", [False, True], ids=["each", "shared"])
+def test_every_operand(built, tmp_path, encoding, share_inputs):
+    again = build(tmp_path, built.dtype, encoding=encoding, share_inputs=share_inputs)
+    ds = sparsetrace.open(again.workload)
+    assert ds.leaves == LEAVES
+    assert np.array_equal(ds.tokens, built.tokens)
+    for layer, matrix in LEAVES:
+        x = built.dense[layer, matrix]
+        rows = ds.matrix(layer, matrix)
+        assert (rows.layer, rows.matrix) == (layer, matrix)
+        assert np.array_equal(patterns(built, rows.dense()), x)
+        assert np.array_equal(rows.keep(), x != 0)
+        assert np.array_equal(rows.indices(), np.nonzero(x)[1])
+        assert np.array_equal(rows.patterns, x[x != 0])
+        assert np.array_equal(rows.bitmask(), np.packbits(x != 0, axis=1, bitorder="little"))
+        assert np.array_equal(rows.csr().toarray(), built.values(layer, matrix).astype(np.float32))
+        assert np.array_equal(ds.matrix(layer, matrix, values=False).keep(), x != 0)
+        figures = ds.figures(layer, matrix).to_pydict()
+        exact = built.values(layer, matrix).astype(np.float64)
+        assert figures["nnz"] == (x != 0).sum(1).tolist()
+        assert np.array_equal(np.float32(figures["absmax"]), np.abs(exact).max(1).astype(np.float32))
+        assert np.allclose(figures["l2"], np.sqrt((exact**2).sum(1)), rtol=1e-6)
+
+
+def test_torch_forms_are_bitwise_equal(built):
+    import torch
+
+    ds = sparsetrace.open(built.workload)
+    x = built.dense[1, "down"]
+    dense = ds.matrix(1, "down").torch()
+    assert dense.dtype == getattr(torch, built.dtype)
+    assert np.array_equal(dense.view(torch.int16 if x.itemsize == 2 else torch.int32).numpy().view(x.dtype), x)
+    assert torch.equal(ds.matrix(1, "down").torch_csr().to_dense(), dense)
+
+
+def test_tokens_in_any_order_and_twice(half):
+    ds = sparsetrace.open(half.workload)
+    at = np.random.default_rng(1).integers(0, len(half.tokens), 50)
+    assert np.array_equal(patterns(half, ds[1, "o", half.tokens[at]]), half.dense[1, "o"][at])
+
+
+def test_select_matches_a_filter_of_the_rows(half):
+    ds = sparsetrace.open(half.workload)
+    rows = sorted((row for row in half.fed if row["captured"]), key=lambda row: row["token"])
+    cases = [
+        ({"sequence": 2}, lambda r: r["sequence"] == 2),
+        ({"sequence": [0, 5]}, lambda r: r["sequence"] in (0, 5)),
+        ({"position": slice(3, 7)}, lambda r: 3 <= r["position"] < 7),
+        ({"position": slice(None, None, 3)}, lambda r: r["position"] % 3 == 0),
+        ({"phase": "prefill"}, lambda r: r["phase"] == "prefill"),
+        ({"phase": "decode", "token": slice(100, 400)}, lambda r: r["phase"] == "decode" and 100 <= r["token"] < 400),
+        ({"phase": "forced"}, lambda r: False),
+    ]
+    for chosen, holds in cases:
+        part = ds.select(**chosen, layer=1, matrix=["up", "q"])
+        at = [i for i, row in enumerate(rows) if holds(row)]
+        assert part.leaves == [(1, "q"), (1, "up")]
+        assert part.tokens.tolist() == [rows[i]["token"] for i in at]
+        assert np.array_equal(patterns(half, part.matrix(1, "up").dense()), half.dense[1, "up"][at])
+        assert part.figures(1, "up").num_rows == len(at)
+    assert len(ds.select(sequence=2).select(phase="prefill").tokens) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda ds: ds.matrix(9, "q"), "layer and matrix must be 0 to 1"),
+        (lambda ds: ds.matrix(0, "qq"), "one of q, k, v, o, gate, up, down, got 0 and 'qq'"),
+        (lambda ds: ds[0, "q", 99], "token must be one that was captured"),
+        (lambda ds: ds.select(sequence=0)[0, "q", 201], "token must be one that was captured"),
+        (lambda ds: ds.select(matrix="w"), "matrix must be among q, k, v, o, gate, up, down, got w"),
+        (lambda ds: ds.select(phase="train"), "phase must be among prefill, decode, forced, got train"),
+        (lambda ds: ds.select(position=slice(-4, None)), "a slice of position must have a start and stop from 0"),
+        (lambda ds: ds.weight(0, "q"), "model must be named for its weights"),
+        (lambda ds: ds.batches(0), "size must be at least 1, got 0"),
+    ],
+)
+def test_refusals(half, call, message):
+    with pytest.raises(sparsetrace.InputError, match=message.replace("(", r"\(")):
+        call(sparsetrace.open(half.workload))
+
+
+def test_replay_is_the_order_of_execution(half):
+    ds = sparsetrace.open(half.workload)
+    captured = [row for row in half.fed if row["captured"]]
+    wanted = sorted(captured, key=lambda row: (row["group"], row["step"], row["slot"]))
+    for window in (1, 1 << 30):
+        from sparsetrace.schedule import replay
+
+        walked = list(replay(ds, True, window))
+        assert [int(t) for step in walked for t in step.token] == [row["token"] for row in wanted]
+        assert [(s.group, s.step) for s in walked] == sorted({(r["group"], r["step"]) for r in wanted})
+        for step in walked:
+            assert [(rows.layer, rows.matrix) for rows in step] == LEAVES
+            at = np.searchsorted(half.tokens, step.token)
+            for rows in step:
+                assert np.array_equal(patterns(half, rows.dense()), half.dense[rows.layer, rows.matrix][at])
+    masks = next(iter(ds.replay()))[0, "q"]
+    assert masks.bits is None
+    with pytest.raises(sparsetrace.InputError, match="values must have been captured"):
+        masks.dense()
+
+
+def test_batches(half):
+    ds = sparsetrace.open(half.workload)
+    captured = [row for row in half.fed if row["captured"]]
+    run = {}
+    for row in sorted(captured, key=lambda row: (row["group"], row["step"], row["slot"])):
+        run.setdefault((row["group"], row["step"]), []).append(row["token"])
+    assert [batch.tolist() for batch in ds.batches()] == list(run.values())
+
+    sizes = [batch.tolist() for batch in ds.select(phase="decode").batches(4)]
+    regrouped = []
+    for first in range(0, 6, 4):
+        for nth in range(9):
+            batch = []
+            for sequence in range(first, min(first + 4, 6)):
+                own = [r["token"] for r in captured if r["sequence"] == sequence and r["phase"] == "decode"]
+                batch += own[nth : nth + 1]
+            if batch:
+                regrouped.append(batch)
+    assert sizes == regrouped
+    everything = np.sort(np.concatenate(list(ds.batches(2))))
+    assert np.array_equal(everything, half.tokens)
+    prompts = [batch.tolist() for batch in ds.select(phase="prefill", sequence=3).batches(2)]
+    assert prompts == [[303, 304], [305]]
+
+
+def test_twin_has_equal_density_and_its_own_masks(built):
+    ds = sparsetrace.open(built.workload)
+    twin = ds.twin(seed=1)
+    kept = inputs = 0
+    for layer, matrix in LEAVES:
+        real, random = ds.matrix(layer, matrix), twin.matrix(layer, matrix)
+        assert np.array_equal(random.token, real.token)
+        assert random.dense().shape == real.dense().shape
+        assert np.array_equal(random.keep(), random.dense() != 0)
+        # values come from the same row
+        for i in range(len(real)):
+            own = set(real.patterns[real.offsets[i] : real.offsets[i + 1]].tolist()) or {
+                int(FORMATS[built.dtype].from_float(np.ones(1))[0])
+            }
+            assert set(random.patterns[random.offsets[i] : random.offsets[i + 1]].tolist()) <= own
+        p = real.nnz.sum() / (len(real) * real.features)
+        spread = 5 * np.sqrt(p * (1 - p) * len(real) * real.features)
+        assert abs(random.nnz.sum() - real.nnz.sum()) < spread
+        kept, inputs = kept + random.nnz.sum(), inputs + len(real) * real.features
+    # the same rows whatever they are read with
+    token = built.tokens[7]
+    assert np.array_equal(twin[1, "up", int(token)], twin.matrix(1, "up").dense()[7])
+    assert np.array_equal(ds.twin(1)[1, "up", int(token)], twin[1, "up", int(token)])
+    assert not np.array_equal(ds.twin(2).matrix(1, "up").mask, twin.matrix(1, "up").mask)
+
+
+def test_threads_read_what_one_reads(half):
+    ds = sparsetrace.open(half.workload)
+    faults = []
+
+    def read(seed):
+        rng = np.random.default_rng(seed)
+        for _ in range(40):
+            layer, matrix = LEAVES[rng.integers(len(LEAVES))]
+            at = int(rng.integers(len(half.tokens)))
+            if not np.array_equal(
+                patterns(half, ds[layer, matrix, int(half.tokens[at])]), half.dense[layer, matrix][at]
+            ):
+                faults.append((layer, matrix, at))
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+
+
+@pytest.mark.parametrize("kind", ["file", "memory", "filesystem"])
+def test_urls_and_file_systems(half, kind):
+    import fsspec
+    import pyarrow.fs as pafs
+
+    if kind == "file":
+        ds = sparsetrace.open(half.workload.as_uri())
+    elif kind == "filesystem":
+        ds = sparsetrace.open("workload", filesystem=pafs.SubTreeFileSystem(str(half.folder), pafs.LocalFileSystem()))
+    else:
+        memory = fsspec.filesystem("memory")
+        memory.put(str(half.workload), "/moved", recursive=True)
+        ds = sparsetrace.open("memory://moved")
+    assert np.array_equal(patterns(half, ds.matrix(1, "gate").dense()), half.dense[1, "gate"])
+
+
+def test_a_moved_folder_reads_the_same(half, tmp_path):
+    moved = half.workload.rename(tmp_path / "elsewhere")
+    try:
+        assert np.array_equal(patterns(half, sparsetrace.open(moved)[0, "q", half.tokens]), half.dense[0, "q"])
+        for text in ("manifest.json", "README.md", "views.sql"):
+            assert str(half.folder) not in (moved / text).read_text()
+    finally:
+        moved.rename(half.workload)
+
+
+@pytest.mark.parametrize("level", ["masks", "stats"])
+def test_capture_levels(tmp_path, level):
+    built = build(tmp_path, "float16", level=level)
+    ds = sparsetrace.open(built.workload)
+    assert ds.level == level
+    x = built.dense[1, "down"]
+    figures = ds.figures(1, "down").to_pydict()
+    assert figures["nnz"] == (x != 0).sum(1).tolist()
+    assert np.array_equal(figures["absmax"], np.abs(built.values(1, "down")).max(1).astype(np.float32))
+    if level == "masks":
+        assert np.array_equal(ds.matrix(1, "down").keep(), x != 0)
+        assert np.array_equal(ds.matrix(1, "down").indices(), np.nonzero(x)[1])
+        assert ds.twin(0).matrix(1, "down").bits is None
+    with pytest.raises(sparsetrace.InputError, match="must have been captured"):
+        ds[1, "down", int(built.tokens[0])]
+
+
+def test_weights_and_products(tmp_path, half):
+    """Against a float64 product, with the checkpoint in both orders and in another dtype."""
+    import hashlib
+
+    import pyarrow.parquet as pq
+    import torch
+    from safetensors.torch import save_file
+    from workload_testing import OUTPUTS
+
+    from sparsetrace.files import InputError
+    from sparsetrace.schema import MATRIX_TABLE, SITES
+
+    rng = torch.Generator().manual_seed(0)
+    plain, merged, digests = {}, {}, {}
+    for layer in range(LAYERS):
+        for site, matrices in SITES.items():
+            weights = {m: torch.randn(OUTPUTS[m], WIDTHS[site], generator=rng) for m in matrices}
+            plain |= {f"model.layers.{layer}.{m}": w for m, w in weights.items()}
+            whole = torch.cat([w.half().T for w in weights.values()], dim=1).contiguous()
+            merged[f"layers.{layer}.{site}.weight"] = whole
+            digests[layer, site] = hashlib.sha256(whole.numpy().data).hexdigest()
+    for name, tensors in (("runtime", merged), ("original", plain)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    path = half.workload / "matrices.parquet"
+    before = path.read_bytes()
+    table = pq.read_table(path)
+    rows = [r | {"weight_sha256": digests[r["layer"], r["site"]]} for r in table.to_pylist()]
+    import pyarrow as pa
+
+    pq.write_table(pa.Table.from_pylist(rows, schema=MATRIX_TABLE), path)
+    try:
+        for name in ("runtime", "original"):
+            ds = sparsetrace.open(half.workload, model=tmp_path / name)
+            for layer, matrix in LEAVES:
+                exact = plain[f"model.layers.{layer}.{matrix}"].half().double().T.numpy()
+                assert np.array_equal(ds.weight(layer, matrix), exact)
+                y = ds.product(layer, matrix, int(half.tokens[9]))
+                wanted = half.values(layer, matrix)[9].astype(np.float64) @ exact
+                assert np.allclose(y, wanted, rtol=1e-6, atol=1e-6 * np.abs(wanted).max())
+        other = {k: v + 1 for k, v in merged.items()}
+        save_file(other, tmp_path / "runtime" / "model.safetensors")
+        with pytest.raises(InputError, match="must have sha256"):
+            sparsetrace.open(half.workload, model=tmp_path / "runtime").weight(0, "q")
+    finally:
+        path.write_bytes(before)

@@ -1,0 +1,95 @@
+"""The DuckDB views and macros, and polars, against the dense operands: plain tools must read the same bits."""
+
+import json
+
+import numpy as np
+import pytest
+from workload_testing import LAYERS, build, pack_all, write_dump
+
+from sparsetrace.schema import MATRICES
+
+duckdb = pytest.importorskip("duckdb")
+
+
+def connect(folder):
+    """views.sql as its header says: with the workload folder as the working directory."""
+    connection = duckdb.connect()
+    connection.execute(f"SET file_search_path = '{folder}'")
+    connection.execute((folder / "views.sql").read_text())
+    return connection
+
+
+@pytest.mark.parametrize("share_inputs", [False, True], ids=["each", "shared"])
+def test_views(built, tmp_path, share_inputs):
+    again = build(tmp_path, built.dtype, share_inputs=share_inputs)
+    sql = connect(again.workload)
+    count = sql.execute("SELECT count(*) FROM data").fetchone()[0]
+    assert count == LAYERS * len(MATRICES) * len(built.tokens)
+    for layer, matrix, rows, sparsity in sql.execute("SELECT * FROM sparsity").fetchall():
+        x = built.dense[layer, matrix]
+        assert rows == len(x)
+        assert sparsity == pytest.approx((x == 0).mean(), abs=1e-12)
+    stored = sum(1 for file in json.loads((again.workload / "manifest.json").read_text())["files"] if "matrix" in file)
+    assert stored == (2 * LAYERS * (4 if share_inputs else 7))
+
+
+def test_macros_decode_values_and_masks(built):
+    sql = connect(built.workload)
+    planes = ", ".join(f"d.{name}" for name in (["values_lo", "values_hi"] if built.dtype != "float32" else FLOAT32))
+    query = f"SELECT token, kept_inputs(mask), row_values({planes}) FROM data d WHERE layer = 1 AND matrix = 'down'"
+    found = sorted(sql.execute(query).fetchall())
+    values = built.values(1, "down")
+    assert [token for token, _, _ in found] == built.tokens.tolist()
+    for i, (_, inputs, row) in enumerate(found):
+        assert inputs == np.flatnonzero(built.dense[1, "down"][i]).tolist()
+        assert row == values[i][inputs].astype(float).tolist()
+
+
+FLOAT32 = [f"values_b{i}" for i in range(4)]
+
+
+def test_overlap(half):
+    sql = connect(half.workload)
+    found = sql.execute(
+        "SELECT a.token, overlap(a.mask, b.mask), jaccard(a.mask, b.mask), bit_count(a.mask::BIT & b.mask::BIT) "
+        "FROM data a JOIN data b ON b.layer = a.layer AND b.matrix = a.matrix AND b.token = a.token - 1 "
+        "WHERE a.layer = 0 AND a.matrix = 'up' AND a.sequence = b.sequence ORDER BY a.token"
+    ).fetchall()
+    keep = dict(zip(half.tokens.tolist(), half.dense[0, "up"] != 0, strict=True))
+    assert [row[0] for row in found] == [t for t in keep if t - 1 in keep]
+    for token, both, share, again in found:
+        a, b = keep[token], keep[token - 1]
+        assert both == again == (a & b).sum()
+        either = (a | b).sum()
+        assert share == pytest.approx((a & b).sum() / either) if either else np.isnan(share) or share is None
+
+
+def test_open_encoding_is_plain_lists(built, tmp_path):
+    again = build(tmp_path, built.dtype, encoding="open")
+    sql = connect(again.workload)
+    query = "SELECT indices, values FROM data WHERE layer = 1 AND matrix = 'o' ORDER BY token"
+    for i, (indices, values) in enumerate(sql.execute(query).fetchall()):
+        assert indices == np.flatnonzero(built.dense[1, "o"][i]).tolist()
+        assert values == built.values(1, "o")[i][indices].astype(float).tolist()
+
+
+@pytest.mark.parametrize("level", ["masks", "stats"])
+def test_views_of_lower_capture_levels(tmp_path, level):
+    built = write_dump(tmp_path, "float16", level=level)
+    sql = connect(pack_all(built))
+    assert sql.execute("SELECT sum(rows) FROM sparsity").fetchone()[0] == LAYERS * len(MATRICES) * len(built.tokens)
+
+
+def test_polars_example(built):
+    """The example of docs/format.md."""
+    pl = pytest.importorskip("polars")
+    ds = pl.scan_parquet(built.workload / "data/*/*/*.parquet")
+    row = ds.filter(layer=1, matrix="gate", token=int(built.tokens[5])).collect().row(0, named=True)
+    x = built.dense[1, "gate"][5]
+    keep = np.unpackbits(np.frombuffer(row["mask"], np.uint8), bitorder="little")[: x.size].astype(bool)
+    assert np.array_equal(keep, x != 0)
+    if built.dtype == "float16":
+        planes = [np.frombuffer(row[name], np.uint8) for name in ("values_lo", "values_hi")]
+        assert np.array_equal(planes[0] | planes[1].astype(np.uint16) << 8, x[keep])
+    mean = ds.group_by("layer", "matrix").agg(pl.col("nnz").mean()).collect()
+    assert mean.height == LAYERS * len(MATRICES)
