@@ -98,7 +98,7 @@ def capture(checkpoint: Path, texts: Path, folder: Path, dtype: str, sparsity: f
     model, counts, table = folder / "model", folder / "histograms.safetensors", folder / "thresholds.parquet"
     step("convert", checkpoint, "--out", model, "--dtype", dtype)
     text, prompts = texts / "calibration.txt", folder / "prompts.parquet"
-    step("calibrate", model, "--text", text, "--out", counts, "--tokens", 8192, "--sequence-length", 256)
+    step("calibrate", model, "--text", text, "--out", counts, "--tokens", 1024, "--sequence-length", 256)
     step("thresholds", counts, "--method", "teal", "--set", f"sparsity={sparsity}", "--out", table)
     batching = ("--max-new-tokens", 33, "--batch-size", 8)
     step(*("split", model, "--prompts", texts / "prompts.jsonl", "--out", prompts, "--limit", limit), *batching)
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and dumps, a few GB")
     parser.add_argument("--hidden", type=int, nargs="*", default=[1024, 2048], help="widths of the random models")
     parser.add_argument("--checkpoint", type=Path, nargs="*", default=[], help="more checkpoints")
-    parser.add_argument("--limit", type=int, default=32, help="prompts")
+    parser.add_argument("--limit", type=int, default=16, help="prompts")
     arguments = parser.parse_args()
     demo = arguments.work / "demo"
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -175,7 +175,10 @@ def main() -> None:
             random_llama(demo, sources[f"random-{hidden}"], hidden)
     known, rows = commit(), []
     for source, checkpoint in sources.items():
-        for dtype, sparsity in (("float16", 0.5), ("bfloat16", 0.5), ("float16", 0.25), ("float16", 0.75)):
+        settings = [("float16", 0.5), ("bfloat16", 0.5)]
+        # a processor without float16 units takes minutes for each setting of a wide model
+        settings += [] if source.startswith("random") else [("float16", 0.25), ("float16", 0.75)]
+        for dtype, sparsity in settings:
             folder = arguments.work / f"{source}-{dtype}-{sparsity}"
             dump = folder / "dump" / "00000"
             if not (dump / "manifest.json").is_file():

@@ -4,11 +4,11 @@ rule calibrate:
         model=rules.convert.output[0],
         text=lambda wildcards: STUDY.calibration_text(wildcards.model),
     output:
-        f"{RESULTS}/{{model}}/histograms.safetensors",
+        f"{RESULTS}/{{model}}/histograms/{{shard}}.safetensors",
     log:
-        f"{RESULTS}/logs/calibrate/{{model}}.log",
+        f"{RESULTS}/logs/calibrate/{{model}}/{{shard}}.log",
     benchmark:
-        f"{RESULTS}/logs/calibrate/{{model}}.bench.tsv"
+        f"{RESULTS}/logs/calibrate/{{model}}/{{shard}}.bench.tsv"
     conda:
         "../envs/generate.yaml"
     threads: STUDY.machine.threads
@@ -17,11 +17,42 @@ rule calibrate:
         mem_mb=lambda wildcards, input: STUDY.model_mb(wildcards.model, input.model),
         runtime=120,
     params:
+        shard=lambda wildcards: int(wildcards.shard),
+        scores=lambda wildcards: expand(
+            "--score {name}", name=STUDY.scores(wildcards.model)
+        ),
         options=lambda wildcards: options(STUDY.models[wildcards.model].calibration),
         machine=options(STUDY.machine),
         source=source_hash("calibrate"),
     message:
-        "Calibrating {wildcards.model}"
+        "Calibrating {wildcards.model}, shard {wildcards.shard}"
     shell:
-        "sparsetrace calibrate {input.model:q} --text {input.text:q} --out {output:q}"
-        " {params.options} {params.machine} > {log:q} 2>&1"
+        "sparsetrace calibrate {input.model:q} --text {input.text:q} --shard {params.shard} {params.scores}"
+        " --out {output:q} {params.options} {params.machine} > {log:q} 2>&1"
+
+
+# The shards added up.
+rule histograms:
+    input:
+        lambda wildcards: expand(
+            rules.calibrate.output[0],
+            shard=STUDY.calibration_shards(wildcards.model),
+            model=wildcards.model,
+        ),
+    output:
+        f"{RESULTS}/{{model}}/histograms.safetensors",
+    log:
+        f"{RESULTS}/logs/histograms/{{model}}.log",
+    benchmark:
+        f"{RESULTS}/logs/histograms/{{model}}.bench.tsv"
+    conda:
+        "../envs/generate.yaml"
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    params:
+        source=source_hash("histogram"),
+    message:
+        "Adding up the histograms of {wildcards.model}"
+    shell:
+        "sparsetrace calibrate --merge {input:q} --out {output:q} > {log:q} 2>&1"

@@ -3,6 +3,7 @@ rule demo_checkpoint:
     output:
         config=f"{RESULTS}/{{model}}/checkpoint/config.json",
         text=f"{RESULTS}/{{model}}/checkpoint/calibration.txt",
+        quality=f"{RESULTS}/{{model}}/checkpoint/quality.txt",
         prompts=f"{RESULTS}/{{model}}/checkpoint/prompts.jsonl",
     log:
         f"{RESULTS}/logs/demo_checkpoint/{{model}}.log",

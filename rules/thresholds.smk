@@ -1,7 +1,14 @@
 # Step 2, for one method setting: thresholds from the histograms.
 rule thresholds:
     input:
-        rules.calibrate.output,
+        histograms=rules.histograms.output[0],
+        tables=lambda wildcards: expand(
+            rules.allocate.output[0],
+            layer=STUDY.greedy_layers(wildcards.model, wildcards.run, wildcards.label),
+            method=STUDY.setting(wildcards.run, wildcards.label).method_name,
+            model=wildcards.model,
+        ),
+        file=lambda wildcards: STUDY.threshold_file(wildcards.run, wildcards.label),
     output:
         f"{RESULTS}/{{model}}/{{run}}/{{label}}/thresholds.parquet",
     log:
@@ -17,8 +24,9 @@ rule thresholds:
         method=lambda wildcards: method_options(
             STUDY.setting(wildcards.run, wildcards.label)
         ),
+        tables=lambda wildcards, input: expand("--table {table:q}", table=input.tables),
         source=source_hash("thresholds"),
     message:
         "Thresholds of {wildcards.model} under {wildcards.label}"
     shell:
-        "sparsetrace thresholds {input:q} {params.method} --out {output:q} > {log:q} 2>&1"
+        "sparsetrace thresholds {input.histograms:q} {params.method} {params.tables} --out {output:q} > {log:q} 2>&1"

@@ -165,7 +165,9 @@ def test_names_the_activation_that_is_not_finite(tiny, tmp_path, rng, monkeypatc
     (tmp_path / "text.txt").write_text(" ".join(words))
     # windows of 16 words after a begin token: word 77 is in window 4, at position 1 + 13
     with pytest.raises(InputError, match=f"Inf or NaN in layer 1, site mlp_mid, token {4 * 17 + 14} "):
-        calibrate(model, tmp_path / "text.txt", tmp_path / "h.safetensors", Calibration(tokens=170, sequence_length=17), CPU)
+        calibrate(
+            model, tmp_path / "text.txt", tmp_path / "h.safetensors", Calibration(tokens=170, sequence_length=17), CPU
+        )
     assert not (tmp_path / "h.safetensors").exists()
 
 

@@ -145,15 +145,25 @@ def test_leaves_a_foreign_folder_alone(tiny, tmp_path, rng):
     checkpoint = tiny.checkpoint(tmp_path / "c", rng)
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="must be a runtime model or not exist, got another folder"):
+    with pytest.raises(InputError, match="must be new or hold an earlier result, since it is replaced, got thesis.tex"):
         convert(checkpoint, tmp_path / "m", Conversion())
     assert (tmp_path / "m" / "thesis.tex").read_text() == "years of work"
+
+
+def test_replaces_a_result_whose_description_is_gone(tiny, tmp_path, rng):
+    """A workflow deletes the output it declares, config.json, before it converts again."""
+    checkpoint = tiny.checkpoint(tmp_path / "c", rng)
+    first = convert(checkpoint, tmp_path / "m", Conversion())
+    (tmp_path / "m" / "config.json").unlink()
+    assert convert(checkpoint, tmp_path / "m", Conversion()) == first
 
 
 def test_does_not_replace_the_checkpoint_itself(tiny, tmp_path, rng):
     checkpoint = tiny.checkpoint(tmp_path / "c", rng)
     before = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
-    with pytest.raises(InputError, match="must be a runtime model or not exist"):
+    with pytest.raises(
+        InputError, match="must be new or hold an earlier result, since it is replaced, got model.safetensors"
+    ):
         convert(checkpoint, checkpoint, Conversion())
     assert {file.name: file.read_bytes() for file in checkpoint.iterdir()} == before
 
@@ -163,7 +173,7 @@ def drop(name):
 
 
 def put(name, make):
-    return lambda config, tensors: tensors.update({name: make(tensors[name] if name in tensors else None)})
+    return lambda config, tensors: tensors.update({name: make(tensors.get(name))})
 
 
 def poke(name, value):
@@ -223,7 +233,7 @@ BAD_CONFIGS = [
     ("no-type", {"model_type": None}, "model_type must be one of llama, mistral, got None"),
     ("architecture", {"architectures": ["LlamaForSequenceClassification"]}, "architectures must be"),
     ("unknown", {"logit_softcap": 30.0, "mystery": 1}, "got logit_softcap, mystery: .* ignore_fields"),
-    ("activation", {"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
+    ("activation", {"hidden_act": "gelu"}, "hidden_act must be 'silu' or 'relu', got 'gelu'"),
     ("bias", {"attention_bias": True}, "attention_bias must be False, got True"),
     ("quantised", {"quantization_config": {"bits": 4}}, "quantization_config must be None"),
     ("rope", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "must be default or llama3, got 'linear'"),
@@ -320,7 +330,9 @@ def test_refuses_a_checkpoint_without_tokenizer(tiny, tmp_path, rng):
 
 def test_refuses_a_model_that_is_none(tiny, tmp_path, rng):
     checkpoint = tiny.checkpoint(tmp_path / "c", rng)
-    with pytest.raises(InputError, match="must be a converted model, got another config.json: run `sparsetrace convert`"):
+    with pytest.raises(
+        InputError, match="must be a converted model, got another config.json: run `sparsetrace convert`"
+    ):
         open_model(checkpoint)
     model = convert(checkpoint, tmp_path / "m", Conversion())
     content = json.loads((model.folder / "config.json").read_text())
@@ -350,7 +362,9 @@ ABSENT = [
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
-@pytest.mark.parametrize("absent", [pytest.param((name,), id=name) for name in ABSENT] + [pytest.param(ABSENT, id="all")])
+@pytest.mark.parametrize(
+    "absent", [pytest.param((name,), id=name) for name in ABSENT] + [pytest.param(ABSENT, id="all")]
+)
 def test_absent_fields_mean_what_they_mean_to_transformers(tiny, tmp_path, model_type, absent):
     """Old and trimmed config.json files: the default is transformers', field by field."""
     transformers = pytest.importorskip("transformers")

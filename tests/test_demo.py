@@ -21,6 +21,7 @@ from sparsetrace.tokenizer import Tokenizer, begin_token
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 FILES = [
     "calibration.txt",
+    "quality.txt",
     "config.json",
     "generation_config.json",
     *SHARDS,
@@ -239,8 +240,8 @@ def test_refuses_less_than_one(tmp_path, name):
 
 def test_refuses_to_replace_other_files(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine", encoding="utf-8")
-    with pytest.raises(InputError, match="must be new, empty or an earlier checkpoint"):
+    with pytest.raises(InputError, match="must be new or hold an earlier result, since it is replaced, got thesis.tex"):
         demo.make_checkpoint(tmp_path, steps=1)
-    with pytest.raises(InputError, match="must be new, empty or an earlier checkpoint"):
+    with pytest.raises(InputError, match="must be a folder, got a file"):
         demo.make_checkpoint(tmp_path / "thesis.tex", steps=1)
     assert (tmp_path / "thesis.tex").read_text(encoding="utf-8") == "mine"

@@ -67,7 +67,7 @@ def test_two_runs_give_identical_files(inputs, tmp_path, machine, prefill, tempe
 def test_schedule_is_the_brute_force_list(inputs, tmp_path, machine, prefill, monkeypatch):
     """Every position fed, in which pass and slot, which are sparsified and captured, and how many rows come of it."""
     monkeypatch.setattr(capture, "BLOCK_BYTES", 20_000)
-    model, _, shard = inputs
+    _, _, shard = inputs
     folder = make(inputs, tmp_path, machine, Decoding(prefill=prefill))
     outputs = {row["sequence"]: row["output_ids"] for row in table(folder, "sequences")}
     # chunks of prefill hold what a block holds, a row being both layers' operands in float32
@@ -125,7 +125,9 @@ def test_order_of_the_prompt_file_does_not_matter(inputs, tiny, tmp_path, rng, m
         groups, _ = split(tmp_path / "prompts.jsonl", model.tokenizer(), 128, PromptSet(), batching)
         write_split(groups, 1, tmp_path / f"{number}.parquet")
         folder = make((model, thresholds, tmp_path / f"{number}.parquet"), tmp_path / str(number), machine)
-        data = {name: data for name, data in contents(folder).items() if name.endswith(("safetensors", "tokens.parquet"))}
+        data = {
+            name: data for name, data in contents(folder).items() if name.endswith(("safetensors", "tokens.parquet"))
+        }
         rows = table(folder, "sequences")
         assert [json.loads(lines[order[row["source_index"]]])["prompt"] for row in rows] == [r["prompt"] for r in rows]
         found.append((data, [{k: v for k, v in row.items() if k != "source_index"} for row in rows]))
@@ -145,7 +147,10 @@ def run_group(model, group, machine, batching, folder, decoding=None):
         for i, token in enumerate(arrays["rows.token"].tolist()):
             for stem in {key.rsplit(".", 1)[0] for key in arrays} - {"rows"}:
                 start, stop = arrays[f"{stem}.offsets"][i : i + 2]
-                rows[token, stem] = (arrays[f"{stem}.mask"][i].tobytes(), arrays[f"{stem}.values"][start:stop].tobytes())
+                rows[token, stem] = (
+                    arrays[f"{stem}.mask"][i].tobytes(),
+                    arrays[f"{stem}.values"][start:stop].tobytes(),
+                )
     return result, rows
 
 
@@ -167,9 +172,7 @@ def test_empty_slots_do_not_matter(inputs, tmp_path, machine):
     _, rows_of_four = run_group(model, [full[1], full[2], full[3], full[0]], machine, batching, tmp_path / "four")
     result, rows_of_three = run_group(model, kept, machine, batching, tmp_path / "three")
     bases = [sequence.base for sequence in kept]
-    tokens = {
-        base + p for base, sequence in zip(bases, kept, strict=True) for p in range(len(sequence.prompt_ids) + 5)
-    }
+    tokens = {base + p for base, sequence in zip(bases, kept, strict=True) for p in range(len(sequence.prompt_ids) + 5)}
     assert {token for token, _ in rows_of_three} == tokens
     assert rows_of_three == {key: value for key, value in rows_of_four.items() if key[0] in tokens}
     assert set(result.fed["slot"].to_pylist()) == {0, 1, 2}
@@ -179,7 +182,9 @@ def test_stops_at_end_of_sequence(inputs, tmp_path, machine):
     """Each sequence is what it is without an end, cut after its first end token, which is never fed."""
     model, thresholds, shard = inputs
     decoding = Decoding(temperature=1.0, seed=3)
-    free = make((model, thresholds, shard), tmp_path / "free", machine, decoding.model_copy(update={"ignore_eos": True}))
+    free = make(
+        (model, thresholds, shard), tmp_path / "free", machine, decoding.model_copy(update={"ignore_eos": True})
+    )
     endless = {row["sequence"]: row for row in table(free, "sequences")}
     assert all(len(row["output_ids"]) == 6 and not row["stopped"] for row in endless.values())
     # a token that some sequences reach in the middle, and one that a sequence reaches at once

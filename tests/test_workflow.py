@@ -90,6 +90,7 @@ def test_run_writes_the_workload_and_removes_the_dump(study):
     # the last sampled token is never fed: 4 sequences of 4 new tokens
     assert len(ds.tokens) == 4 * 3
     assert ds.manifest["rows"] == 2 * 7 * len(ds.tokens)
+    assert ds.manifest["source"] == "tiny"
     assert ds[1, "down", int(ds.tokens[-1])].shape == (43,)
     assert not list((study / "out").rglob("*.safetensors.partial"))
     assert not [path for path in (study / "out/tiny/first/teal-0.5/dump").rglob("*") if path.is_file()]

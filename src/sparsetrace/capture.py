@@ -10,7 +10,11 @@ from torch import Tensor
 from sparsetrace.dump import block_name, write_block
 from sparsetrace.files import InputError
 from sparsetrace.model import ModelConfig
-from sparsetrace.schema import FORMATS, MATRICES, SITE_OF
+from sparsetrace.ragged import offsets_of
+from sparsetrace.rows import row_figures
+from sparsetrace.schema import FORMATS, MATRICES, SITE_OF, mask_bytes
+from sparsetrace.settings import Capture
+from sparsetrace_kernels.reference import pack_bits
 
 # Host memory that one block's rows may take; with the model's width it fixes the rows of a block.
 BLOCK_BYTES = 256 << 20
@@ -37,6 +41,23 @@ def block_rows(config: ModelConfig, batch: int) -> int:
     return max(batch, BLOCK_BYTES // (width * FORMATS[config.dtype].bits.itemsize))
 
 
+def captured_matrices(config: ModelConfig, capture: Capture) -> list[tuple[int, str]]:
+    """Every (layer, matrix) that is captured, in the order of execution.
+
+    Raises:
+        InputError: the model has no such layer.
+    """
+    layers = range(config.num_hidden_layers)
+    if beyond := [layer for layer in capture.layers if layer not in layers]:
+        raise InputError(f"capture: layers must be 0 to {len(layers) - 1}, got {beyond[0]}")
+    return [
+        (layer, matrix)
+        for layer in layers
+        for matrix in MATRICES
+        if (not capture.layers or layer in capture.layers) and (not capture.matrices or matrix in capture.matrices)
+    ]
+
+
 class Recorder:
     """Collects one group's operands and writes full blocks; memory is that of one block.
 
@@ -46,12 +67,24 @@ class Recorder:
         config: of the model.
         rows: of a block; no pass captures more.
         device: of the model.
+        out_masks: matrices of which the method says which outputs are not computed.
+        capture: what is kept; None keeps all.
     """
 
-    def __init__(self, folder: Path, group: int, config: ModelConfig, rows: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        group: int,
+        config: ModelConfig,
+        rows: int,
+        device: torch.device,
+        out_masks: tuple[str, ...] = (),
+        capture: Capture | None = None,
+    ) -> None:
         self.folder = folder
         self.group = group
         self.config = config
+        self.capture = capture or Capture()
         self.blocks: list[str] = []
         self.rows = 0
         self._capacity = rows
@@ -59,12 +92,23 @@ class Recorder:
             (layer, matrix): torch.empty(
                 rows, config.in_features(SITE_OF[matrix]), dtype=config.torch_dtype, device=device
             )
-            for layer in range(config.num_hidden_layers)
-            for matrix in MATRICES
+            for layer, matrix in captured_matrices(config, self.capture)
+        }
+        self._dropped = {
+            (layer, matrix): torch.empty(
+                rows, mask_bytes(config.out_features(matrix)), dtype=torch.uint8, device=device
+            )
+            for layer, matrix in self._buffers
+            if matrix in out_masks and self.capture.level != "stats"
         }
         self._pending: list[Rows] = []
         self._filled = 0
         self._index: Tensor | None = None
+
+    def samples(self, positions_BT: np.ndarray) -> np.ndarray:
+        """bool [B, T]: which positions are kept of those that are sparsified."""
+        chosen: np.ndarray = positions_BT % self.capture.every == 0
+        return chosen
 
     def begin(self, rows: Rows) -> None:
         """Announce the rows that the coming pass captures."""
@@ -78,8 +122,18 @@ class Recorder:
     def record(self, layer: int, matrix: str, operand_BTK: Tensor) -> None:
         """Take the announced rows of an operand; `patch.Patch.record`."""
         assert self._index is not None
+        if (layer, matrix) not in self._buffers:
+            return
         rows = self._buffers[layer, matrix][self._filled : self._filled + len(self._index)]
         torch.index_select(operand_BTK.flatten(0, 1), 0, self._index, out=rows)
+
+    def record_outputs(self, layer: int, matrix: str, dropped_BTN: Tensor) -> None:
+        """Take the announced rows of the outputs that are not computed; `patch.Patch.record_outputs`."""
+        assert self._index is not None
+        if (layer, matrix) not in self._dropped:
+            return
+        rows = self._dropped[layer, matrix][self._filled : self._filled + len(self._index)]
+        rows.copy_(pack_bits(dropped_BTN.flatten(0, 1).index_select(0, self._index)))
 
     def end(self) -> None:
         """The pass is over."""
@@ -108,9 +162,19 @@ class Recorder:
             # the operand holds no -0.0, so a pattern is zero exactly where the input was dropped
             keep = bits != 0
             name = f"L{layer:02d}.{matrix}"
-            arrays[f"{name}.offsets"] = np.concatenate([[0], np.cumsum(keep.sum(1))]).astype(np.int64)
-            arrays[f"{name}.values"] = bits[keep]
-            arrays[f"{name}.mask"] = np.packbits(keep, axis=1, bitorder="little")
+            nnz, values = keep.sum(1), bits[keep]
+            offsets = offsets_of(nnz)
+            if self.capture.level == "full":
+                arrays |= {f"{name}.offsets": offsets, f"{name}.values": values}
+            else:
+                figures = row_figures(values, offsets, FORMATS[self.config.dtype])
+                arrays |= {f"{name}.absmax": figures[0], f"{name}.l2": figures[1]}
+            if self.capture.level == "stats":
+                arrays[f"{name}.nnz"] = nnz.astype(np.int32)
+            else:
+                arrays[f"{name}.mask"] = np.packbits(keep, axis=1, bitorder="little")
+            if (layer, matrix) in self._dropped:
+                arrays[f"{name}.out_mask"] = self._dropped[layer, matrix][: self._filled].cpu().numpy()
         file = block_name(self.group, len(self.blocks))
         write_block(self.folder / file, arrays)
         self.blocks.append(file)

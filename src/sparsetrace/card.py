@@ -18,6 +18,8 @@ def data_card(manifest: dict[str, Any], matrices: pa.Table) -> str:
         "nonzeros": f"{manifest['nnz']:,}",
         "decoding": ", ".join(f"{key} {value}" for key, value in decoding.items()),
         "batching": ", ".join(f"{key} {value}" for key, value in batching.items()),
+        "captured": ", ".join(f"{key} {value}" for key, value in manifest["capture"].items() if value),
+        "written": f"encoding {manifest['encoding']}, shared inputs {'once' if manifest['share_inputs'] else 'each'}",
         "made with": f"sparsetrace {manifest['versions']['sparsetrace']} on {manifest['device']}",
     }
     by_matrix = matrices.group_by("matrix").aggregate(
@@ -31,10 +33,20 @@ def data_card(manifest: dict[str, Any], matrices: pa.Table) -> str:
     lines = [
         "---",
         f"pretty_name: {manifest['source']} {manifest['label']}",
-        "tags: [sparsetrace, activation-sparsity, sparse-workload]",
+        "license: other",
+        "license_name: that-of-the-model-and-the-prompts",
+        f"size_categories: [{_size_category(manifest['rows'])}]",
+        "task_categories: [other]",
+        "tags: [sparsetrace, activation-sparsity, sparse-workload, parquet]",
         "configs:",
-        "- config_name: default",
+        "- config_name: data",
         "  data_files: data/*/*/*.parquet",
+        "  default: true",
+        *(
+            line
+            for table in ("tokens", "sequences", "matrices")
+            for line in (f"- config_name: {table}", f"  data_files: {table}.parquet")
+        ),
         "---",
         "",
         f"# Sparse workload: {manifest['source']}, {manifest['label']}",
@@ -56,10 +68,23 @@ def data_card(manifest: dict[str, Any], matrices: pa.Table) -> str:
             f"| {m} | {share(means[m]['target_sparsity_mean'])} | {share(means[m]['calibrated_sparsity_mean'])} "
             f"| {share(means[m]['achieved_sparsity_mean'])} |"
             for m in MATRICES
+            if m in means
         ),
         "",
     ]
     return "\n".join(lines)
+
+
+def _size_category(rows: int) -> str:
+    """The class of a row count, in the words of the Hugging Face hub."""
+    bounds = [(10**3, "1K"), (10**4, "10K"), (10**5, "100K"), (10**6, "1M"), (10**7, "10M"), (10**8, "100M")]
+    bounds += [(10**9, "1B"), (10**10, "10B"), (10**11, "100B"), (10**12, "1T")]
+    if rows < bounds[0][0]:
+        return "n<1K"
+    for (_, low), (high, name) in zip(bounds, bounds[1:], strict=False):
+        if rows < high:
+            return f"{low}<n<{name}"
+    return "n>1T"
 
 
 def duckdb_views(dtype: str, encoding: str = "split", level: str = "full", share_inputs: bool = False) -> str:

@@ -22,18 +22,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sparsetrace import __version__
-from sparsetrace.config import (
+from sparsetrace.config import load_study, parse_method
+from sparsetrace.files import InputError
+from sparsetrace.settings import (
     Batching,
     Calibration,
+    Capture,
     Conversion,
     Decoding,
+    Greedy,
     Machine,
     Packing,
     PromptSet,
-    load_study,
-    parse_method,
+    Quality,
 )
-from sparsetrace.files import InputError
 
 Command = TypeVar("Command", bound=Callable[..., None])
 SectionType = TypeVar("SectionType", bound=BaseModel)
@@ -160,6 +162,49 @@ def path_argument(name: str, **extra: Any) -> Callable[[Command], Command]:
     return click.argument(name, type=click.Path(path_type=Path), **extra)
 
 
+class _Hexadecimal(click.ParamType[int]):
+    """A number, decimal or 0x."""
+
+    name = "address"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return int(str(value), 0)
+        except ValueError:
+            self.fail(f"{value!r} is not a number such as 4096 or 0x1000", param, ctx)
+
+
+HEXADECIMAL = _Hexadecimal()
+
+
+def selection_options(command: Command) -> Command:
+    """Options that choose a part of a workload; `selected` reads them."""
+    for option in (
+        click.option("--phase", multiple=True, help="prefill, decode or forced; repeatable"),
+        click.option("--position", default=None, help="positions START:STOP"),
+        click.option("--sequence", default=None, help="sequences START:STOP"),
+        click.option("--token", default=None, help="token numbers START:STOP"),
+        click.option("--matrix", multiple=True, help="q, k, v, o, gate, up or down; repeatable"),
+        click.option("--layer", default=None, help="layers START:STOP, or one"),
+    ):
+        command = option(command)
+    return command
+
+
+def selected(workload: Path, **chosen: Any) -> Any:
+    """The part of a workload that the options choose."""
+    from sparsetrace.reader import open as open_workload
+
+    for name in ("layer", "token", "sequence", "position"):
+        text = chosen[name]
+        if text is not None:
+            if not re.fullmatch(r"\d+|\d*:\d*", text):
+                raise InputError(f"--{name} must be a number or START:STOP, got {text}")
+            start, colon, stop = text.partition(":")
+            chosen[name] = slice(int(start or 0), int(stop) if stop else None) if colon else int(start)
+    return open_workload(workload).select(**{name: value for name, value in chosen.items() if value not in (None, ())})
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="sparsetrace")
 def cli() -> None:
@@ -174,12 +219,21 @@ def cli() -> None:
       demo-checkpoint   train the embedded model (only where config says `embedded`)
       convert           Hugging Face checkpoint  ->  runtime model
       calibrate         model, text              ->  exact activation histograms
+      allocate          model, histograms, text  ->  search table of one layer (only for `allocation: greedy`)
       thresholds        histograms, a method     ->  threshold table
+      quality           model, thresholds, text  ->  perplexity beside the dense model's (where a text is named)
       split             prompt set               ->  shards of groups of sequences
       generate          model, thresholds, shard ->  dump of every operand
       pack              dump                     ->  Parquet parts
       index             parts                    ->  workload
       show              workload                 ->  summary
+
+    \b
+    Beside them:
+      estimate          study file               ->  rows, bytes and time, before anything runs
+      verify            workload                 ->  every fault, named
+      stats             workload                 ->  tables of mask statistics, beside an i.i.d. twin's
+      export            workload                 ->  files of other tools
     """
 
 
@@ -225,23 +279,84 @@ def convert(checkpoint: Path, out: Path, name: str | None, conversion: Conversio
 
 
 @cli.command()
-@path_argument("model")
-@path_option("--text", "calibration text: .txt, .json, .jsonl, or gzipped")
+@path_argument("paths", nargs=-1, required=True)
+@click.option("--merge", is_flag=True, help="add up PATHS, histogram files of one model, instead of counting")
+@click.option("--text", type=click.Path(path_type=Path), help="calibration text: .txt, .json, .jsonl, or gzipped")
+@click.option("--shard", type=click.IntRange(min=0), default=0, show_default=True, help="which part is counted")
+@click.option("--score", "scores", multiple=True, help="method whose scores are counted too (cats, wina); repeatable")
 @path_option("--out", "histogram file (safetensors)")
 @settings(Calibration, Machine)
-def calibrate(model: Path, text: Path, out: Path, calibration: Calibration, machine: Machine) -> None:
-    """Count the exact distribution of what enters each matrix of MODEL, over a text.
+def calibrate(
+    paths: tuple[Path, ...],
+    merge: bool,
+    text: Path | None,
+    shard: int,
+    scores: tuple[str, ...],
+    out: Path,
+    calibration: Calibration,
+    machine: Machine,
+) -> None:
+    """Count the exact distribution of what enters each matrix of a model, over a text.
+
+    PATHS is the model. An interrupted run goes on with the same command.
 
     \b
-    Example:
+    Examples:
       sparsetrace calibrate results/llama/model --text wiki.txt --out results/llama/histograms.safetensors
+      sparsetrace calibrate --merge one.safetensors two.safetensors --out both.safetensors
     """
+    from sparsetrace.methods import METHODS
+
+    if unknown := [name for name in scores if name not in METHODS or METHODS[name].score not in ("scaled", "gate")]:
+        raise InputError(f"--score must be a method with scores of its own, such as cats or wina, got {unknown[0]}")
+    if merge:
+        from sparsetrace.histogram import merge as add_up
+
+        merged = add_up(paths, out)
+        click.echo(f"{out}: {merged.tokens:,} tokens")
+        return
+    if len(paths) != 1 or text is None:
+        raise InputError(f"calibrate: one model and --text must be given unless --merge is, got {len(paths)} paths")
     from sparsetrace.calibrate import calibrate as run
     from sparsetrace.runtime import open_model
 
     with progress("calibrating", "tokens") as report:
-        histograms = run(open_model(model), text, out, calibration, machine, report)
+        histograms = run(open_model(paths[0]), text, out, calibration, machine, report, shard=shard, scores=scores)
     click.echo(f"{out}: {len(histograms.counts)} histograms")
+
+
+@cli.command()
+@path_argument("model")
+@path_option("--histograms", "of the model")
+@path_option("--text", "calibration text")
+@click.option("--layer", type=click.IntRange(min=0), required=True, help="which layer is searched")
+@click.option("--method", default="teal", show_default=True, help="method with thresholds whose masks are searched for")
+@path_option("--out", "search table of the layer (Parquet)")
+@settings(Greedy, Machine)
+def allocate(
+    model: Path, histograms: Path, text: Path, layer: int, method: str, out: Path, greedy: Greedy, machine: Machine
+) -> None:
+    """Search how one layer of MODEL is best sparsified, for `allocation: greedy`.
+
+    TEAL's rule: the matrix whose next step raises the error of the layer's output least takes it. Every sparsity up to
+    0.9 is looked up in the table afterwards. An interrupted search goes on with the same command.
+    """
+    from sparsetrace.allocation import read_greedy
+    from sparsetrace.greedy import allocate as run
+    from sparsetrace.methods import METHODS, ThresholdMethod
+    from sparsetrace.runtime import open_model
+
+    kind = METHODS.get(method)
+    if kind is None or not issubclass(kind, ThresholdMethod):
+        known = [name for name, one in METHODS.items() if issubclass(one, ThresholdMethod)]
+        raise InputError(f"--method must be one of {', '.join(known)}, which have thresholds per matrix, got {method}")
+    with progress(f"layer {layer}", "% sparsity") as report:
+        run(
+            *(open_model(model), histograms, text, layer, out, kind, greedy, machine),
+            lambda reached, of: report(int(100 * reached), int(100 * of)),
+        )
+    _, table = read_greedy(out)
+    click.echo(f"{out}: {len(table.error)} rows, {len(table.losses())} of them worse than uniform")
 
 
 @cli.command()
@@ -249,8 +364,18 @@ def calibrate(model: Path, text: Path, out: Path, calibration: Calibration, mach
 @click.option("--method", required=True, help="name of the method, such as teal")
 @click.option("--set", "parameters", multiple=True, metavar="NAME=VALUE", help="parameter of the method, repeatable")
 @click.option("--label", default=None, help="folder name of the setting; the method's own if not given")
+@click.option(
+    "--table", "tables", multiple=True, type=click.Path(path_type=Path), help="search table of a layer; repeatable"
+)
 @path_option("--out", "threshold table (Parquet)")
-def thresholds(histograms: Path, method: str, parameters: tuple[str, ...], label: str | None, out: Path) -> None:
+def thresholds(
+    histograms: Path,
+    method: str,
+    parameters: tuple[str, ...],
+    label: str | None,
+    tables: tuple[Path, ...],
+    out: Path,
+) -> None:
     """Look a method's target sparsity up in HISTOGRAMS and print target against achieved.
 
     \b
@@ -261,17 +386,24 @@ def thresholds(histograms: Path, method: str, parameters: tuple[str, ...], label
     from sparsetrace.thresholds import derive_thresholds
 
     setting = parse_method(method, parameters, label)
-    result = derive_thresholds(setting.label, setting.method, histograms, out)
+    result = derive_thresholds(setting.label, setting.method, histograms, out, list(tables))
+    for note in result.notes:
+        click.echo(note)
     target, achieved = result.overall()
-    if target is None or achieved is None:
+    if not setting.method.thresholded:
         click.echo(f"{setting.label}: no thresholds needed")
         return
     table = Table("layer", *MATRICES, title=f"{setting.label}: share of the counted activations dropped")
     for layer in sorted({row["layer"] for row in result.rows}):
-        dropped = {r["matrix"]: f"{r['calibrated_sparsity']:.4f}" for r in result.rows if r["layer"] == layer}
+        dropped = {
+            r["matrix"]: "-" if r["calibrated_sparsity"] is None else f"{r['calibrated_sparsity']:.4f}"
+            for r in result.rows
+            if r["layer"] == layer
+        }
         table.add_row(str(layer), *(dropped[matrix] for matrix in MATRICES))
     Console().print(table)
-    click.echo(f"target {target:.4f}, achieved {achieved:.4f} over all matrices, weighted by their inputs")
+    if target is not None and achieved is not None:
+        click.echo(f"target {target:.4f}, achieved {achieved:.4f} over all matrices, weighted by their inputs")
 
 
 @cli.command()
@@ -300,7 +432,7 @@ def split(model: Path, prompts: Path, out: Path, prompt_set: PromptSet, batching
 @path_option("--prompts", "the split prompt set")
 @click.option("--shard", type=click.IntRange(min=0), default=0, show_default=True, help="which part of it")
 @path_option("--out", "manifest.json of the dump; the blocks are written beside it")
-@settings(Decoding, Batching, Machine)
+@settings(Decoding, Batching, Capture, Machine)
 def generate(
     model: Path,
     thresholds: Path,
@@ -309,6 +441,7 @@ def generate(
     out: Path,
     decoding: Decoding,
     batching: Batching,
+    capture: Capture,
     machine: Machine,
 ) -> None:
     """Decode one shard with MODEL under a method and dump the operand of every multiply.
@@ -316,12 +449,16 @@ def generate(
     A group of sequences is sealed when it is done; the same command after an interruption starts at the first that is
     not sealed.
     """
+    from sparsetrace.estimate import shard_warning
     from sparsetrace.generate import generate as run
     from sparsetrace.runtime import open_model
 
+    opened = open_model(model)
+    if warning := shard_warning(opened, thresholds, prompts, shard, out, decoding, batching, capture):
+        click.echo(f"warning: the dump of shard {shard} {warning}", err=True)
     with progress("generating", "groups") as report:
         manifest = run(
-            open_model(model),
+            opened,
             thresholds,
             prompts,
             shard,
@@ -330,6 +467,7 @@ def generate(
             batching,
             machine,
             lambda done, total, rows: report(done, total, f"{rows:,} tokens captured"),
+            capture,
         )
     rows = manifest["rows"] * len(manifest["matrices"])
     click.echo(
@@ -377,6 +515,204 @@ def index(parts: tuple[Path, ...], workload: Path) -> None:
 def show(workloads: tuple[Path, ...]) -> None:
     """Print a summary of WORKLOADS."""
     click.echo("\n\n".join(summary(workload) for workload in workloads))
+
+
+@cli.command()
+@path_argument("workload")
+@click.option("--recompute", type=click.IntRange(min=1), default=None, help="sequences to run again and compare")
+@click.option(
+    "--model", type=click.Path(path_type=Path), default=None, help="folder of the runtime model, to recompute"
+)
+@settings(Machine)
+def verify(workload: Path, recompute: int | None, model: Path | None, machine: Machine) -> None:
+    """Check WORKLOAD: hashes, schema, completeness, counts, values, thresholds; exit status 1 if a fault is found.
+
+    \b
+    Example:
+      sparsetrace verify results/demo/default/teal-0.5/workload
+      sparsetrace verify results/demo/default/teal-0.5/workload --recompute 4 --model results/demo/model
+    """
+    from sparsetrace.verify import verify as run
+
+    with progress("verifying", "files") as report:
+        faults = [str(fault) for fault in run(workload, report)]
+    if recompute is not None and not faults:
+        from sparsetrace.recompute import recompute as run_again
+
+        if model is None:
+            raise InputError("verify: --model must be given with --recompute, got none: name the runtime model")
+        with progress("recomputing", "groups") as report:
+            faults = [str(fault) for fault in run_again(workload, model, recompute, machine, report)]
+    if faults:
+        fail("\n".join(faults))
+    click.echo(f"{workload}: no fault found")
+
+
+@cli.command()
+@path_argument("workload")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=None, help="folder of the tables; WORKLOAD/stats if none"
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="of the i.i.d. twin")
+@click.option("--tile", "tiles", type=click.IntRange(min=1), multiple=True, help="tile width for load imbalance")
+@selection_options
+def stats(workload: Path, out: Path | None, seed: int, tiles: tuple[int, ...], **chosen: Any) -> None:
+    """Statistics of the masks of WORKLOAD, each beside its i.i.d. twin's, as Parquet tables.
+
+    \b
+    Example:
+      sparsetrace stats results/demo/default/teal-0.5/workload --phase decode
+    """
+    from sparsetrace.stats import TILES, statistics, summary
+
+    ds = selected(workload, **chosen)
+    folder = workload / "stats" if out is None else out
+    with progress("counting", "matrices") as report:
+        tables = statistics(ds, folder, seed, tiles or TILES, report)
+    table = Table("figure", "real", "i.i.d. twin", title=f"{folder}: mean over layers and matrices")
+    for name, real, twin in summary(tables):
+        table.add_row(name, f"{real:.4f}", f"{twin:.4f}")
+    Console().print(table)
+
+
+@cli.command()
+@path_argument("workload")
+@click.option(
+    "--format",
+    "form",
+    required=True,
+    help="mtx, smtx, npz, safetensors, npy, bitmask, density, ramulator, dramsim3 or libcachesim; see docs/export.md",
+)
+@path_option("--out", "folder of the files, LNN.matrix.suffix each")
+@click.option("--twin", type=click.IntRange(min=0), default=None, help="export the i.i.d. twin of this seed instead")
+@click.option("--base", type=HEXADECIMAL, default="0", help="traces: address of the first weight row")
+@click.option("--stride", type=click.IntRange(min=1), default=None, help="traces: bytes between weight rows")
+@click.option("--line", type=click.IntRange(min=1), default=64, show_default=True, help="traces: bytes of an access")
+@click.option(
+    "--bundle", type=click.IntRange(min=1), default=1, show_default=True, help="traces: rows fetched together"
+)
+@click.option("--cycles", type=click.IntRange(min=0), default=1, show_default=True, help="traces: between two accesses")
+@click.option("--tile", type=click.IntRange(min=1), default=64, show_default=True, help="density: inputs of a tile")
+@selection_options
+def export(
+    workload: Path,
+    form: str,
+    out: Path,
+    twin: int | None,
+    base: int,
+    stride: int | None,
+    line: int,
+    bundle: int,
+    cycles: int,
+    tile: int,
+    **chosen: Any,
+) -> None:
+    """Write a slice of WORKLOAD in the format of another tool, one file for each layer and matrix.
+
+    \b
+    Example:
+      sparsetrace export results/demo/default/teal-0.5/workload --format smtx --layer 0 --matrix down --out smtx
+    """
+    from sparsetrace.export import FORMS, Layout
+    from sparsetrace.export import export as run
+
+    ds = selected(workload, **chosen)
+    ds = ds if twin is None else ds.twin(twin)
+    layout = Layout(base, stride, line, bundle, cycles)
+    for layer, matrix in ds.leaves:
+        suffix = FORMS[form][0] if form in FORMS else ""
+        path = out / f"L{layer:02d}.{matrix}{suffix}"
+        run(ds, layer, matrix, form, path, layout, tile)
+        click.echo(path)
+
+
+@cli.command()
+@path_argument("config")
+@settings(Machine)
+def estimate(config: Path, machine: Machine) -> None:
+    """Print the rows, bytes and time that a study file asks for, before it is run.
+
+    \b
+    Example:
+      sparsetrace estimate config.yaml
+    """
+    from sparsetrace.estimate import estimate as run
+
+    table = Table("workload", "tokens", "rows", "dump", "workload on disk", "time", title=str(config))
+    for row in run(load_study(config), machine):
+        sizes = (f"{size / 1e9:.3g} GB" for size in (row.sizes.dump_bytes, row.sizes.workload_bytes))
+        table.add_row(row.name, f"{row.sizes.tokens:,}", f"{row.sizes.rows:,}", *sizes, f"{row.seconds / 60:.3g} min")
+        for note in row.notes:
+            click.echo(f"{row.name}: {note}", err=True)
+    Console().print(table)
+
+
+@cli.command()
+@path_argument("model")
+@click.option(
+    "--thresholds", "tables", required=True, multiple=True, type=click.Path(path_type=Path), help="table; repeatable"
+)
+@path_option("--text", "held-out text: .txt, .json, .jsonl, or gzipped")
+@path_option("--out", "table of the measurement (Parquet)")
+@settings(Quality, Machine)
+def quality(model: Path, tables: tuple[Path, ...], text: Path, out: Path, quality: Quality, machine: Machine) -> None:
+    """Measure what each method setting costs MODEL in quality, on held-out text, beside the dense model.
+
+    Perplexity, KL divergence of the next token from the dense model's, and share of predictions that agree on the
+    likeliest token; in windows as TEAL's evaluation takes them.
+    """
+    from sparsetrace.quality import measure
+    from sparsetrace.runtime import open_model
+
+    with progress("measuring quality", "windows") as report:
+        rows = measure(open_model(model), text, tables, out, quality, machine, report).to_pylist()
+    shown = Table("setting", "target", "achieved", "perplexity", "KL (nats)", "top-1 agreement")
+    for row in rows:
+        target = "-" if row["target_sparsity"] is None else f"{row['target_sparsity']:.4f}"
+        numbers = [f"{row[name]:.4f}" for name in ("perplexity", "kl_divergence", "top1_agreement")]
+        shown.add_row(row["label"], target, f"{row['achieved_sparsity']:.4f}", *numbers)
+    Console().print(shown)
+    click.echo(f"{rows[0]['tokens']:,} tokens, context {quality.context}, prefill {quality.prefill}")
+
+
+@cli.command("import-teal")
+@path_argument("histograms")
+@click.option(
+    "--config", required=True, type=click.Path(path_type=Path), help="config.json of the model, as on Hugging Face"
+)
+@click.option("--sparsity", required=True, type=float, help="target fraction of inputs dropped, 0 <= s < 1")
+@click.option(
+    "--rule",
+    type=click.Choice(["teal", "magnitude"]),
+    default="teal",
+    show_default=True,
+    help="teal: the signed quantile at 0.5 + s/2, as TEAL's code; magnitude: the quantile of |x|, same histogram",
+)
+@click.option(
+    "--lookup", type=click.Path(path_type=Path), help="folder of TEAL's search tables, for greedy targets; else uniform"
+)
+@path_option("--out", "threshold file (Parquet), for `allocation: {file: ...}`")
+def import_teal(histograms: Path, config: Path, sparsity: float, rule: str, lookup: Path | None, out: Path) -> None:
+    """Read thresholds out of TEAL's published HISTOGRAMS, a folder of layer-N/{self_attn,mlp}/histograms.pt.
+
+    Files that cannot be of the model of CONFIG are refused: every site must have counted a whole number of vectors of
+    its width, the same number everywhere.
+
+    \b
+    Example:
+      sparsetrace import-teal TEAL/models/Llama-2-7B/histograms --config Llama-2-7b-hf/config.json --sparsity 0.5 \
+        --out teal-0.5.parquet
+    """
+    from sparsetrace.schema import MATRICES
+    from sparsetrace.teal_files import import_teal as run
+
+    table = run(histograms, config, sparsity, out, rule, lookup).to_pylist()  # type: ignore[arg-type]
+    shown = Table("layer", *MATRICES, title="share of the published histogram that each threshold drops")
+    for layer in sorted({row["layer"] for row in table}):
+        implied = {row["matrix"]: f"{row['implied_sparsity']:.4f}" for row in table if row["layer"] == layer}
+        shown.add_row(str(layer), *(implied[matrix] for matrix in MATRICES))
+    Console().print(shown)
+    click.echo(f"{out}: {len(table)} thresholds")
 
 
 @cli.command("check-config")

@@ -5,97 +5,42 @@ Each field's description is also the help of the command-line option that carrie
 
 import hashlib
 import itertools
+import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from sparsetrace.files import InputError, sha256_json
-from sparsetrace.methods import METHODS, Method
+from sparsetrace.files import InputError, read_json, sha256_json
+from sparsetrace.methods import METHODS, FromFile, Method, ThresholdMethod
+from sparsetrace.settings import (
+    Batching,
+    Calibration,
+    Capture,
+    Conversion,
+    Decoding,
+    Greedy,
+    Machine,
+    Packing,
+    PromptSet,
+    Quality,
+    Section,
+)
 
 # The word that names the built-in demonstration model, its calibration text and its prompts.
 EMBEDDED = "embedded"
+# Layers of that model, known before it is trained.
+EMBEDDED_LAYERS = 4
 
 # Names of what lies beside the runs of a model and beside the models.
-RESERVED_RUNS = ("checkpoint", "model")
+RESERVED_RUNS = ("checkpoint", "model", "histograms", "greedy")
 RESERVED_MODELS = ("logs",)
 
-Dtype = Literal["auto", "float16", "bfloat16", "float32"]
 # Labels and names become folders.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-
-
-class Section(BaseModel):
-    """A frozen part of the configuration in which unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Conversion(Section):
-    """How a checkpoint becomes a runtime model."""
-
-    dtype: Dtype = Field("auto", description="number format of the runtime model; auto keeps the checkpoint's")
-    ignore_fields: tuple[str, ...] = Field((), description="fields of config.json known to be harmless")
-
-
-class Calibration(Section):
-    """Which activations the thresholds are taken from."""
-
-    field: str | None = Field(None, description="field of a .json/.jsonl text that holds the text; found if not given")
-    tokens: int = Field(65_536, ge=1, description="tokens counted, at most what the text holds")
-    sequence_length: int = Field(512, ge=2, description="tokens per calibration sequence, the begin token included")
-    seed: int = Field(0, ge=0, description="which sequences are drawn when the text holds more than asked")
-
-
-class PromptSet(Section):
-    """Which prompts are run."""
-
-    field: str | None = Field(
-        None, description="field of a .json/.jsonl prompt set that holds the prompt; found if not given"
-    )
-    limit: int | None = Field(None, ge=1, description="use only the first N prompts of the file")
-    longer: Literal["error", "skip"] = Field("error", description="prompts beyond the context: error or skip")
-
-
-class Batching(Section):
-    """How sequences are multiplied together; fixed by config, so that it is the same on every run."""
-
-    max_new_tokens: int = Field(64, ge=1, description="tokens generated per sequence, at most")
-    batch_size: int = Field(8, ge=1, description="sequences per group, run at fixed shapes")
-    shards: int = Field(1, ge=1, description="parts of the prompt set, one generate and one pack job each")
-
-
-class Decoding(Section):
-    """How tokens are produced and which positions are sparsified."""
-
-    prefill: Literal["none", "half", "all"] = Field(
-        "none", description="part of each prompt sparsified and captured: none, half (last floor(T/2)) or all"
-    )
-    temperature: float = Field(0.0, ge=0, description="0 is greedy; otherwise logits are divided by it")
-    top_k: int = Field(0, ge=0, description="sample from the k likeliest tokens; 0 is all")
-    seed: int = Field(0, ge=0, description="of the random draws, keyed by (seed, sequence, position)")
-    ignore_eos: bool = Field(False, description="keep generating after the end-of-sequence token")
-
-
-class Packing(Section):
-    """How operands are written."""
-
-    encoding: Literal["split", "open"] = Field(
-        "split", description="split: bitmask and byte planes, near the entropy limit; open: plain lists, larger"
-    )
-    share_inputs: bool = Field(
-        False, description="store matrices that read one masked input (q, k, v; gate, up) once, about a third smaller"
-    )
-
-
-class Machine(Section):
-    """Where the model runs."""
-
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes the GPU if there is one")
-    threads: int = Field(1, ge=1, description="CPU threads of a step that runs the model; sums may depend on it")
 
 
 class Model(Section):
@@ -105,11 +50,17 @@ class Model(Section):
     conversion: Conversion = Field(Conversion(), description="how it becomes a runtime model")
     calibration_text: str = Field(description="file of text, or `embedded` with the demonstration model")
     calibration: Calibration = Field(Calibration(), description="what is counted")
+    greedy: Greedy = Field(Greedy(), description="search behind `allocation: greedy`")
+    quality_text: str | None = Field(
+        None, description="file of held-out text, or `embedded` with the demonstration model; none measures no quality"
+    )
+    quality: Quality = Field(Quality(), description="how quality is measured")
 
     @model_validator(mode="after")
     def _embedded_text_needs_embedded_model(self) -> Self:
-        if self.calibration_text == EMBEDDED and self.checkpoint != EMBEDDED:
-            raise ValueError("calibration_text must be a file unless checkpoint is `embedded`: name the text")
+        for name in ("calibration_text", "quality_text"):
+            if getattr(self, name) == EMBEDDED and self.checkpoint != EMBEDDED:
+                raise ValueError(f"{name} must be a file unless checkpoint is `embedded`: name the text")
         return self
 
 
@@ -129,6 +80,8 @@ class Run(Section):
     prompt_set: PromptSet = Field(PromptSet(), description="what is read of it")
     batching: Batching = Field(Batching(), description="how sequences are multiplied together")
     decoding: Decoding = Field(Decoding(), description="how tokens are produced")
+    capture: Capture = Field(Capture(), description="what is kept of the operands")
+    packing: Packing = Field(Packing(), description="how operands are written")
     methods: tuple[Setting, ...] = Field(min_length=1, description="methods, each with a list of values or one")
 
     @field_validator("methods", mode="before")
@@ -228,10 +181,46 @@ class Study(Section):
         text = self.models[model].calibration_text
         return f"{self.checkpoint(model)}/calibration.txt" if text == EMBEDDED else text
 
+    def quality_text(self, model: str) -> str | None:
+        """File of a model's held-out text; None where no quality is measured."""
+        text = self.models[model].quality_text
+        return f"{self.checkpoint(model)}/quality.txt" if text == EMBEDDED else text
+
     def prompts(self, run: str, model: str) -> str:
         """File of a run's prompt set, for one of its models."""
         prompts = self.runs[run].prompts
         return f"{self.checkpoint(model)}/prompts.jsonl" if prompts == EMBEDDED else prompts
+
+    def calibration_shards(self, model: str) -> list[str]:
+        """Names of the parts that a model's calibration is counted in."""
+        return [f"{shard:05d}" for shard in range(self.models[model].calibration.shards)]
+
+    def scores(self, model: str) -> list[str]:
+        """Methods whose scores a model's calibration must count besides what enters the sites."""
+        methods = [setting.method for name in self.runs_of(model) for setting in self.runs[name].methods]
+        return sorted({m.name for m in methods if m.thresholded and m.score in ("scaled", "gate")})
+
+    def runs_of(self, model: str) -> list[str]:
+        """Names of the runs that use a model."""
+        return [name for name in self.runs if model in self.models_of(name)]
+
+    def greedy_layers(self, model: str, run: str, label: str) -> list[str]:
+        """Names of the layers whose search tables a setting needs; none where it is allocated otherwise."""
+        method = self.setting(run, label).method
+        if not isinstance(method, ThresholdMethod) or method.allocation != "greedy":
+            return []
+        if self.models[model].checkpoint == EMBEDDED:
+            layers = EMBEDDED_LAYERS
+        else:
+            config = Path(self.models[model].checkpoint) / "config.json"
+            layers = read_json(config, "config").get("num_hidden_layers", 0)
+        return [f"{layer:03d}" for layer in range(layers)]
+
+    def threshold_file(self, run: str, label: str) -> list[str]:
+        """The user's own threshold file of a setting, if it has one."""
+        method = self.setting(run, label).method
+        own = isinstance(method, ThresholdMethod) and isinstance(method.allocation, FromFile)
+        return [method.allocation.file] if own else []  # type: ignore[attr-defined]
 
     def shards(self, run: str) -> list[str]:
         """Names of a run's shards."""
@@ -348,8 +337,9 @@ def options(section: BaseModel) -> str:
 
 def method_options(setting: Setting) -> str:
     """A method setting as command-line options, which `parse_method` reads."""
-    values = setting.method.model_dump()
-    words = [f"--method {setting.method_name}", *(f"--set {key}={value}" for key, value in values.items())]
+    values = setting.method.model_dump(mode="json").items()
+    # JSON is YAML that says what is text: an unquoted 2:4 is the number 124
+    words = [f"--method {setting.method_name}", *(f"--set {shlex.quote(f'{k}={json.dumps(v)}')}" for k, v in values)]
     return " ".join([*words, f"--label {setting.label}"])
 
 

@@ -21,15 +21,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsetrace.config import Conversion
-from sparsetrace.files import InputError, read_json, sha256_file, sha256_json, write_folder_beside, write_json
-from sparsetrace.model import ModelConfig, RopeScaling
+from sparsetrace.files import (
+    InputError,
+    read_json,
+    refuse_strangers,
+    sha256_file,
+    sha256_json,
+    write_folder_beside,
+    write_json,
+)
+from sparsetrace.model import ACTIVATIONS, ModelConfig, RopeScaling
 from sparsetrace.runtime import RuntimeModel, open_model, source_weight
 from sparsetrace.schema import FORMATS, MODEL_VERSION, SITES
+from sparsetrace.settings import Conversion
 from sparsetrace.tokenizer import COMPANION_FILES, TOKENIZER_FILES, Tokenizer, begin_token
 
 # An output file is closed when it reaches this; it bounds the memory of the step.
 FILE_BYTES = 2 << 30
+
+OUTPUT_FILES = ("config.json", "weights-*.safetensors", *TOKENIZER_FILES, *COMPANION_FILES)
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
@@ -38,7 +48,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {"llama": {}, "mistral": {"num_key_value_h
 
 # Fields that alter the forward pass and may only have these values.
 REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
+    "hidden_act": ("silu", "relu"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "quantization_config": (None,),
@@ -92,22 +102,20 @@ def convert(
     source = _Source(checkpoint)
     plan = dict(_plan(config, source))
     source.refuse_unexpected({name for names in plan.values() for name in names}, config)
-    if out.exists() and any(out.iterdir()) and not _is_runtime_model(out):
-        raise InputError(
-            f"convert: {out} must be a runtime model or not exist, got another folder: choose another --out"
-        )
+    refuse_strangers(out, OUTPUT_FILES, "convert")
     with write_folder_beside(out) as partial:
         tensors = _write_weights(partial, config, source, plan, report)
-        for name in (*TOKENIZER_FILES, *COMPANION_FILES):
-            if (checkpoint / name).is_file():
-                shutil.copyfile(checkpoint / name, partial / name)
+        for file in (*TOKENIZER_FILES, *COMPANION_FILES):
+            if (checkpoint / file).is_file():
+                shutil.copyfile(checkpoint / file, partial / file)
         architecture = dataclasses.asdict(config)
+        tokenizer = {file: sha256_file(partial / file) for file in TOKENIZER_FILES if (partial / file).is_file()}
         content = {
             "format": "sparsetrace-model",
             "version": MODEL_VERSION,
             "source": name or checkpoint.resolve().name,
             "source_hash": source.digest(),
-            "model_hash": sha256_json([architecture, {name: t["sha256"] for name, t in tensors.items()}]),
+            "model_hash": sha256_json([architecture, {key: t["sha256"] for key, t in tensors.items()}, tokenizer]),
             "architecture": architecture,
             "bos": bos,
             "eos": sorted(eos),
@@ -115,12 +123,6 @@ def convert(
         }
         write_json(partial / "config.json", content)
     return open_model(out)
-
-
-def _is_runtime_model(folder: Path) -> bool:
-    # a checkpoint has a config.json too, and must not be replaced by its own conversion
-    config = folder / "config.json"
-    return config.is_file() and read_json(config, "convert").get("format") == "sparsetrace-model"
 
 
 def read_config(raw: dict[str, Any], conversion: Conversion, checkpoint: Path) -> ModelConfig:
@@ -179,6 +181,7 @@ def read_config(raw: dict[str, Any], conversion: Conversion, checkpoint: Path) -
         sliding_window=None if window is None else int(window),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         dtype=dtype,
+        hidden_act=raw["hidden_act"] if raw.get("hidden_act") in ACTIVATIONS else "silu",
     )
 
 

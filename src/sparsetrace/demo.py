@@ -12,6 +12,7 @@ for one install, one torch and one thread count, all files written are the same 
 | `tokenizer.model`, `tokenizer_config.json` | SentencePiece BPE with byte fallback: any text encodes |
 | `generation_config.json` | begin and end tokens |
 | `calibration.txt` | held-out documents, a blank line between two of them |
+| `quality.txt` | other held-out documents, those of the validation loss |
 | `prompts.jsonl` | beginnings of held-out paragraphs, each in the field `prompt` |
 """
 
@@ -36,13 +37,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparsetrace.files import InputError, write_folder_beside, write_json
+from sparsetrace.files import InputError, refuse_strangers, write_folder_beside, write_json
 from sparsetrace.model import Block, Decoder, ModelConfig
 from sparsetrace.schema import SITES
 
 STEPS = 400
 NUM_PROMPTS = 32
 NUM_SHARDS = 2
+OUTPUT_FILES = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.model"),
+    *("model-*.safetensors", "model.safetensors.index.json", "calibration.txt", "quality.txt"),
+    "prompts.jsonl",
+)
 
 CONFIG = ModelConfig(
     hidden_size=192,
@@ -174,10 +180,7 @@ def make_checkpoint(
     for name, value in (("steps", steps), ("threads", threads)):
         if value < 1:
             raise InputError(f"demo: {name} must be at least 1, got {value}")
-    if out.exists() and not (out.is_dir() and ((out / "config.json").is_file() or not any(out.iterdir()))):
-        raise InputError(
-            f"demo: {out} must be new, empty or an earlier checkpoint, since it is replaced; got other files"
-        )
+    refuse_strangers(out, OUTPUT_FILES, "demo")
 
     started = time.process_time()
     parts = divide(gather(Path(sysconfig.get_path("stdlib"))))
@@ -206,8 +209,9 @@ def make_checkpoint(
         write_json(folder / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS})
         write_json(folder / "tokenizer_config.json", _tokenizer_config())
         (folder / "tokenizer.model").write_bytes(proto)
-        calibration = "\n\n".join(document.text for document in parts.calibration)
-        (folder / "calibration.txt").write_text(calibration + "\n", encoding="utf-8", newline="\n")
+        for name, documents in (("calibration.txt", parts.calibration), ("quality.txt", parts.validation)):
+            text = "\n\n".join(document.text for document in documents)
+            (folder / name).write_text(text + "\n", encoding="utf-8", newline="\n")
         lines = (json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts)
         (folder / "prompts.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
 

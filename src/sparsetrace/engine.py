@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from sparsetrace.capture import Recorder, Rows, block_rows
-from sparsetrace.config import Batching, Decoding
 from sparsetrace.files import InputError
 from sparsetrace.model import Decoder, KVCache
-from sparsetrace.patch import Patch
+from sparsetrace.patch import Patch, observe
 from sparsetrace.prompts import Sequence
+from sparsetrace.schema import SITES
+from sparsetrace.settings import Batching, Decoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,11 @@ class Engine:
         self.decoding = decoding
         self.batching = batching
         self.eos = frozenset() if decoding.ignore_eos else eos
+        if patch is not None and patch.method.needs_dense_prefill and decoding.prefill == "all":
+            raise InputError(
+                f"generate: prefill must be none or half with method {patch.method.name}, which decides by the dense "
+                "part of the prompt, got all"
+            )
         self.device = model.embedding.device
         self.block_rows = block_rows(model.config, batching.batch_size)
 
@@ -77,31 +83,19 @@ class Engine:
         tokens_BT = np.zeros((B, longest), dtype=np.int64)
         for slot, sequence in enumerate(group):
             tokens_BT[slot, : lengths_B[slot]] = sequence.prompt_ids
+        if self.patch is not None:
+            self.patch.begin()
         cache = KVCache(self.model.config, B, longest + self.batching.max_new_tokens - 1, self.device)
         self._fed: list[dict[str, np.ndarray]] = []
 
-        hidden_BC = None
-        for start, stop in self._prefill_chunks(longest):
-            positions_BT = np.broadcast_to(np.arange(start, stop), (B, stop - start))
-            real_BT = positions_BT < lengths_B[:, None]
-            real_BT[len(group) :] = False
-            sparsified_BT = real_BT & (positions_BT >= self._first_sparsified(lengths_B)[:, None])
-            hidden_BTC = self._pass(
-                group, tokens_BT[:, start:stop], positions_BT, real_BT, sparsified_BT, "prefill", cache, recorder
-            )
-            last = torch.from_numpy(np.clip(lengths_B - 1 - start, 0, stop - start - 1)).to(self.device)
-            ends_here = torch.from_numpy((lengths_B > start) & (lengths_B <= stop)).to(self.device)
-            chunk_BC = hidden_BTC[torch.arange(B, device=self.device), last]
-            hidden_BC = chunk_BC if hidden_BC is None else torch.where(ends_here[:, None], chunk_BC, hidden_BC)
-
+        hidden_BC = self._prefill(group, tokens_BT, lengths_B, cache, recorder)
         uniform_BS = uniforms(self.decoding.seed, group, longest + self.batching.max_new_tokens, B).to(self.device)
         running_B = np.arange(B) < len(group)
         stopped_B = np.zeros(B, dtype=bool)
         outputs: list[list[int]] = [[] for _ in group]
         for step in range(self.batching.max_new_tokens):
-            assert hidden_BC is not None
             logits_BV = self.model.logits(hidden_BC)
-            self._refuse_not_finite(logits_BV, running_B, group, recorder)
+            self._refuse_not_finite(logits_BV, running_B, group, tokens_BT, lengths_B, recorder)
             positions_B = lengths_B + step
             drawn_B = uniform_BS.gather(1, torch.from_numpy(positions_B).to(self.device)[:, None])
             next_B = sample(logits_BV, drawn_B, self.decoding.temperature, self.decoding.top_k).cpu().numpy()
@@ -120,6 +114,31 @@ class Engine:
             recorder.close()
         columns = {name: np.concatenate([fed[name] for fed in self._fed]) for name in self._fed[0]}
         return GroupResult(outputs, [bool(s) for s in stopped_B[: len(group)]], pa.table(columns))
+
+    def _prefill(
+        self,
+        group: list[Sequence],
+        tokens_BT: np.ndarray,
+        lengths_B: np.ndarray,
+        cache: KVCache,
+        recorder: Recorder | None,
+    ) -> Tensor:
+        """Feed the prompts; returns the hidden state of each one's last position, [B, C]."""
+        hidden_BC: Tensor | None = None
+        for start, stop in self._prefill_chunks(tokens_BT.shape[1]):
+            positions_BT = np.broadcast_to(np.arange(start, stop), (len(tokens_BT), stop - start))
+            real_BT = positions_BT < lengths_B[:, None]
+            real_BT[len(group) :] = False
+            sparsified_BT = real_BT & (positions_BT >= self._first_sparsified(lengths_B)[:, None])
+            hidden_BTC = self._pass(
+                group, tokens_BT[:, start:stop], positions_BT, real_BT, sparsified_BT, "prefill", cache, recorder
+            )
+            last = torch.from_numpy(np.clip(lengths_B - 1 - start, 0, stop - start - 1)).to(self.device)
+            ends_here = torch.from_numpy((lengths_B > start) & (lengths_B <= stop)).to(self.device)
+            chunk_BC = hidden_BTC[torch.arange(len(tokens_BT), device=self.device), last]
+            hidden_BC = chunk_BC if hidden_BC is None else torch.where(ends_here[:, None], chunk_BC, hidden_BC)
+        assert hidden_BC is not None
+        return hidden_BC
 
     def _prefill_chunks(self, longest: int) -> Iterator[tuple[int, int]]:
         """Prompt positions run at once: all where none is captured, else what one block holds."""
@@ -150,7 +169,8 @@ class Engine:
         recorder: Recorder | None,
     ) -> Tensor:
         """One forward pass: note what is fed, announce what is captured, run. Returns hidden states [B, T, C]."""
-        captured_BT = sparsified_BT if recorder is not None else np.zeros_like(sparsified_BT)
+        none_BT = np.zeros_like(sparsified_BT)
+        captured_BT = none_BT if recorder is None else sparsified_BT & recorder.samples(positions_BT)
         self._note(group, tokens_BT, positions_BT, real_BT, sparsified_BT, captured_BT, phase)
         slots, columns = np.nonzero(captured_BT)
         capture = recorder is not None and len(slots) > 0
@@ -159,7 +179,10 @@ class Engine:
             every = phase == "decode" or self.decoding.prefill == "all"
             some = torch.from_numpy(sparsified_BT).to(self.device) if sparsified_BT.any() else False
             self.patch.sparsified_BT = True if every else some
+            dense_BT = real_BT & ~sparsified_BT
+            self.patch.dense_BT = torch.from_numpy(dense_BT).to(self.device) if dense_BT.any() else None
             self.patch.record = recorder.record if recorder is not None and capture else None
+            self.patch.record_outputs = recorder.record_outputs if recorder is not None and capture else None
         if recorder is not None and capture:
             assert self.patch is not None, "capture needs an installed method; `dense` drops nothing"
             bases = np.array([sequence.base for sequence in group])[slots]
@@ -203,16 +226,47 @@ class Engine:
         )
 
     def _refuse_not_finite(
-        self, logits_BV: Tensor, running_B: np.ndarray, group: list[Sequence], recorder: Recorder | None
+        self,
+        logits_BV: Tensor,
+        running_B: np.ndarray,
+        group: list[Sequence],
+        tokens_BT: np.ndarray,
+        lengths_B: np.ndarray,
+        recorder: Recorder | None,
     ) -> None:
         bad_B = ~logits_BV.isfinite().all(-1).cpu().numpy() & running_B
         if not bad_B.any():
             return
+        self._name_not_finite(group, tokens_BT, lengths_B)
         if recorder is not None:
-            # names the layer, matrix and token, where the fault was captured
+            # refuses what was captured after the prompt
             recorder.close()
         sequence = group[int(bad_B.argmax())].sequence
         raise InputError(f"generate: logits must be finite, got Inf or NaN in sequence {sequence}")
+
+    def _name_not_finite(self, group: list[Sequence], tokens_BT: np.ndarray, lengths_B: np.ndarray) -> None:
+        """Feed the prompts again, looking at what enters every site: positions that run dense are not captured."""
+        chunks = self._prefill_chunks(tokens_BT.shape[1])
+        start = 0
+
+        def see(layer: int, site: str, x_BTK: Tensor) -> None:
+            nonlocal start
+            if layer == 0 and site == next(iter(SITES)):
+                start, _ = next(chunks)
+            bad_BT = ~x_BTK.isfinite().all(-1).cpu().numpy()
+            for slot, column in zip(*np.nonzero(bad_BT[: len(group)]), strict=True):
+                position = start + int(column)
+                if position < lengths_B[slot]:
+                    sequence = group[slot]
+                    raise InputError(
+                        f"generate: activations must be finite, got Inf or NaN in layer {layer}, matrix "
+                        f"{SITES[site][0]}, token {sequence.base + position} (sequence {sequence.sequence}, position "
+                        f"{position}): the checkpoint may need a dtype of wider range"
+                    )
+
+        cache = KVCache(self.model.config, len(tokens_BT), tokens_BT.shape[1], self.device)
+        with observe(self.model, see):
+            self._prefill(group, tokens_BT, lengths_B, cache, None)
 
 
 def uniforms(seed: int, group: list[Sequence], positions: int, batch: int) -> Tensor:

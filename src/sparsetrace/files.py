@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,26 @@ def write_beside(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def refuse_strangers(folder: Path, ours: tuple[str, ...], where: str) -> None:
+    """Refuse to replace a folder that holds files other than those a step writes.
+
+    A folder with some of them gone is ours too: a workflow deletes declared outputs before it runs a step again.
+
+    Args:
+        folder: about to be replaced; may not exist.
+        ours: glob patterns of the names that the step writes.
+        where: for the message.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{where}: {folder} must be a folder, got a file: choose another")
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    if strangers := [name for name in names if not any(fnmatch(name, pattern) for pattern in ours)]:
+        raise InputError(
+            f"{where}: {folder} must be new or hold an earlier result, since it is replaced, got {strangers[0]} there: "
+            "choose another"
+        )
 
 
 @contextmanager

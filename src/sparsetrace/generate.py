@@ -17,15 +17,15 @@ import pyarrow.parquet as pq
 import torch
 
 from sparsetrace import __version__
-from sparsetrace.capture import Recorder
-from sparsetrace.config import Batching, Decoding, Machine
+from sparsetrace.capture import Recorder, captured_matrices
 from sparsetrace.dump import group_name
 from sparsetrace.engine import Engine, GroupResult
 from sparsetrace.files import InputError, read_json, sha256_json, write_beside, write_json
 from sparsetrace.patch import install
 from sparsetrace.prompts import Sequence, read_shard
 from sparsetrace.runtime import RuntimeModel, source_weight, use
-from sparsetrace.schema import DUMP_VERSION, MATRICES, SEQUENCES, SITE_OF, TOKENS
+from sparsetrace.schema import DUMP_VERSION, MATRICES, SEQUENCES, SITE_OF, SITES, TOKENS
+from sparsetrace.settings import Batching, Capture, Decoding, Machine
 from sparsetrace.thresholds import Thresholds, read_thresholds
 from sparsetrace.tokenizer import Tokenizer
 
@@ -40,6 +40,7 @@ def generate(
     batching: Batching,
     machine: Machine,
     report: Callable[[int, int, int], None] | None = None,
+    capture: Capture | None = None,
 ) -> dict[str, Any]:
     """Run one shard and write its dump.
 
@@ -53,6 +54,7 @@ def generate(
         batching: how sequences are multiplied together.
         machine: where the model runs.
         report: called with (groups done, groups in all, tokens captured).
+        capture: what is kept of the operands; None keeps all.
 
     Returns:
         The manifest.
@@ -62,6 +64,7 @@ def generate(
     if any(len(group) > batching.batch_size for group in groups):
         raise InputError(f"generate: batch_size must be that of the split of {prompts}, got {batching.batch_size}")
     device = use(machine)
+    capture = capture or Capture()
     identity = {
         "version": DUMP_VERSION,
         "sparsetrace": __version__,
@@ -75,6 +78,7 @@ def generate(
         "prompts": sha256_json([[dataclasses.asdict(sequence) for sequence in group] for group in groups]),
         "decoding": decoding.model_dump(),
         "batching": batching.model_dump(exclude={"shards"}),
+        "capture": capture.model_dump(mode="json"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": machine.threads,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
@@ -94,7 +98,8 @@ def generate(
                 decoder = model.load(device)
                 patch = install(decoder, thresholds.method, thresholds.rules)
                 engine = Engine(decoder, patch, decoding, batching, model.eos)
-            recorder = Recorder(folder, group[0].group, model.config, engine.block_rows, device)
+            out_masks = thresholds.method.out_masks
+            recorder = Recorder(folder, group[0].group, model.config, engine.block_rows, device, out_masks, capture)
             result = engine.run(group, recorder)
             _seal(seal, key, group, result, recorder, tokenizer)
         captured += read_json(seal, "generate")["rows"]
@@ -106,7 +111,7 @@ def generate(
         "dtype": model.config.dtype,
         "source": model.source,
         "source_hash": model.source_hash,
-        "matrices": matrix_table(model, thresholds),
+        "matrices": matrix_table(model, thresholds, capture),
         "groups": [group[0].group for group in groups],
         "rows": captured,
     }
@@ -114,12 +119,26 @@ def generate(
     return manifest
 
 
-def matrix_table(model: RuntimeModel, thresholds: Thresholds) -> list[dict[str, Any]]:
-    """What the workload's `matrices.parquet` says of each matrix before anything is counted."""
+def matrix_table(model: RuntimeModel, thresholds: Thresholds, capture: Capture | None = None) -> list[dict[str, Any]]:
+    """What the workload's `matrices.parquet` says of each captured matrix before anything is counted.
+
+    `same_input_as` names an earlier matrix whose masked input is this one's whatever x is, for packing.
+    """
     config, method = model.config, thresholds.method
+    wanted = captured_matrices(config, capture or Capture())
+    rules = {(rule.layer, rule.matrix): rule for rule in thresholds.rules}
     table = []
     for row in thresholds.rows:
         layer, matrix = row["layer"], row["matrix"]
+        if (layer, matrix) not in wanted:
+            continue
+        same = (
+            other
+            for other in SITES[SITE_OF[matrix]][: SITES[SITE_OF[matrix]].index(matrix)]
+            if (layer, other) in wanted
+            and not {matrix, other} & set(method.out_masks)
+            and method.same_mask(rules[layer, other], rules[layer, matrix])
+        )
         site = SITE_OF[matrix]
         weight = f"layers.{layer}.{site}.weight"
         table.append(
@@ -127,6 +146,7 @@ def matrix_table(model: RuntimeModel, thresholds: Thresholds) -> list[dict[str, 
                 "layer": layer,
                 "matrix": matrix,
                 "site": site,
+                "same_input_as": next(same, None),
                 "in_features": config.in_features(site),
                 "out_features": config.out_features(matrix),
                 "dtype": config.dtype,

@@ -1,26 +1,38 @@
-"""Exact distributions of activations: counts of bit patterns, one histogram per layer and site.
+"""Exact distributions of activations: counts of bit patterns, one histogram per layer and name.
 
 A 16-bit float has 65,536 patterns, so counting them loses nothing, needs fixed memory and merges by addition. A float32
 is counted by its top 16 bits; a threshold is then the upper edge of a bucket, and zeros are counted apart, so that
 what a threshold drops is still known as an integer. Source: DESIGN contract "Calibration".
 
-File: safetensors, `LNN.site` int64 [65536] by pattern, `zeros` int64 [layers, 4] in the order of `schema.SITES`, and
-the metadata of `Provenance`.
+| name | of what | dtype |
+|---|---|---|
+| `attn_in`, `attn_out`, `mlp_in`, `mlp_mid` | x at the site | the model's |
+| `cats`: a method whose score is `gate` | activation function of `gate` | the model's |
+| `wina.q`, ...: a method whose score is `scaled` | abs(x) times the method's scale, per matrix | float32 |
+
+File: safetensors, `LNN.name` int64 [65536] by pattern, `zeros` int64 [layers, names], and the metadata of `Provenance`.
 """
 
+from __future__ import annotations
+
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torch import Tensor
 
-from sparsetrace.files import InputError, write_beside
-from sparsetrace.schema import FORMATS, SITES
+from sparsetrace.files import InputError, sha256_json, write_beside
+from sparsetrace.methods import METHODS
+from sparsetrace.schema import FORMATS, MATRICES, SITES, NumberFormat
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 NUM_PATTERNS = 1 << 16
 NUM_MAGNITUDES = NUM_PATTERNS // 2
@@ -28,13 +40,25 @@ NUM_MAGNITUDES = NUM_PATTERNS // 2
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What a set of histograms was counted on."""
+    """What a set of histograms was counted on.
+
+    Args:
+        model_hash: of the model.
+        text_hash: of the text and of how it was cut.
+        dtype: of the model.
+        tokens: counted; no padding among them.
+        layers: of the model.
+        scores: names of the methods whose scores were counted besides what enters the sites.
+        parts: (text hash, shard, shards) of everything that was added up; empty stands for the one whole text.
+    """
 
     model_hash: str
     text_hash: str
     dtype: str
     tokens: int
     layers: int
+    scores: tuple[str, ...] = ()
+    parts: tuple[tuple[str, int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +76,18 @@ class Threshold:
     counted: int
 
 
+def names_of(scores: Sequence[str]) -> dict[str, bool]:
+    """Names of the histograms of one layer, and whether each is of float32 scores rather than of the model's dtype."""
+    names = dict.fromkeys(SITES, False)
+    for method in scores:
+        match METHODS[method].score:
+            case "gate":
+                names[method] = False
+            case "scaled":
+                names |= {f"{method}.{matrix}": True for matrix in MATRICES}
+    return names
+
+
 class Histograms:
     """Counts of one model, on its device.
 
@@ -59,72 +95,200 @@ class Histograms:
         layers: number of layers.
         dtype: of the activations.
         device: where they are counted.
+        scores: names of the methods whose scores are counted besides what enters the sites.
     """
 
-    def __init__(self, layers: int, dtype: str, device: torch.device | str = "cpu") -> None:
+    def __init__(self, layers: int, dtype: str, device: torch.device | str = "cpu", scores: Sequence[str] = ()) -> None:
+        import torch
+
         self.dtype = dtype
         self.layers = layers
-        self.counts = {
-            (layer, site): torch.zeros(NUM_PATTERNS, dtype=torch.int64, device=device)
-            for layer in range(layers)
-            for site in SITES
-        }
-        self.zeros = {key: torch.zeros((), dtype=torch.int64, device=device) for key in self.counts}
+        self.scores = tuple(scores)
+        names = names_of(scores)
+        self._formats = {name: "float32" if scaled else dtype for name, scaled in names.items()}
+        keys = [(layer, name) for layer in range(layers) for name in names]
+        # one tensor, so that a question to all of them is one answer from the device
+        self._all = torch.zeros(len(keys), NUM_PATTERNS, dtype=torch.int64, device=device)
+        self._float32_zeros = torch.zeros(len(keys), dtype=torch.int64, device=device)
+        self.counts: dict[tuple[int, str], Tensor] = dict(zip(keys, self._all, strict=True))
+        self._row = {key: row for row, key in enumerate(keys)}
+        self._add = _adder(self._all.device)
 
-    def count(self, layer: int, site: str, x: Tensor) -> None:
+    def format(self, name: str) -> NumberFormat:
+        """Number format of what a histogram counts."""
+        return FORMATS[self._formats[name]]
+
+    def count(self, layer: int, name: str, x: Tensor) -> None:
         """Add every element of x [..., K]."""
-        number = FORMATS[self.dtype]
-        integers = x.contiguous().view(torch.int16 if number.bits.itemsize == 2 else torch.int32)
-        patterns = (integers >> number.count_shift).flatten().int() & (NUM_PATTERNS - 1)
-        self.counts[layer, site] += torch.bincount(patterns, minlength=NUM_PATTERNS)
-        self.zeros[layer, site] += (x == 0).sum()
+        import torch
+
+        x = x.contiguous()
+        if self.format(name).count_shift:
+            self._float32_zeros[self._row[layer, name]] += (x == 0).sum()
+            x = (x.view(torch.int32) >> self.format(name).count_shift).to(torch.int16).view(torch.float16)
+        self._add(x, self.counts[layer, name])
+
+    @property
+    def zeros(self) -> dict[tuple[int, str], Tensor]:
+        """Counted zeros of both signs."""
+        half = NUM_MAGNITUDES
+        return {
+            key: self._float32_zeros[row] if self.format(key[1]).count_shift else counts[0] + counts[half]
+            for (key, counts), row in zip(self.counts.items(), self._row.values(), strict=True)
+        }
 
     def not_finite(self) -> tuple[int, str] | None:
         """The first layer and site, in the order of execution, that has counted an Inf or NaN."""
-        first = FORMATS[self.dtype].infinity >> FORMATS[self.dtype].count_shift
-        return next((key for key in self.counts if self.magnitudes(*key)[first:].any()), None)
+        number = FORMATS[self.dtype]
+        first = number.infinity >> number.count_shift
+        positive, negative = self._all[:, first:NUM_MAGNITUDES], self._all[:, NUM_MAGNITUDES + first :]
+        if not bool(positive.any() | negative.any()):
+            return None
+        return next((k for k in self.counts if k[1] in SITES and self.magnitudes(*k)[first:].any()), None)
 
-    def magnitudes(self, layer: int, site: str) -> np.ndarray:
+    def magnitudes(self, layer: int, name: str) -> np.ndarray:
         """int64 [32768]: counts by magnitude, both signs folded."""
-        counts: np.ndarray = self.counts[layer, site].cpu().numpy()
+        counts: np.ndarray = self.counts[layer, name].cpu().numpy()
         return counts[:NUM_MAGNITUDES] + counts[NUM_MAGNITUDES:]
 
-    def threshold(self, layer: int, site: str, sparsity: float) -> Threshold:
+    def threshold(self, layer: int, name: str, sparsity: float) -> Threshold:
         """The magnitude t with P(|x| < t) < sparsity <= P(|x| <= t); t = 0 for sparsity 0."""
-        counted = int(self.magnitudes(layer, site).sum())
+        cumulative = np.cumsum(self.magnitudes(layer, name))
+        counted = int(cumulative[-1])
         if sparsity == 0:
-            return Threshold(0, int(self.zeros[layer, site]), counted)
-        cumulative = np.cumsum(self.magnitudes(layer, site))
+            return Threshold(0, int(self.zeros[layer, name]), counted)
         # repr: the sparsity that the user wrote, not its nearest binary fraction
         wanted = -(-Fraction(repr(sparsity)) * counted // 1)
         bucket = int(np.searchsorted(cumulative, int(wanted)))
-        shift = FORMATS[self.dtype].count_shift
+        shift = self.format(name).count_shift
         return Threshold(((bucket + 1) << shift) - 1, int(cumulative[bucket]), counted)
+
+    def dropped(self, layer: int, name: str, bits: int) -> Threshold | None:
+        """What a given threshold drops; None where it lies within a bucket, so that the counts do not say."""
+        cumulative = np.cumsum(self.magnitudes(layer, name))
+        if bits == 0:
+            return Threshold(0, int(self.zeros[layer, name]), int(cumulative[-1]))
+        bucket, rest = divmod(bits + 1, 1 << self.format(name).count_shift)
+        return None if rest else Threshold(bits, int(cumulative[bucket - 1]), int(cumulative[-1]))
+
+    def add(self, other: Histograms) -> None:
+        """Add the counts of a model of the same shape."""
+        self._all += other._all
+        self._float32_zeros += other._float32_zeros
 
     def save(self, path: Path, provenance: Provenance) -> None:
         """Write the file described above."""
-        arrays = {f"L{layer:02d}.{site}": c.cpu().numpy() for (layer, site), c in self.counts.items()}
-        arrays["zeros"] = np.array([int(z) for z in self.zeros.values()], dtype=np.int64).reshape(
-            self.layers, len(SITES)
-        )
+        self._write(path, {"sparsetrace_histograms": json.dumps(asdict(provenance))})
+
+    def save_progress(self, path: Path, key: str, done: int) -> None:
+        """Write the counts of an unfinished calibration, which `resume` of the same key takes up."""
+        self._write(path, {"sparsetrace_progress": json.dumps({"key": key, "done": done})})
+
+    def resume(self, path: Path, key: str) -> int:
+        """Take up the counts of an interrupted calibration; returns how much of it was done, 0 if there is none."""
+        if not path.is_file():
+            return 0
+        try:
+            with safe_open(path, framework="np") as file:
+                found = json.loads((file.metadata() or {}).get("sparsetrace_progress", "{}"))
+                if found.get("key") != key:
+                    return 0
+                self._read(file)
+        except SafetensorError:
+            return 0
+        return int(found["done"])
+
+    def _write(self, path: Path, metadata: dict[str, str]) -> None:
+        arrays = {f"L{layer:02d}.{name}": c.cpu().numpy() for (layer, name), c in self.counts.items()}
+        zeros = [int(z) for z in self.zeros.values()]
+        arrays["zeros"] = np.array(zeros, dtype=np.int64).reshape(self.layers, -1)
         with write_beside(path) as partial:
-            save_file(arrays, partial, metadata={"sparsetrace_histograms": json.dumps(asdict(provenance))})
+            save_file(arrays, partial, metadata=metadata)
+
+    def _read(self, file: safe_open) -> None:
+        import torch
+
+        zeros = torch.from_numpy(file.get_tensor("zeros").reshape(-1))
+        for row, (layer, name) in enumerate(self.counts):
+            self._all[row] = torch.from_numpy(file.get_tensor(f"L{layer:02d}.{name}"))
+            self._float32_zeros[row] = zeros[row]
 
     @staticmethod
-    def load(path: Path) -> tuple["Histograms", Provenance]:
+    def load(path: Path) -> tuple[Histograms, Provenance]:
         """Read the file described above."""
         try:
             with safe_open(path, framework="np") as file:
                 metadata = (file.metadata() or {}).get("sparsetrace_histograms")
                 if metadata is None:
                     raise InputError(f"histograms: {path} must be a histogram file of sparsetrace, got another")
-                provenance = Provenance(**json.loads(metadata))
-                histograms = Histograms(provenance.layers, provenance.dtype)
-                zeros = file.get_tensor("zeros").reshape(-1)
-                for i, (layer, site) in enumerate(histograms.counts):
-                    counts = torch.from_numpy(file.get_tensor(f"L{layer:02d}.{site}"))
-                    histograms.counts[layer, site] = counts
-                    histograms.zeros[layer, site] = torch.tensor(int(zeros[i]))
+                fields = json.loads(metadata)
+                parts = tuple((text, shard, shards) for text, shard, shards in fields.pop("parts", ()))
+                provenance = Provenance(**fields | {"scores": tuple(fields.get("scores", ())), "parts": parts})
+                histograms = Histograms(provenance.layers, provenance.dtype, scores=provenance.scores)
+                histograms._read(file)
         except (SafetensorError, OSError) as error:
             raise InputError(f"histograms: {path} must be a readable histogram file, got {error}") from None
         return histograms, provenance
+
+
+def merge(paths: Sequence[Path], out: Path) -> Provenance:
+    """Add up histograms of one model: shards of a text, or several texts.
+
+    Args:
+        paths: two or more, or one, which is copied.
+        out: the sum; shards 0 to n - 1 of a text give the bytes that the whole text gives.
+
+    Raises:
+        InputError: they are of different models, dtypes or scores, something would be counted twice, or a shard is
+            missing.
+    """
+    total, first = Histograms.load(paths[0])
+    parts = list(_parts(first))
+    tokens = first.tokens
+    for path in paths[1:]:
+        histograms, provenance = Histograms.load(path)
+        for name in ("model_hash", "dtype", "layers", "scores"):
+            if getattr(provenance, name) != getattr(first, name):
+                raise InputError(
+                    f"histograms: {name} of all files must be that of {paths[0]}, {getattr(first, name)}, "
+                    f"got {getattr(provenance, name)} in {path}: merge what was counted on one model, in one way"
+                )
+        total.add(histograms)
+        parts += _parts(provenance)
+        tokens += provenance.tokens
+    texts: dict[str, dict[int, int]] = {}
+    for text, shard, shards in parts:
+        if shard in texts.setdefault(text, {}) or shards != next(iter(texts[text].values()), shards):
+            raise InputError(f"histograms: every text must be counted once, got shard {shard} of {text[:12]} twice")
+        texts[text][shard] = shards
+    for text, found in texts.items():
+        shards = next(iter(found.values()))
+        if missing := sorted(set(range(shards)) - set(found)):
+            raise InputError(
+                f"histograms: all {shards} shards of text {text[:12]} must be there, got none of {missing}"
+            )
+    text_hash = next(iter(texts)) if len(texts) == 1 else sha256_json(sorted(texts))
+    whole = tuple((text, 0, 1) for text in sorted(texts)) if len(texts) > 1 else ()
+    merged = Provenance(first.model_hash, text_hash, first.dtype, tokens, first.layers, first.scores, whole)
+    total.save(out, merged)
+    return merged
+
+
+def _parts(provenance: Provenance) -> tuple[tuple[str, int, int], ...]:
+    return provenance.parts or ((provenance.text_hash, 0, 1),)
+
+
+def _adder(device: torch.device) -> Callable[[Tensor, Tensor], object]:
+    """What adds the patterns of a contiguous 16-bit tensor to int64 counts."""
+    import torch
+
+    if device.type == "cuda":
+        from sparsetrace_kernels.histogram import add_histogram
+
+        return add_histogram
+
+    def add(x: Tensor, counts: Tensor) -> None:
+        patterns = x.view(torch.int16).flatten().int() & (NUM_PATTERNS - 1)
+        counts += torch.bincount(patterns, minlength=NUM_PATTERNS)
+
+    return add

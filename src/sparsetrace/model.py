@@ -16,6 +16,8 @@ from torch.nn import functional
 
 from sparsetrace.schema import SITES
 
+ACTIVATIONS = {"silu": functional.silu, "relu": functional.relu}
+
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
@@ -45,6 +47,7 @@ class ModelConfig:
     sliding_window: int | None
     tie_word_embeddings: bool
     dtype: str
+    hidden_act: str = "silu"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -175,6 +178,7 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config)
         self.mlp_in = Projection(config, "mlp_in")
         self.mlp_mid = Projection(config, "mlp_mid")
+        self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(
         self, x_BTC: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, positions_BT: Tensor, cache: KVCache | None
@@ -192,7 +196,7 @@ class Block(nn.Module):
         )
         x_BTC = x_BTC + self.attn_out(y_BHTD.transpose(1, 2).reshape(B, T, -1))
         gate, up = self.mlp_in(self.mlp_norm(x_BTC)).chunk(2, dim=-1)
-        return x_BTC + self.mlp_mid(functional.silu(gate) * up)
+        return x_BTC + self.mlp_mid(self.activation(gate) * up)
 
 
 class Decoder(nn.Module):

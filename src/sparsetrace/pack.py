@@ -29,7 +29,7 @@ from sparsetrace import __version__
 from sparsetrace.card import data_card, duckdb_views
 from sparsetrace.dump import Block, group_name
 from sparsetrace.files import InputError, read_json, sha256_file, sha256_json, write_beside, write_json
-from sparsetrace.ragged import offsets_of, runs
+from sparsetrace.ragged import offsets_of, runs, take
 from sparsetrace.rows import Figures, Index, Rows, encode_rows, popcounts, row_figures
 from sparsetrace.schema import (
     DUMP_VERSION,
@@ -351,22 +351,10 @@ def gather(
     """
     lengths, patterns = [], []
     for start, stop in runs(block):
-        source, rows = blocks[block[start]], row[start:stop]
-        first, last = int(rows.min()), int(rows.max()) + 1
-        offsets = source[f"{name}.offsets"][first : last + 1]
-        values = source[f"{name}.values"][offsets[0] : offsets[-1]]
-        if len(rows) == last - first and (np.diff(rows) == 1).all():
-            lengths.append(np.diff(offsets))
-            patterns.append(values)
-            continue
-        # Arrow copies whole rows of bytes, ten times faster than an index for every value
-        size = number.bits.itemsize
-        buffers = [None, pa.py_buffer((offsets - offsets[0]) * size), pa.py_buffer(values)]
-        taken = pa.Array.from_buffers(pa.large_binary(), last - first, buffers).take(pa.array(rows - first))
-        _, taken_offsets, taken_values = taken.buffers()
-        lengths.append(np.diff(np.frombuffer(taken_offsets, np.int64, len(rows) + 1)) // size)
-        count = int(lengths[-1].sum())
-        patterns.append(np.frombuffer(taken_values or b"", number.bits, count))
+        source = blocks[block[start]]
+        values, offsets = take(source[f"{name}.values"], source[f"{name}.offsets"], row[start:stop])
+        lengths.append(np.diff(offsets))
+        patterns.append(values)
     offsets = offsets_of(np.concatenate(lengths))
     return _pick(blocks, f"{name}.mask", block, row), offsets, np.concatenate(patterns, dtype=number.bits)
 

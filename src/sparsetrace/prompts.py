@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sparsetrace.config import Batching, PromptSet
 from sparsetrace.files import InputError, write_beside
 from sparsetrace.schema import PROMPTS
+from sparsetrace.settings import Batching, PromptSet
 from sparsetrace.tokenizer import Tokenizer
 
 # Names under which prompts are commonly published, the first that a set has is read.
@@ -151,7 +151,10 @@ def read_shard(path: Path, shard: int) -> list[list[Sequence]]:
     Raises:
         InputError: the split has no such shard.
     """
-    table = pq.read_table(path, schema=PROMPTS)
+    try:
+        table = pq.read_table(path, schema=PROMPTS)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"prompts: {path} must be a whole split prompt set, got {error}") from None
     rows = table.filter(pc.field("shard") == shard).drop_columns("shard").to_pylist()
     if not rows:
         raise InputError(f"prompts: shard must be below {1 + max(table['shard'].to_pylist())} in {path}, got {shard}")

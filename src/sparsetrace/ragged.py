@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
+import pyarrow as pa
 
 
 def runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -19,17 +20,27 @@ def offsets_of(lengths: np.ndarray) -> np.ndarray:
     return offsets
 
 
-def take(offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Select rows in any order.
+def take(values: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in any order.
 
     Args:
-        offsets: [R + 1] of the flat array.
+        values: flat array; it may be unaligned.
+        offsets: [R + 1] of it.
         rows: [n] row numbers.
 
     Returns:
-        The n + 1 offsets of the selection, and for each of its elements the position in the flat array.
+        The values of those rows and their n + 1 offsets.
     """
-    first = offsets[rows]
-    lengths = offsets[rows + 1] - first
-    selected = offsets_of(lengths)
-    return selected, np.repeat(first - selected[:-1], lengths) + np.arange(selected[-1])
+    if not len(rows):
+        return values[:0], np.zeros(1, np.int64)
+    first, last = int(rows.min()), int(rows.max()) + 1
+    near = offsets[first : last + 1]
+    values, near = values[near[0] : near[-1]], near - near[0]
+    if len(rows) == last - first and (np.diff(rows) == 1).all():
+        return values, near
+    # Arrow copies whole rows of bytes, ten times faster than numpy with an index for every value
+    buffers = [None, pa.py_buffer(near * values.itemsize), pa.py_buffer(np.ascontiguousarray(values))]
+    taken = pa.Array.from_buffers(pa.large_binary(), last - first, buffers).take(pa.array(rows - first))
+    _, starts, data = taken.buffers()
+    taken_offsets = np.frombuffer(starts, np.int64, len(rows) + 1) // values.itemsize
+    return np.frombuffer(data or b"", values.dtype, int(taken_offsets[-1])), taken_offsets

@@ -128,8 +128,10 @@ class Rows:
         """Rows by place, in any order."""
         if len(at) == len(self) and np.array_equal(at, np.arange(len(self))):
             return self
-        offsets, held = take(self.offsets, at)
-        bits = None if self.bits is None else self.bits[held]
+        if self.bits is None:
+            bits, offsets = None, offsets_of(self.nnz[at])
+        else:
+            bits, offsets = take(self.bits, self.offsets, at)
         out_mask = None if self.out_mask is None else self.out_mask[at]
         return Rows(
             self.layer, self.matrix, self.features, self.dtype, self.token[at], self.mask[at], offsets, bits, out_mask

@@ -9,10 +9,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparsetrace.config import Machine
 from sparsetrace.files import InputError, read_json
 from sparsetrace.model import Decoder, ModelConfig, RopeScaling
 from sparsetrace.schema import MATRICES, MODEL_VERSION, SITES
+from sparsetrace.settings import Machine
 from sparsetrace.tokenizer import Tokenizer
 
 SOURCE_MODULES = {matrix: f"self_attn.{matrix}_proj" for matrix in ("q", "k", "v", "o")} | {
@@ -27,7 +27,7 @@ class RuntimeModel:
     Args:
         folder: where it lies.
         config: architecture.
-        model_hash: of the architecture and every weight.
+        model_hash: of the architecture, every weight and the tokenizer.
         source_hash: of the checkpoint's files.
         source: what data sets call the model.
         bos: id put before prompts, or None.

@@ -9,10 +9,10 @@ from typing import Final
 import numpy as np
 import pyarrow as pa
 
-MATRICES: Final = ("q", "k", "v", "o", "gate", "up", "down")
-# A site is where an input is read; the matrices of one site read the same vector.
-SITES: Final = {"attn_in": ("q", "k", "v"), "attn_out": ("o",), "mlp_in": ("gate", "up"), "mlp_mid": ("down",)}
-SITE_OF: Final = {matrix: site for site, matrices in SITES.items() for matrix in matrices}
+from sparsetrace.names import MATRICES as MATRICES
+from sparsetrace.names import SITE_OF as SITE_OF
+from sparsetrace.names import SITES as SITES
+
 PHASES: Final = ("prefill", "decode", "forced")
 
 WORKLOAD_VERSION: Final = 1
@@ -69,6 +69,14 @@ class NumberFormat:
             bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
             return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(self.bits)
         return np.ascontiguousarray(values, np.float16 if self.name == "float16" else np.float32).view(self.bits)
+
+    def floor_bits(self, value: float) -> int:
+        """Pattern of the largest finite number of the format at or below a value of at least 0."""
+        with np.errstate(over="ignore"):
+            bits = int(self.from_float(np.array([min(value, 3.4e38)], np.float64))[0])
+        bits = min(bits, self.infinity - 1)
+        # rounded to nearest, it may lie above
+        return bits - (float(self.to_float(np.array([bits], self.bits))[0]) > value)
 
     def to_planes(self, patterns: np.ndarray) -> list[np.ndarray]:
         """Bytes of each pattern, rotated as the format says: one uint8 array per plane."""

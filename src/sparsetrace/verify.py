@@ -1,1 +1,344 @@
-"""In the making."""
+"""Checking a workload against its own manifest, format and method; every fault is named, none stops the search.
+
+Of each file: its hash; that it can be read, page checksums included; its schema; the rows that it
+should have; nnz = popcount of the mask = number of values; absmax and l2; no -0.0, Inf or NaN; every kept |x| above its
+threshold. Of the whole: the manifest's own hash, strangers in `data/`, tokens and sequences, and the counts in
+`matrices.parquet`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sparsetrace.files import InputError, read_json, sha256_file, sha256_json
+from sparsetrace.rows import Rows, decode_rows, operand_columns, popcounts, row_figures
+from sparsetrace.schema import (
+    FORMATS,
+    MATRIX_TABLE,
+    ROW_GROUP_ROWS,
+    SEQUENCES,
+    TOKENS,
+    WORKLOAD_VERSION,
+    data_schema,
+    leaf,
+)
+
+TABLES = {"tokens.parquet": TOKENS, "sequences.parquet": SEQUENCES, "matrices.parquet": MATRIX_TABLE}
+# Methods that keep exactly the inputs with |x| above a threshold that the workload stores in the model's dtype.
+THRESHOLD_METHODS = ("teal",)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something wrong.
+
+    Args:
+        where: file, or `workload`.
+        what: the rule and what was found.
+    """
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+def verify(folder: Path, report: Callable[[int, int], None] | None = None) -> list[Fault]:
+    """Find everything wrong with a workload on disk.
+
+    Args:
+        folder: of the workload.
+        report: called with (data files done, in all).
+
+    Raises:
+        InputError: there is no workload, or its version is unknown.
+    """
+    manifest = read_json(folder / "manifest.json", "verify")
+    if manifest.get("format") != "sparsetrace-workload" or manifest.get("version") != WORKLOAD_VERSION:
+        raise InputError(
+            f"verify: {folder} must be a sparsetrace workload of version {WORKLOAD_VERSION}, "
+            f"got {manifest.get('format')} {manifest.get('version')}"
+        )
+    faults = []
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    if manifest.get("sha256") != sha256_json(content):
+        faults.append(Fault("manifest.json", "its own sha256 must fit its content: it was edited or damaged"))
+    known = {file["path"] for file in manifest["files"]}
+    for path in sorted((folder / "data").rglob("*.parquet")):
+        if path.relative_to(folder).as_posix() not in known:
+            faults.append(Fault(path.relative_to(folder).as_posix(), "must be in the manifest, got a file it lacks"))
+    tables = {}
+    for name, schema in TABLES.items():
+        entry = next((file for file in manifest["files"] if file["path"] == name), None)
+        if entry is None:
+            faults.append(Fault(name, "must be in the manifest, got no entry"))
+            continue
+        faults += _file_faults(folder, entry)
+        table = _read(folder / name, faults, name)
+        if table is None:
+            continue
+        if not table.schema.equals(schema):
+            faults.append(Fault(name, "schema must be that of the format, got another"))
+            continue
+        tables[name] = table
+    if len(tables) < len(TABLES):
+        return faults
+    faults += _table_faults(manifest, tables)
+    faults += _data_faults(folder, manifest, tables, report)
+    return faults
+
+
+def _file_faults(folder: Path, entry: dict[str, Any]) -> Iterator[Fault]:
+    path = folder / entry["path"]
+    if not path.is_file():
+        yield Fault(entry["path"], "must be there, got nothing")
+    elif path.stat().st_size != entry["bytes"]:
+        yield Fault(entry["path"], f"must have {entry['bytes']} bytes, got {path.stat().st_size}")
+    elif (digest := sha256_file(path)) != entry["sha256"]:
+        yield Fault(entry["path"], f"must have sha256 {entry['sha256'][:12]}, got {digest[:12]}")
+
+
+def _read(path: Path, faults: list[Fault], name: str) -> pa.Table | None:
+    try:
+        return pq.read_table(path, partitioning=None)
+    except FileNotFoundError:
+        return None
+    except (OSError, pa.ArrowInvalid, pa.ArrowException) as error:
+        faults.append(Fault(name, f"must be readable, got {_one_line(error)}"))
+        return None
+
+
+def _table_faults(manifest: dict[str, Any], tables: dict[str, pa.Table]) -> Iterator[Fault]:
+    tokens = tables["tokens.parquet"]
+    numbers = tokens["token"].to_numpy()
+    if len(np.unique(numbers)) != len(numbers):
+        values, counts = np.unique(numbers, return_counts=True)
+        yield Fault("tokens.parquet", f"tokens must differ, got {values[counts > 1][0]} more than once")
+    bases = dict(zip(*(tables["sequences.parquet"][name].to_pylist() for name in ("sequence", "base")), strict=True))
+    sequence, position = tokens["sequence"].to_pylist(), tokens["position"].to_pylist()
+    for token, of, at in zip(numbers.tolist(), sequence, position, strict=True):
+        if of not in bases or token != bases[of] + at:
+            yield Fault("tokens.parquet", f"token {token} must be base + position of its sequence {of}, got {at}")
+            break
+    captured = int(np.count_nonzero(tokens["captured"].to_numpy(zero_copy_only=False)))
+    if captured != manifest["tokens"]:
+        yield Fault("tokens.parquet", f"must name {manifest['tokens']} captured tokens, got {captured}")
+
+
+def _data_faults(
+    folder: Path, manifest: dict[str, Any], tables: dict[str, pa.Table], report: Callable[[int, int], None] | None
+) -> Iterator[Fault]:
+    tokens = tables["tokens.parquet"].filter(tables["tokens.parquet"]["captured"]).sort_by("token")
+    wanted = {name: tokens[name].to_numpy() for name in ("token", "sequence", "position")}
+    files = [file for file in manifest["files"] if "matrix" in file]
+    rows_of_leaf = {(row["layer"], row["matrix"]): row for row in tables["matrices.parquet"].to_pylist()}
+    found: dict[tuple[int, str], list[_Leaf]] = {key: [] for key in rows_of_leaf}
+    for done, file in enumerate(files, start=1):
+        key = (file["layer"], file["matrix"])
+        if key not in rows_of_leaf:
+            yield Fault("matrices.parquet", f"must have a row for layer {key[0]} {key[1]}, got none")
+            continue
+        broken = list(_file_faults(folder, file))
+        yield from broken
+        if (folder / file["path"]).is_file():
+            one = _Leaf(folder, file, rows_of_leaf[key], manifest)
+            yield from one.faults()
+            found[key].append(one)
+        if report is not None:
+            report(done, len(files))
+    for (layer, matrix), row in rows_of_leaf.items():
+        where = f"data/{leaf(layer, matrix)}"
+        stored = row["shares_input_with"] or matrix
+        if (layer, stored) not in found:
+            yield Fault("matrices.parquet", f"layer {layer} {matrix} must share the input of a row, got {stored}")
+            continue
+        leaves = found[layer, stored]
+        if any(one.unreadable for one in leaves):
+            continue
+        held = {name: np.concatenate([np.empty(0, np.int64), *(one.index[name] for one in leaves)]) for name in wanted}
+        order = np.argsort(held["token"], kind="stable")
+        yield from _completeness(where, {name: column[order] for name, column in held.items()}, wanted)
+        bits = row["threshold_bits"]
+        if bits is not None and manifest["method"] in THRESHOLD_METHODS:
+            number = FORMATS[manifest["dtype"]]
+            exact = float(number.to_float(np.array([bits], number.bits))[0])
+            if row["threshold"] != exact:
+                yield Fault(
+                    "matrices.parquet",
+                    f"layer {layer} {matrix}: threshold must be {exact} by its bits, got {row['threshold']}",
+                )
+        count, nnz = len(order), sum(one.nnz for one in leaves)
+        achieved = 1 - nnz / (count * row["in_features"]) if count else None
+        for name, value in (("rows", count), ("nnz", nnz), ("achieved_sparsity", achieved)):
+            if row[name] != value:
+                yield Fault("matrices.parquet", f"layer {layer} {matrix}: {name} must be {value}, got {row[name]}")
+        expected = row["rows"] * len(rows_of_leaf)
+        if manifest["rows"] != expected:
+            yield Fault("manifest.json", f"rows must be {expected}, got {manifest['rows']}")
+            break
+
+
+def _completeness(where: str, held: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> Iterator[Fault]:
+    token = held["token"]
+    if twice := token[:-1][np.diff(token) == 0].tolist():
+        yield Fault(where, f"tokens must differ, got {twice[0]} more than once")
+    if len(missing := np.setdiff1d(wanted["token"], token)):
+        yield Fault(where, f"must hold every captured token, got {len(missing)} missing, {missing[0]} the first")
+    if len(strange := np.setdiff1d(token, wanted["token"])):
+        yield Fault(where, f"must hold captured tokens only, got {strange[0]}")
+    if np.array_equal(token, wanted["token"]):
+        for name in ("sequence", "position"):
+            if len(wrong := token[held[name] != wanted[name]]):
+                yield Fault(where, f"{name} of token {wrong[0]} must be that of tokens.parquet, got another")
+
+
+class _Leaf:
+    """One data file.
+
+    Attributes:
+        index: token, sequence and position of its rows.
+        nnz: kept inputs, counted.
+        unreadable: whether some of it could not be read.
+    """
+
+    def __init__(self, folder: Path, file: dict[str, Any], matrix: dict[str, Any], manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.file = file
+        self.matrix = matrix
+        self.dtype = manifest["dtype"]
+        self.level = manifest.get("capture", {}).get("level", "full")
+        self.encoding = manifest.get("encoding", "split")
+        self.bound = matrix["threshold_bits"] if manifest["method"] in THRESHOLD_METHODS else None
+        self.index: dict[str, np.ndarray] = {}
+        self.nnz = 0
+        self.unreadable = False
+
+    def faults(self) -> Iterator[Fault]:
+        where = self.file["path"]
+        pieces: list[pa.Table] = []
+        try:
+            file = pq.ParquetFile(self.folder / where, page_checksum_verification=True)
+        except (OSError, pa.ArrowInvalid, pa.ArrowException) as error:
+            self.unreadable = True
+            yield Fault(where, f"must be readable, got {_one_line(error)}")
+            return
+        schema = data_schema(self.dtype, self.encoding, self.level, self.matrix["in_features"])
+        if not file.schema_arrow.equals(schema, check_metadata=True):
+            self.unreadable = True
+            yield Fault(where, "schema must be that of the format, got another")
+            return
+        for group in range(file.num_row_groups):
+            columns = {}
+            for name in schema.names:
+                try:
+                    columns[name] = file.read_row_group(group, columns=[name], use_threads=False)[name]
+                except (OSError, pa.ArrowInvalid, pa.ArrowException) as error:
+                    self.unreadable = True
+                    yield Fault(where, f"column {name} of row group {group} must be readable, got {_one_line(error)}")
+            if len(columns) == len(schema.names):
+                table = pa.table(columns, schema=schema)
+                pieces.append(table.select(["token", "sequence", "position"]))
+                for column, what in self._row_faults(table):
+                    yield Fault(where, f"column {column} of row group {group}: {what}")
+        if self.unreadable:
+            return
+        table = pa.concat_tables(pieces) if pieces else schema.empty_table()
+        self.index = {name: table[name].to_numpy() for name in ("token", "sequence", "position")}
+        rows, token = len(table), self.index["token"]
+        span = (int(token[0]), int(token[-1])) if rows else (None, None)
+        counted = {"rows": rows, "nnz": self.nnz, "first_token": span[0], "last_token": span[1]}
+        for name, value in counted.items():
+            if self.file[name] != value:
+                yield Fault("manifest.json", f"{name} of {where} must be {value}, got {self.file[name]}")
+        if not (np.diff(token) > 0).all():
+            yield Fault(where, "column token: must ascend, got a number that does not")
+
+    def _row_faults(self, table: pa.Table) -> Iterator[tuple[str, str]]:
+        """(column, what) of one row group."""
+        number, features = FORMATS[self.dtype], self.matrix["in_features"]
+        if len(table) > ROW_GROUP_ROWS:
+            yield "token", f"must hold at most {ROW_GROUP_ROWS} rows, got {len(table)}"
+        for name in ("layer", "matrix"):
+            if set(table[name].unique().to_pylist()) != {self.file[name]}:
+                yield name, f"must be {self.file[name]} in every row, got another"
+        if table["expert"].null_count != len(table):
+            yield "expert", "must be null for a dense model, got a number"
+        nnz = table["nnz"].to_numpy()
+        self.nnz += int(nnz.sum())
+        if self.level == "stats":
+            return
+        if self.encoding == "split":
+            width = -(-features // 8)
+            if set(_lengths(table["mask"])) - {width}:
+                yield "mask", f"must have {width} bytes in every row, got others"
+                return
+            for name in operand_columns(table.column_names):
+                if name.startswith("values") and not np.array_equal(_lengths(table[name]), nnz):
+                    yield name, "must have nnz bytes in every row, got others"
+                    return
+        else:
+            for name in ("indices", "values"):
+                if name in table.column_names and not np.array_equal(_lengths(table[name]), nnz):
+                    yield name, "must have nnz items in every row, got others"
+                    return
+            indices = table["indices"].combine_chunks().flatten().to_numpy().astype(np.int64)
+            row = np.repeat(np.arange(len(nnz)), nnz)
+            ordered = (np.diff(indices) > 0) | (np.diff(row) > 0)
+            if len(indices) and (indices.max() >= features or not ordered.all()):
+                yield "indices", f"must ascend below {features} in every row, got others"
+                return
+        rows = decode_rows(table, self.file["layer"], self.file["matrix"], features, number)
+        yield from self._operand_faults(rows, table, nnz)
+
+    def _operand_faults(self, rows: Rows, table: pa.Table, nnz: np.ndarray) -> Iterator[tuple[str, str]]:
+        number, features = FORMATS[self.dtype], rows.features
+        counts = popcounts(rows.mask)
+        if not np.array_equal(counts, nnz):
+            token = int(rows.token[np.flatnonzero(counts != nnz)[0]])
+            yield "mask", f"must have nnz set bits in every row, got another number in token {token}"
+        if features % 8 and (rows.mask[:, -1] >> (features % 8)).any():
+            yield "mask", "bits beyond the last input must be zero, got ones"
+        if rows.bits is None:
+            return
+        magnitudes = rows.bits & number.bits.type(number.sign - 1)
+        of = np.repeat(rows.token, nnz)
+        for bad, what in (
+            (magnitudes == 0, "kept values must not be zero, got 0.0 or -0.0"),
+            (magnitudes >= number.infinity, "values must be finite, got Inf or NaN"),
+        ):
+            if bad.any():
+                yield "values", f"{what} in token {of[bad][0]}"
+        if self.bound is not None and (low := magnitudes <= self.bound).any():
+            yield (
+                "values",
+                (
+                    f"kept |x| must be above the threshold {self.matrix['threshold']} of matrices.parquet, "
+                    f"got {number.to_float(magnitudes[low][:1])[0]} in token {of[low][0]}"
+                ),
+            )
+        if (magnitudes < number.infinity).all():
+            for name, value in zip(("absmax", "l2"), row_figures(rows.bits, rows.offsets, number), strict=True):
+                stored = table[name].to_numpy()
+                # a norm may be summed in another order
+                near = stored == value if name == "absmax" else np.isclose(stored, value, rtol=1e-6, atol=0)
+                if not near.all():
+                    yield name, f"must be that of the values, got another in token {rows.token[~near][0]}"
+
+
+def _lengths(column: pa.ChunkedArray) -> np.ndarray:
+    array = column.combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    offsets = np.frombuffer(array.buffers()[1], np.int32)[array.offset : array.offset + len(array) + 1]
+    return np.diff(offsets)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

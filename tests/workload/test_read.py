@@ -219,6 +219,18 @@ def test_a_moved_folder_reads_the_same(half, tmp_path):
         moved.rename(half.workload)
 
 
+def test_data_card_is_what_a_hub_reads(half):
+    import yaml
+
+    _, front, text = (half.workload / "README.md").read_text().split("---\n", 2)
+    fields = yaml.safe_load(front)
+    assert fields["size_categories"] == ["n<1K"]
+    assert {"pretty_name", "license", "tags", "task_categories", "configs"} <= set(fields)
+    for config in fields["configs"]:
+        assert list(half.workload.glob(config["data_files"])), config
+    assert "| rows (layer x matrix x token) | 658 |" in text
+
+
 @pytest.mark.parametrize("level", ["masks", "stats"])
 def test_capture_levels(tmp_path, level):
     built = build(tmp_path, "float16", level=level)

@@ -1,13 +1,37 @@
 """Sparsity methods: each one file, a frozen parameter class and an entry in `METHODS`.
 
-A method, given a site's x, returns which inputs of a matrix are kept. Importing this package loads no torch: the
-configuration needs the parameter classes, and it is read on nodes that have no GPU.
+A method, given a site's x, returns which inputs of a matrix are kept, and optionally which outputs are not computed.
+Importing this package loads no torch: the configuration needs the parameter classes, and it is read on nodes that have
+no GPU. docs/methods.md shows how to add one.
 """
 
-from sparsetrace.methods.base import MatrixRule, Method
+from sparsetrace.methods.base import FromFile, MatrixRule, Method, PerLayer, ThresholdMethod
+from sparsetrace.methods.cats import Cats
 from sparsetrace.methods.dense import Dense
+from sparsetrace.methods.exact_zeros import ExactZeros
+from sparsetrace.methods.griffin import Griffin
+from sparsetrace.methods.nm import NM
 from sparsetrace.methods.teal import Teal
+from sparsetrace.methods.topk import TopK
+from sparsetrace.methods.wina import Wina
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Dense, Teal)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Dense, Teal, TopK, Cats, Wina, NM, Griffin, ExactZeros)
+}
 
-__all__ = ["METHODS", "Dense", "MatrixRule", "Method", "Teal"]
+__all__ = [
+    "METHODS",
+    "NM",
+    "Cats",
+    "Dense",
+    "ExactZeros",
+    "FromFile",
+    "Griffin",
+    "MatrixRule",
+    "Method",
+    "PerLayer",
+    "Teal",
+    "ThresholdMethod",
+    "TopK",
+    "Wina",
+]

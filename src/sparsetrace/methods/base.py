@@ -1,14 +1,25 @@
-"""What every method is: parameters that config can check, and a function from x to a mask."""
+"""What every method is: parameters that config can check, what it needs from calibration, and functions to masks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sparsetrace.files import InputError
+from sparsetrace.names import MATRICES, SITE_OF
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from sparsetrace.model import ModelConfig
+
+Sparsity = Annotated[float, Field(ge=0, lt=1)]
+# What a method's thresholds are quantiles of: |x| at the site, which calibration always counts; float32 |x| * scale of
+# each matrix; or the model's activation function of `gate`. The last two are counted where a study's methods ask.
+Score = Literal["input", "scaled", "gate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,31 +29,79 @@ class MatrixRule:
     Args:
         layer: layer number.
         matrix: one of `q k v o gate up down`.
-        threshold_bits: magnitude as bit pattern in the model's dtype, kept strictly above; None where not calibrated.
+        threshold_bits: score as bit pattern, kept strictly above: in the model's dtype, or in float32 where the
+            method's score is `scaled`; None where not calibrated.
+        scale: float32 [K], what |x| is multiplied with before it is compared; from `Method.scale`, set when the
+            method is installed.
     """
 
     layer: int
     matrix: str
     threshold_bits: int | None
+    scale: Tensor | None = field(default=None, compare=False)
 
 
 class Method(BaseModel):
-    """Parameters of one method setting; subclasses add fields and `keep`."""
+    """Parameters of one method setting; a subclass adds fields and overrides what it does.
+
+    Most methods override `label`, `target` and `keep` alone.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: ClassVar[str]
-    # True where `keep` reads `MatrixRule.threshold_bits`, so that generation refuses to start without them.
-    needs_thresholds: ClassVar[bool]
+    # What thresholds are quantiles of; None for a method that never has any.
+    score: ClassVar[Score | None] = None
+    # Matrices of which the method says which outputs are not computed (`keep_outputs`).
+    out_masks: ClassVar[tuple[str, ...]] = ()
+    # Whether `keep_outputs` must see a sequence's dense positions before it can decide.
+    needs_dense_prefill: ClassVar[bool] = False
 
     @property
     def label(self) -> str:
         """Default folder name of this setting, unique among settings that differ."""
         raise NotImplementedError
 
-    def targets(self, matrix: str) -> float | None:
-        """Target sparsity of a matrix, None where the method has none."""
-        raise NotImplementedError
+    @property
+    def thresholded(self) -> tuple[str, ...]:
+        """Matrices whose rule must carry a threshold; generation refuses to start without."""
+        return MATRICES if self.score is not None else ()
+
+    @property
+    def needs_thresholds(self) -> bool:
+        """Whether the method needs anything from calibration."""
+        return bool(self.thresholded)
+
+    def target(self, layer: int, matrix: str) -> float | None:
+        """Target sparsity of a matrix's input, None where the method has none or an allocation decides."""
+        return None
+
+    def histogram(self, matrix: str) -> str:
+        """Name of the distribution that a matrix's threshold is a quantile of."""
+        match self.score:
+            case "scaled":
+                return f"{self.name}.{matrix}"
+            case "gate":
+                return self.name
+            case _:
+                return SITE_OF[matrix]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the distributions that calibration must have counted."""
+        return tuple(dict.fromkeys(self.histogram(matrix) for matrix in self.thresholded))
+
+    def refuse_model(self, config: ModelConfig) -> None:
+        """Refuse a model that the method cannot be used with.
+
+        Raises:
+            InputError: names what does not fit.
+        """
+
+    @staticmethod
+    def scale(weight_KN: Tensor) -> Tensor | None:
+        """What a matrix's |x| is multiplied with, float32 [K]; None for nothing."""
+        return None
 
     def keep(self, x: Tensor, rule: MatrixRule) -> Tensor | None:
         """Which inputs stay.
@@ -55,8 +114,116 @@ class Method(BaseModel):
             [..., K] bool, or None where everything stays. A kept zero is not stored: the mask of the data set is
             that of the operand's nonzeros.
         """
-        raise NotImplementedError
+        return None
 
     def same_mask(self, one: MatrixRule, other: MatrixRule) -> bool:
         """Whether two matrices of one site keep the same inputs whatever x is, so that one masking serves both."""
-        raise NotImplementedError
+        return True
+
+    def keep_outputs(
+        self,
+        active_BTN: Tensor,
+        up_BTN: Tensor,
+        rule: MatrixRule,
+        dense_BT: Tensor | None,
+        memory: dict[str, Tensor],
+    ) -> Tensor | None:
+        """Which outputs of the matrices in `out_masks` are computed.
+
+        Args:
+            active_BTN: the activation function of what `gate` puts out in this pass, in the model's dtype.
+            up_BTN: what `up` puts out, likewise.
+            rule: of `up`.
+            dense_BT: bool, positions of sequences that run dense in this pass; None where there are none.
+            memory: what this layer keeps of each slot's sequence; empty when a group of sequences begins.
+
+        Returns:
+            bool, broadcast to [B, T, N], for the positions that are sparsified; None where everything is computed.
+        """
+        return None
+
+
+class PerLayer(BaseModel):
+    """Targets given in config."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    per_layer: tuple[Sparsity | dict[Literal["q", "k", "v", "o", "gate", "up", "down"], Sparsity], ...] = Field(
+        min_length=1, description="one target per layer, or one for each of its seven matrices"
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        for layer, target in enumerate(self.per_layer):
+            missing = [matrix for matrix in MATRICES if isinstance(target, dict) and matrix not in target]
+            if missing:
+                raise ValueError(f"per_layer must give all seven matrices in layer {layer}, got none for {missing}")
+        return self
+
+
+class FromFile(BaseModel):
+    """Thresholds of the user's own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str = Field(description="Parquet or CSV with the columns layer, matrix, threshold")
+
+
+Allocation = Literal["uniform", "greedy"] | PerLayer | FromFile
+
+
+class ThresholdMethod(Method):
+    """A method that keeps what scores above a threshold of each matrix."""
+
+    sparsity: Sparsity | None = Field(
+        None, validate_default=True, description="target fraction of inputs dropped, 0 <= s < 1"
+    )
+    allocation: Allocation = Field(
+        "uniform",
+        description="how the target is spread over the matrices: uniform, greedy, {per_layer: [...]} or {file: PATH}",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sparsity_belongs_to_the_allocation(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            own = not isinstance(values.get("allocation", "uniform"), str)
+            if own and values.get("sparsity") is not None:
+                raise ValueError(
+                    f"sparsity must not be given with allocation per_layer or file, got {values['sparsity']!r}"
+                )
+            if not own and values.get("sparsity") is None:
+                raise ValueError("sparsity must be given with allocation uniform or greedy")
+        return values
+
+    @property
+    def label(self) -> str:
+        match self.allocation:
+            case PerLayer():
+                return f"{self.name}-per_layer"
+            case FromFile():
+                return f"{self.name}-file"
+            case "greedy":
+                return f"{self.name}-greedy-{self.sparsity:g}"
+            case _:
+                return f"{self.name}-{self.sparsity:g}"
+
+    def target(self, layer: int, matrix: str) -> float | None:
+        if isinstance(self.allocation, PerLayer):
+            if layer >= len(self.allocation.per_layer):
+                raise InputError(
+                    f"thresholds: per_layer must have a target for every layer of the model, "
+                    f"got {len(self.allocation.per_layer)}"
+                )
+            entry = self.allocation.per_layer[layer]
+            return entry[matrix] if isinstance(entry, dict) else entry  # type: ignore[index]
+        return self.sparsity if self.allocation == "uniform" else None
+
+    def same_mask(self, one: MatrixRule, other: MatrixRule) -> bool:
+        return one.threshold_bits == other.threshold_bits
+
+
+def kept_count(features: int, sparsity: float) -> int:
+    """How many of `features` stay: all less the whole part of sparsity * features."""
+    # repr: the sparsity that the user wrote, not its nearest binary fraction
+    return features - int(Fraction(repr(sparsity)) * features)

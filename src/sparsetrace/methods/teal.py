@@ -1,36 +1,25 @@
 """TEAL: keep |x| > t, with t from the distribution of the site's activations.
 
 Source: Liu et al., Training-Free Activation Sparsity in Large Language Models, arXiv:2408.14690. Choice: t is the exact
-quantile of |x| (see `sparsetrace.histogram`), where TEAL's code reads a signed 10,000-bin histogram at 0.5 + s/2.
+quantile of |x| (see `sparsetrace.histogram`), where TEAL's code reads a signed 10,000-bin histogram at 0.5 + s/2;
+`sparsetrace import-teal` gives TEAL's own thresholds.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field
-
-from sparsetrace.methods.base import MatrixRule, Method
+from sparsetrace.methods.base import MatrixRule, Score, ThresholdMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Teal(Method):
+class Teal(ThresholdMethod):
     """Magnitude threshold per layer and matrix."""
 
     name: ClassVar[str] = "teal"
-    needs_thresholds: ClassVar[bool] = True
-
-    sparsity: float = Field(ge=0, lt=1, description="target fraction of inputs dropped, 0 <= s < 1")
-    allocation: Literal["uniform"] = Field("uniform", description="how the target is spread over the matrices")
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}-{self.sparsity:g}"
-
-    def targets(self, matrix: str) -> float | None:
-        return self.sparsity
+    score: ClassVar[Score | None] = "input"
 
     def keep(self, x: Tensor, rule: MatrixRule) -> Tensor | None:
         # imported late: this module is read where torch is not installed
@@ -38,6 +27,3 @@ class Teal(Method):
 
         assert rule.threshold_bits is not None
         return keep_above(x, rule.threshold_bits)
-
-    def same_mask(self, one: MatrixRule, other: MatrixRule) -> bool:
-        return one.threshold_bits == other.threshold_bits

@@ -1,0 +1,28 @@
+# What a method setting costs in quality, beside its workload; only for models that name a held-out text.
+rule quality:
+    input:
+        model=rules.convert.output[0],
+        thresholds=rules.thresholds.output[0],
+        text=lambda wildcards: STUDY.quality_text(wildcards.model) or [],
+    output:
+        f"{RESULTS}/{{model}}/{{run}}/{{label}}/quality.parquet",
+    log:
+        f"{RESULTS}/logs/quality/{{model}}/{{run}}/{{label}}.log",
+    benchmark:
+        f"{RESULTS}/logs/quality/{{model}}/{{run}}/{{label}}.bench.tsv"
+    conda:
+        "../envs/generate.yaml"
+    threads: STUDY.machine.threads
+    resources:
+        gpu=1,
+        mem_mb=lambda wildcards, input: STUDY.model_mb(wildcards.model, input.model),
+        runtime=120,
+    params:
+        options=lambda wildcards: options(STUDY.models[wildcards.model].quality),
+        machine=options(STUDY.machine),
+        source=source_hash("quality"),
+    message:
+        "Quality of {wildcards.model} under {wildcards.label}"
+    shell:
+        "sparsetrace quality {input.model:q} --thresholds {input.thresholds:q} --text {input.text:q}"
+        " --out {output:q} {params.options} {params.machine} > {log:q} 2>&1"

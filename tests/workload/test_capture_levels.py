@@ -1,0 +1,238 @@
+"""Capture levels and samples, recomputing, and estimates, on a tiny model run through the whole pipeline.
+
+The oracle of a lower level or a sample is the full workload of the same run: what is kept must be equal bit for bit.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+import sparsetrace
+from sparsetrace import cli
+from sparsetrace.config import Batching, Capture, Decoding, Machine, PromptSet, parse_study
+from sparsetrace.estimate import captured_positions, estimate
+from sparsetrace.files import InputError, sha256_file, sha256_json
+from sparsetrace.generate import generate
+from sparsetrace.pack import index, pack
+from sparsetrace.prompts import split, write_split
+from sparsetrace.recompute import recompute
+from sparsetrace.verify import verify
+
+BATCHING = Batching(max_new_tokens=6, batch_size=3, shards=2)
+DECODING = Decoding(prefill="half", ignore_eos=True)
+CPU = Machine(device="cpu")
+LENGTHS = [3, 9, 4, 5, 7, 2, 6]
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    """A function that takes one tiny model and prompt set to a workload, under a capture setting."""
+    folder = tmp_path_factory.mktemp("levels")
+    rng = tiny.rng("capture levels")
+    model = tiny.model(folder, rng)
+    table = tiny.thresholds(folder, model, rng)
+    prompts = tiny.prompts(folder / "prompts.jsonl", rng, LENGTHS)
+    groups, _ = split(prompts, model.tokenizer(), 128, PromptSet(), BATCHING)
+    write_split(groups, BATCHING.shards, folder / "split.parquet")
+
+    def make(name, capture=None, **packing):
+        parts = []
+        for shard in range(BATCHING.shards):
+            dump = folder / name / "dump" / f"{shard:05d}" / "manifest.json"
+            generate(model, table, folder / "split.parquet", shard, dump, DECODING, BATCHING, CPU, None, capture)
+            parts.append(folder / name / "parts" / f"{shard:05d}.json")
+            pack(dump, folder / name / "workload", parts[-1], **packing)
+        index(parts, folder / name / "workload")
+        return folder / name / "workload"
+
+    make.folder, make.model = folder, model
+    make.full = make("full")
+    return make
+
+
+def test_levels_and_samples_equal_the_full_run(run):
+    full = sparsetrace.open(run.full)
+    for name, capture in {
+        "masks": Capture(level="masks"),
+        "stats": Capture(level="stats"),
+        "sample": Capture(layers=(1,), matrices=("k", "down"), every=3),
+    }.items():
+        folder = run(name, capture)
+        ds = sparsetrace.open(folder)
+        assert [str(fault) for fault in verify(folder)] == []
+        assert ds.manifest["capture"] == capture.model_dump(mode="json")
+        wanted = full if name != "sample" else full.select(position=slice(0, None, 3), layer=1, matrix=["k", "down"])
+        assert ds.leaves == wanted.leaves
+        assert np.array_equal(ds.tokens, wanted.tokens)
+        # what is generated does not change
+        assert ds.sequence_table.equals(full.sequence_table)
+        for leaf in ds.leaves:
+            assert ds.figures(*leaf).equals(wanted.figures(*leaf))
+            if name != "stats":
+                assert np.array_equal(ds.matrix(*leaf).mask, wanted.matrix(*leaf).mask)
+            if name == "sample":
+                assert np.array_equal(ds.matrix(*leaf).patterns, wanted.matrix(*leaf).patterns)
+
+
+def test_shared_inputs_are_stored_once(run):
+    full, shared = sparsetrace.open(run.full), run("shared", share_inputs=True)
+    ds = sparsetrace.open(shared)
+    assert [str(fault) for fault in verify(shared)] == []
+    others = {(row["layer"], row["matrix"]): row["shares_input_with"] for row in ds.matrix_table.to_pylist()}
+    assert others == {
+        (layer, m): {"k": "q", "v": "q", "up": "gate"}.get(m) for layer in (0, 1) for m in sparsetrace_matrices()
+    }
+    for leaf in full.leaves:
+        assert np.array_equal(ds.matrix(*leaf).dense(), full.matrix(*leaf).dense())
+    sizes = [sum(f["bytes"] for f in w.manifest["files"] if "matrix" in f) for w in (ds, full)]
+    assert sizes[0] < 0.7 * sizes[1]
+    assert all(row["shares_input_with"] is None for row in full.matrix_table.to_pylist())
+
+
+def sparsetrace_matrices():
+    from sparsetrace.schema import MATRICES
+
+    return MATRICES
+
+
+def test_a_layer_that_the_model_lacks(run):
+    with pytest.raises(InputError, match="capture: layers must be 0 to 1, got 7"):
+        run("beyond", Capture(layers=(7,)))
+
+
+def test_recomputed_sequences_are_bitwise_equal(run):
+    assert recompute(run.full, run.model.folder, 5, CPU) == []
+    assert recompute(run("masks", Capture(level="masks")), run.model.folder, 1, CPU) == []
+    assert recompute(run("stats", Capture(level="stats")), run.model.folder, 1, CPU) == []
+
+
+def test_a_changed_value_is_found_by_recomputing(run, tmp_path):
+    """The lowest bit of one kept value: no rule of the format can know."""
+    folder = shutil.copytree(run.full, tmp_path / "workload")
+    part = folder / "data/L01/up/part-00000.parquet"
+    table = pq.read_table(part, partitioning=None)
+    rows = table["values_b0"].to_pylist()
+    rows[2] = bytes([rows[2][0] ^ 1]) + rows[2][1:]
+    i = table.column_names.index("values_b0")
+    pq.write_table(table.set_column(i, table.schema.field(i), pa.array(rows, pa.binary())), part)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest.pop("sha256")
+    for file in manifest["files"]:
+        file |= {"bytes": (folder / file["path"]).stat().st_size, "sha256": sha256_file(folder / file["path"])}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": sha256_json(manifest)}))
+    assert verify(folder) == []
+    token = table["token"][2].as_py()
+    (fault,) = recompute(folder, run.model.folder, 1, CPU)
+    assert str(fault) == f"data/L01/up: token {token} must be the same when run again, got another"
+
+
+def test_recompute_refuses_another_model(run, tiny, tmp_path):
+    other = tiny.model(tmp_path, tiny.rng("other"))
+    with pytest.raises(InputError, match="must be the workload's model"):
+        recompute(run.full, other.folder, 1, CPU)
+    with pytest.raises(InputError, match="must hold every layer and matrix to be recomputed"):
+        recompute(run("sample", Capture(every=2, layers=(1,))), run.model.folder, 1, CPU)
+
+
+@pytest.mark.parametrize("prefill", ["none", "half", "all"])
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_captured_positions(prefill, every):
+    for length in range(1, 12):
+        first = {"none": length, "half": length - length // 2, "all": 0}[prefill]
+        wanted = [p for p in range(first, length + 5) if p % every == 0]
+        found = captured_positions(length, 6, Decoding(prefill=prefill), Capture(every=every))
+        assert found == len(wanted)
+
+
+def study(run, tmp_path, **changes):
+    content = {
+        "results": str(tmp_path / "results"),
+        "models": {"tiny": {"checkpoint": str(run.folder / "checkpoint"), "calibration_text": "x.txt"}},
+        "runs": {
+            "one": {
+                "prompts": str(run.folder / "prompts.jsonl"),
+                "batching": BATCHING.model_dump(),
+                "decoding": DECODING.model_dump(),
+                "methods": [{"name": "teal", "sparsity": 0.5}],
+                **changes,
+            }
+        },
+    }
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps(content))
+    return parse_study(content, "study"), path
+
+
+def test_estimate_is_near_what_is_written(run, tmp_path, monkeypatch):
+    # words of the tiny tokenizer are three or four characters with their blank
+    monkeypatch.setattr("sparsetrace.estimate.CHARACTERS_PER_TOKEN", 4)
+    (found,) = estimate(study(run, tmp_path)[0], CPU)
+    ds = sparsetrace.open(run.full)
+    assert found.name == "tiny/one/teal-0.5"
+    assert found.sizes.rows == 14 * found.sizes.tokens
+    assert found.sizes.tokens == pytest.approx(len(ds.tokens), rel=0.25)
+    dense = sum(len(ds.tokens) * ds.features(*leaf) * 4 for leaf in ds.leaves)
+    assert 0.3 * dense < found.sizes.dump_bytes < dense
+    assert found.seconds > 0
+    (sample,) = estimate(study(run, tmp_path, capture={"level": "stats", "layers": [1]})[0], CPU)
+    assert sample.sizes.rows == found.sizes.rows // 2
+    assert sample.sizes.workload_bytes < found.sizes.workload_bytes / 4
+
+
+def test_estimate_says_when_the_disk_is_too_small(run, tmp_path, monkeypatch):
+    usage = type("usage", (), {"free": 10})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    (found,) = estimate(study(run, tmp_path)[0], CPU)
+    assert any("but" in note and "GB free" in note for note in found.notes)
+
+
+def test_generation_warns_when_the_disk_is_too_small(run, monkeypatch):
+    usage = type("usage", (), {"free": 10})
+    words = [run.model.folder, "--thresholds", run.folder / "thresholds.parquet", "--device", "cpu"]
+    words += ["--prompts", run.folder / "split.parquet", "--out", run.folder / "small" / "manifest.json"]
+    words += ["--max-new-tokens", 6, "--batch-size", 3]
+    assert "warning" not in invoke("generate", *words)[1]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    code, text = invoke("generate", *words)
+    assert code == 0
+    assert "warning: the dump of shard 0 needs " in text
+    assert "has 1e-08 GB free" in text
+
+
+def invoke(*words):
+    result = CliRunner().invoke(cli.cli, [str(word) for word in words])
+    return result.exit_code, result.output
+
+
+def test_commands(run, tmp_path):
+    for words in ((), ("--recompute", 1, "--model", run.model.folder)):
+        code, text = invoke("verify", run.full, *words)
+        assert (code, text.splitlines()[-1]) == (0, f"{run.full}: no fault found")
+    broken = shutil.copytree(run.full, tmp_path / "broken")
+    (broken / "data/L00/q/part-00001.parquet").unlink()
+    code, text = invoke("verify", broken)
+    assert code == 1
+    assert "error: data/L00/q/part-00001.parquet: must be there, got nothing" in text
+
+    code, text = invoke("stats", run.full, "--out", tmp_path / "stats", "--phase", "decode", "--layer", 1)
+    assert code == 0
+    assert "Jaccard of neighbouring tokens" in text
+    assert {row["layer"] for row in pq.read_table(tmp_path / "stats" / "overlap.parquet").to_pylist()} == {1}
+
+    words = ("--matrix", "q", "--matrix", "down", "--position", "2:6", "--out", tmp_path / "out", "--twin", 3)
+    code, text = invoke("export", run.full, "--format", "npy", *words)
+    assert code == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        f"L{layer:02d}.{matrix}.npy" for layer in (0, 1) for matrix in ("down", "q")
+    ]
+    part = sparsetrace.open(run.full).select(position=slice(2, 6)).twin(3)
+    assert np.array_equal(np.load(tmp_path / "out" / "L01.down.npy"), part.matrix(1, "down").dense())
+
+    code, text = invoke("estimate", study(run, tmp_path)[1], "--device", "cpu")
+    assert code == 0
+    assert "tiny/one/teal-0.5" in text
