@@ -4,8 +4,10 @@
 
 The commands are those that Snakemake prints for a tiny study. Each runs in a fork of this process, which has imported
 everything and computed nothing, so that a trial takes a fraction of a second. A trial starts from the files before a
-step, kills the step up to three times, may delete the declared outputs as Snakemake does, and runs it again; then
-all files must equal those after the undisturbed step, and groups that were sealed must not have been written again.
+step, or from those after it, which it then replaces; it kills the step up to three times, may delete the declared
+outputs as Snakemake does, and runs it again. After each kill a file under a final name must be what it was or what it
+becomes. In the end all files must equal those after the undisturbed step, and groups that were sealed must not have
+been written again.
 
 | mode | where the signal comes |
 |---|---|
@@ -18,7 +20,9 @@ all files must equal those after the undisturbed step, and groups that were seal
 import argparse
 import contextlib
 import csv
+import gc
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -63,8 +67,15 @@ class Step:
     outputs: list[str]
 
 
-def write_study(folder: Path) -> None:
-    """A random checkpoint, a text, prompts and `my.yaml`, made as the tests make them."""
+def write_study(folder: Path, prompts: int = 8, max_new_tokens: int = 4, device: str = "cpu") -> None:
+    """A random checkpoint, a text, prompts and `my.yaml`, made as the tests make them.
+
+    Args:
+        folder: new.
+        prompts: how many; two make a group.
+        max_new_tokens: tokens generated for each.
+        device: of the study's machine.
+    """
     spec = importlib.util.spec_from_file_location("conftest", ROOT / "tests" / "conftest.py")
     assert spec is not None and spec.loader is not None
     conftest = importlib.util.module_from_spec(spec)
@@ -73,10 +84,10 @@ def write_study(folder: Path) -> None:
     folder.mkdir(parents=True)
     tiny.checkpoint(folder / "checkpoint", rng)
     (folder / "text.txt").write_text(tiny.words(rng, 400))
-    tiny.prompts(folder / "prompts.jsonl", rng, [3, 9, 5, 7, 4, 6, 8, 2])
+    tiny.prompts(folder / "prompts.jsonl", rng, [2 + number % 8 for number in range(prompts)])
     study = {
         "results": "out",
-        "machine": {"device": "cpu", "threads": 1},
+        "machine": {"device": device, "threads": 1},
         "models": {
             "tiny": {
                 "checkpoint": "checkpoint",
@@ -87,7 +98,7 @@ def write_study(folder: Path) -> None:
         "runs": {
             "first": {
                 "prompts": "prompts.jsonl",
-                "batching": {"max_new_tokens": 4, "batch_size": 2, "shards": 2},
+                "batching": {"max_new_tokens": max_new_tokens, "batch_size": 2, "shards": 2},
                 "decoding": {"ignore_eos": True, "temperature": 0.7},
                 "methods": [{"name": "teal", "sparsity": 0.5}],
             }
@@ -161,7 +172,8 @@ def watch(folder: Path, on_event: Callable[[str, int | None], None]) -> None:
     def ours(path: object) -> bool:
         if not isinstance(path, str | bytes | os.PathLike):
             return False
-        return os.path.abspath(os.fsdecode(path)).startswith(inside)
+        # not `resolve`, which follows links
+        return os.path.abspath(os.fsdecode(path)).startswith(inside)  # noqa: PTH100
 
     def audit(name: str, arguments: tuple) -> None:
         if name == "open":
@@ -212,6 +224,11 @@ def tree(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
+def hidden(path: str) -> bool:
+    """Whether a file's name, or its folder's, says that it is not final."""
+    return any(part.startswith(".") for part in Path(path).parts)
+
+
 def sealed_groups(folder: Path) -> dict[str, tuple[int, int]]:
     """Every file of every sealed group, with what changes when it is written again."""
     found = {}
@@ -229,14 +246,22 @@ def written_again(earlier: dict[str, tuple[int, int]], folder: Path) -> list[str
 
 @dataclass(frozen=True)
 class Stage:
-    """A step with the files before it, and what it does when nothing disturbs it."""
+    """A step with the files before it and after it, and what it does when nothing disturbs it."""
 
     step: Step
     before: Path
+    done: Path
     after: dict[str, str]
     events: int
     flushes: int
     seconds: float
+
+
+def undisturbed(folder: Path, prompts: int, max_new_tokens: int, device: str) -> None:
+    """Make a study and run all its commands."""
+    write_study(folder, prompts, max_new_tokens, device)
+    for step in commands(folder):
+        assert finish(fork(folder, step, lambda: None)) == 0, step
 
 
 def stages(folder: Path) -> list[Stage]:
@@ -245,7 +270,7 @@ def stages(folder: Path) -> list[Stage]:
     write_study(work)
     found = []
     for number, step in enumerate(commands(work)):
-        before = folder / f"before-{number:02d}"
+        before, done = folder / f"before-{number:02d}", folder / f"done-{number:02d}"
         shutil.copytree(work, before)
         out, into = os.pipe()
         started = time.monotonic()
@@ -258,19 +283,21 @@ def stages(folder: Path) -> list[Stage]:
         assert status == 0, (folder / "work.log").read_text()
         if step.name == "index":
             shutil.rmtree(work / "out" / "tiny" / "first" / "teal-0.5" / "dump", ignore_errors=True)
-        found.append(Stage(step, before, tree(work), len(events), events.count(b"f"), seconds))
+        shutil.copytree(work, done)
+        found.append(Stage(step, before, done, tree(work), len(events), events.count(b"f"), seconds))
     return found
 
 
-def trial(stage: Stage, folder: Path, rng: random.Random) -> tuple[str, list[str]]:
+def trial(stage: Stage, folder: Path, rng: random.Random) -> tuple[str, int, list[str]]:
     """Kill a step and run it again.
 
     Returns:
-        The mode, and what was found wrong.
+        The mode, how many signals met the step alive, and what was found wrong.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(stage.before, folder)
-    faults = []
+    shutil.copytree(stage.done if rng.random() < 0.2 else stage.before, folder)
+    faults, kills = [], 0
+    whole = [tree(folder), stage.after]
     modes = [mode for mode in MODES if mode != "torn" or stage.flushes]
     mode = rng.choice(modes)
     for _ in range(rng.choice((1, 1, 2, 3))):
@@ -285,6 +312,7 @@ def trial(stage: Stage, folder: Path, rng: random.Random) -> tuple[str, list[str
         else:
             pid = fork(folder, stage.step, lambda k=k, share=share: kill_at(folder, mode, k, share))
         status = finish(pid)
+        kills += status != 0
         # a step that was already done, or resumed, may end before it comes to its k-th event
         if status not in (0, INTERRUPTED if mode == "interrupt" else -signal.SIGKILL):
             faults.append(f"ended with status {status} when it was killed")
@@ -293,6 +321,8 @@ def trial(stage: Stage, folder: Path, rng: random.Random) -> tuple[str, list[str
                 faults.append("did not leave at once")
             faults.extend(f"left {path.relative_to(folder)}" for path in folder.rglob(".*.partial"))
         faults.extend(written_again(earlier, folder))
+        found = {path: sha256 for path, sha256 in tree(folder).items() if not hidden(path)}
+        faults.extend(f"left half of {path}" for path in found if found[path] not in [one.get(path) for one in whole])
         if rng.random() < 0.5:
             for output in stage.step.outputs:
                 with contextlib.suppress(FileNotFoundError):
@@ -301,7 +331,7 @@ def trial(stage: Stage, folder: Path, rng: random.Random) -> tuple[str, list[str
     status = finish(fork(folder, stage.step, lambda: None))
     if status:
         log = (folder.parent / f"{folder.name}.log").read_text().splitlines()
-        return mode, [*faults, f"did not finish: status {status}: {log[-1] if log else ''}"]
+        return mode, kills, [*faults, f"did not finish: status {status}: {log[-1] if log else ''}"]
     faults.extend(written_again(earlier, folder))
     if stage.step.name == "index":
         shutil.rmtree(folder / "out" / "tiny" / "first" / "teal-0.5" / "dump", ignore_errors=True)
@@ -310,7 +340,7 @@ def trial(stage: Stage, folder: Path, rng: random.Random) -> tuple[str, list[str
         if found.get(path) != stage.after.get(path):
             what = "left" if path not in stage.after else "lost" if path not in found else "changed"
             faults.append(f"{what} {path}")
-    return mode, faults
+    return mode, kills, faults
 
 
 def imported() -> None:
@@ -323,16 +353,23 @@ def imported() -> None:
     import sparsetrace.reader
     import sparsetrace.thresholds  # noqa: F401
 
+    # what torch and pyarrow import when they are first used
+    for name in ("sympy", "pandas", "pyarrow.dataset", "pyarrow.pandas_compat"):
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(name)
+    # else each fork copies what the collector touches
+    gc.freeze()
 
-def run(trials: int, seed: int, folder: Path) -> Iterator[tuple[str, str, list[str]]]:
-    """(step, mode, faults) of each trial."""
+
+def run(trials: int, seed: int, folder: Path) -> Iterator[tuple[str, str, int, list[str]]]:
+    """(step, mode, kills, faults) of each trial."""
     found = stages(folder)
     rng = random.Random(seed)
     # each step in turn, so that few trials see all of them
     for number in range(trials):
         stage = found[number % len(found)]
-        mode, faults = trial(stage, folder / "trial", rng)
-        yield stage.step.name, mode, faults
+        mode, kills, faults = trial(stage, folder / "trial", rng)
+        yield stage.step.name, mode, kills, faults
         (folder / "trial.log").unlink(missing_ok=True)
 
 
@@ -342,18 +379,27 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no trial after this")
     parser.add_argument("--csv", type=Path, help="table of trials and faults by step and mode")
+    parser.add_argument("--undisturbed", type=Path, help="only make a study in this folder, and run it")
+    parser.add_argument("--prompts", type=int, default=8, help="of that study")
+    parser.add_argument("--max-new-tokens", type=int, default=4, help="of that study")
+    parser.add_argument("--device", default="cpu", help="of that study")
     arguments = parser.parse_args()
     seed = random.SystemRandom().randrange(1 << 31) if arguments.seed is None else arguments.seed
     sys.path[:0] = [f"{ROOT}/src", f"{ROOT}/kernels"]
     imported()
+    if arguments.undisturbed is not None:
+        undisturbed(arguments.undisturbed, arguments.prompts, arguments.max_new_tokens, arguments.device)
+        return
     started = time.monotonic()
     trials: Counter[tuple[str, str]] = Counter()
+    killed: Counter[tuple[str, str]] = Counter()
     faulty: Counter[tuple[str, str]] = Counter()
     # a disk's flushes would take most of the time
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        for step, mode, faults in run(arguments.trials, seed, Path(folder).resolve()):
+        for step, mode, kills, faults in run(arguments.trials, seed, Path(folder).resolve()):
             trials[step, mode] += 1
+            killed[step, mode] += kills
             faulty[step, mode] += bool(faults)
             if faults:
                 print(f"{step} {mode}: {'; '.join(faults[:4])}", flush=True)
@@ -363,13 +409,13 @@ def main() -> None:
         arguments.csv.parent.mkdir(parents=True, exist_ok=True)
         with arguments.csv.open("w", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
-            table.writerow(["step", "mode", "trials", "faults", "seed", "seconds_of_all"])
+            table.writerow(["step", "mode", "trials", "kills", "faults", "seed", "seconds_of_all"])
             seconds = round(time.monotonic() - started)
             for key in sorted(trials):
-                table.writerow([*key, trials[key], faulty[key], seed, seconds])
+                table.writerow([*key, trials[key], killed[key], faulty[key], seed, seconds])
     steps = Counter(step for step, _ in trials.elements())
-    total = sum(trials.values())
-    summary = {"seed": seed, "trials": total, "faults": sum(faulty.values()), "steps": dict(steps)}
+    sums = {"trials": trials.total(), "kills": killed.total(), "faults": faulty.total()}
+    summary = {"seed": seed, **sums, "steps": dict(steps)}
     print(json.dumps(summary), flush=True)
     sys.exit(1 if any(faulty.values()) else 0)
 

@@ -1,13 +1,14 @@
 """Size and speed of packing, on operands captured from real model runs that this script makes itself.
 
-Each source is a checkpoint taken through the pipeline's own steps (convert, calibrate, thresholds, split, generate); its
-dump is then packed and read back to dense by one thread, several times in alternation, in one process.
+Each source is a checkpoint taken through the pipeline's own steps (convert, calibrate, thresholds, split, generate);
+its dump is then packed and read back to dense by one thread, several times in alternation, in one process.
 
 | source | what |
 |---|---|
 | `demo` | the embedded demonstration model, trained by `sparsetrace demo-checkpoint`: 192 inputs wide |
 | `random-<hidden>` | a Llama of two layers with random weights, of realistic width |
 | a folder given by `--checkpoint` | under its folder's name |
+| `synthetic-4096` | not captured: 16,384 rows of one matrix, for the speed of files of ordinary length |
 
 Appends rows to a CSV:
 
@@ -16,7 +17,7 @@ Appends rows to a CSV:
 | commit | `+` where the tree differed from it |
 | source, encoding, dtype, sparsity | what was packed; sparsity is the target |
 | bytes_per_nonzero | of all data files, index columns and footers included |
-| entropy_limit | bytes: empirical entropy of the kept 16-bit patterns, plus that of the mask per kept value, by matrix |
+| entropy_limit | bytes: empirical entropy of the kept patterns, plus that of the mask per kept value, by matrix |
 | write_gbps_per_core, read_gbps_per_core | dense bytes (rows x inputs x bytes a value) per second of CPU time, median |
 """
 
@@ -32,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from synthetic import commit, make_dump
 
 import sparsetrace
 from sparsetrace.pack import index, pack
@@ -42,17 +44,6 @@ COLUMNS = [
     *("bytes_per_nonzero", "entropy_limit", "write_gbps_per_core", "read_gbps_per_core"),
 ]
 REPEATS = 5
-
-
-def commit() -> str:
-    """Short hash of HEAD, with `+` where tracked or new files differ from it; `+` alone before the first commit."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        ).stdout.strip()
-
-    return git("rev-parse", "--short", "--verify", "--quiet", "HEAD") + ("+" if git("status", "--porcelain") else "")
 
 
 def step(*words: object) -> None:
@@ -125,7 +116,7 @@ def entropy_limit(workload: sparsetrace.Workload) -> float:
 def measure(dump: Path, folder: Path, encoding: str) -> dict[str, float]:
     """Pack and read back with one thread; dense bytes per second of CPU time."""
     pa.set_cpu_count(1)
-    write, read = [], []
+    write, read, limits = [], [], []
     for repeat in range(REPEATS):
         copy = folder / "copy"
         shutil.copytree(dump, copy)
@@ -146,14 +137,24 @@ def measure(dump: Path, folder: Path, encoding: str) -> dict[str, float]:
         read.append(time.process_time() - began)
         size = sum(file["bytes"] for file in packed["files"])
         nnz = sum(file["nnz"] for file in packed["files"])
-        limit = entropy_limit(workload) if repeat == 0 else limit
+        limits.append(entropy_limit(workload))
         shutil.rmtree(out)
     return {
         "bytes_per_nonzero": size / nnz,
-        "entropy_limit": limit,
+        "entropy_limit": limits[0],
         "write_gbps_per_core": dense_bytes / 1e9 / statistics.median(write),
         "read_gbps_per_core": dense_bytes / 1e9 / statistics.median(read),
     }
+
+
+def row(source: str, dtype: str, sparsity: float, encoding: str, dump: Path, folder: Path) -> dict[str, object]:
+    """Measure one setting and print its row."""
+    found = measure(dump, folder, encoding)
+    line = {"commit": commit(), "source": source, "encoding": encoding, "dtype": dtype, "sparsity": sparsity}
+    line |= {name: f"{value:.4g}" for name, value in found.items()}
+    ratio = found["bytes_per_nonzero"] / found["entropy_limit"]
+    print(*line.values(), f"({ratio:.3f} of the limit)", flush=True)
+    return line
 
 
 def main() -> None:
@@ -173,7 +174,7 @@ def main() -> None:
         sources[f"random-{hidden}"] = arguments.work / f"random-{hidden}"
         if not sources[f"random-{hidden}"].is_dir():
             random_llama(demo, sources[f"random-{hidden}"], hidden)
-    known, rows = commit(), []
+    rows = []
     for source, checkpoint in sources.items():
         settings = [("float16", 0.5), ("bfloat16", 0.5)]
         # a processor without float16 units takes minutes for each setting of a wide model
@@ -184,11 +185,11 @@ def main() -> None:
             if not (dump / "manifest.json").is_file():
                 dump = capture(checkpoint, demo, folder, dtype, sparsity, arguments.limit)
             for encoding in ("split", "open") if sparsity == 0.5 else ("split",):
-                row = {"commit": known, "source": source, "encoding": encoding, "dtype": dtype, "sparsity": sparsity}
-                found = measure(dump, folder, encoding)
-                rows.append(row | {name: f"{value:.4g}" for name, value in found.items()})
-                ratio = found["bytes_per_nonzero"] / found["entropy_limit"]
-                print(" ".join(f"{value}" for value in rows[-1].values()), f"({ratio:.3f} of the limit)", flush=True)
+                rows.append(row(source, dtype, sparsity, encoding, dump, folder))
+    folder = arguments.work / "synthetic-4096"
+    if not (folder / "dump" / "manifest.json").is_file():
+        make_dump(folder / "dump", {(0, "q"): 4096}, sequences=8, tokens=2048)
+    rows += [row("synthetic-4096", "float16", 0.5, encoding, folder / "dump", folder) for encoding in ("split", "open")]
     new = not RESULTS.is_file()
     with RESULTS.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

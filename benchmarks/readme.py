@@ -1,29 +1,33 @@
-"""Put what `make run` made into README.md, between the `show` markers; the numbers there come from nowhere else.
+"""Put what a study made into README.md, between its markers; the numbers there come from nowhere else.
 
-make run && .venv/bin/python benchmarks/readme.py
+make run && .venv/bin/python benchmarks/readme.py demo results
+snakemake --cores 2 --configfile docs/tinystories.yaml
+.venv/bin/python benchmarks/readme.py tinystories results-tinystories
 """
 
+import argparse
 import re
 from pathlib import Path
 
 import sparsetrace
 
-ROOT = Path(__file__).parents[1]
-LABELS = ("teal-0.25", "teal-0.5", "teal-0.65")
+README = Path(__file__).parents[1] / "README.md"
 
 
-def table() -> str:
-    """One row per data set of the default study."""
+def table(results: Path) -> str:
+    """One row per data set below a study's results."""
     lines = [
         "| data set | target | calibrated | achieved | tokens | rows (layer x matrix x token) | nonzeros | on disk |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for label in LABELS:
-        ds = sparsetrace.open(ROOT / "results" / "demo" / "default" / label / "workload")
+    for manifest in sorted(results.glob("*/*/*/workload/manifest.json")):
+        ds = sparsetrace.open(manifest.parent)
+        label = "/".join(manifest.parts[-4:-2])
         inputs, shares = ds.matrix_table["in_features"].to_numpy(), []
         for kind in ("target", "calibrated", "achieved"):
-            share = ds.matrix_table[f"{kind}_sparsity"].to_numpy()
-            shares.append(f"{100 * (share * inputs).sum() / inputs.sum():.2f} %")
+            share = ds.matrix_table[f"{kind}_sparsity"].to_numpy(zero_copy_only=False)
+            mean = 100 * (share * inputs).sum() / inputs.sum()
+            shares.append("-" if mean != mean else f"{mean:.2f} %")
         size = sum(file["bytes"] for file in ds.manifest["files"])
         lines.append(
             f"| `{label}` | {' | '.join(shares)} | {ds.manifest['tokens']:,} | {ds.manifest['rows']:,} "
@@ -33,11 +37,15 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    text = re.sub(
-        "(<!-- show:begin -->\n).*?(<!-- show:end -->)",
-        lambda match: f"{match[1]}{table()}\n{match[2]}",
-        readme.read_text(encoding="utf-8"),
-        flags=re.DOTALL,
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("marker", help="name in README.md's `<!-- NAME:begin -->`")
+    parser.add_argument("results", type=Path, help="the study's results folder")
+    arguments = parser.parse_args()
+    pattern = f"(<!-- {arguments.marker}:begin -->\n).*?(<!-- {arguments.marker}:end -->)"
+    rows = table(arguments.results)
+    text, count = re.subn(
+        pattern, lambda match: f"{match[1]}{rows}\n{match[2]}", README.read_text(encoding="utf-8"), flags=re.DOTALL
     )
-    readme.write_text(text, encoding="utf-8")
+    if count != 1:
+        raise SystemExit(f"error: README.md must have the markers of {arguments.marker} once, got {count}")
+    README.write_text(text, encoding="utf-8")

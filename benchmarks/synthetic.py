@@ -12,6 +12,9 @@ from sparsetrace.dump import block_name, group_name, write_block
 from sparsetrace.pack import index, pack
 from sparsetrace.schema import SEQUENCES, SITE_OF, TOKENS, mask_bytes
 
+# Elements drawn for one width.
+DRAWN = 1 << 26
+
 
 def commit() -> str:
     """Short hash of HEAD, with `+` where tracked or new files differ from it; `+` alone before the first commit."""
@@ -27,21 +30,30 @@ def commit() -> str:
 def make_workload(
     folder: Path, leaves: dict[tuple[int, str], int], sequences: int, tokens: int, level: str = "full"
 ) -> Path:
-    """A float16 workload of one group, decoded step by step, half of every row kept.
+    """A workload from `make_dump`, whose other arguments these are."""
+    dump = make_dump(folder / "dump", leaves, sequences, tokens, level)
+    pack(dump / "manifest.json", folder / "workload", folder / "00000.json")
+    index([folder / "00000.json"], folder / "workload")
+    return folder / "workload"
+
+
+def make_dump(dump: Path, leaves: dict[tuple[int, str], int], sequences: int, tokens: int, level: str = "full") -> Path:
+    """A float16 dump of one group, decoded step by step, half of every row kept.
 
     Args:
-        folder: to write to.
+        dump: folder to write to.
         leaves: inputs of each layer and matrix.
         sequences: decoded together.
         tokens: of each sequence.
         level: `full` or `masks`.
     """
-    dump = folder / "dump"
     dump.mkdir(parents=True)
     rng = np.random.default_rng(0)
     block_rows = 2048
-    sources = {width: _rows(rng, block_rows, width) for width in set(leaves.values())}
     rows = sequences * tokens
+    # drawn once and repeated, but further apart than a row group reaches
+    distinct = {width: min(-(-rows // block_rows), DRAWN // (width * block_rows)) for width in set(leaves.values())}
+    sources = {width: [_rows(rng, block_rows, width) for _ in range(count)] for width, count in distinct.items()}
     names = []
     for start in range(0, rows, block_rows):
         number = np.arange(start, min(start + block_rows, rows))
@@ -52,7 +64,7 @@ def make_workload(
             "rows.position": step.astype(np.int32),
         }
         for (layer, matrix), width in leaves.items():
-            offsets, values, mask = sources[width]
+            offsets, values, mask = sources[width][len(names) % distinct[width]]
             name, count = f"L{layer:02d}.{matrix}", len(number)
             if level == "full":
                 arrays |= {f"{name}.offsets": offsets[: count + 1], f"{name}.values": values[: offsets[count]]}
@@ -68,9 +80,7 @@ def make_workload(
     empty |= {"decoding": {}, "batching": {}, "device": "", "threads": 1, "versions": {}}
     manifest = {"version": 1, "dtype": "float16", "groups": [0], "rows": rows, "capture": {"level": level}} | empty
     (dump / "manifest.json").write_text(json.dumps(manifest | {"matrices": matrices}))
-    pack(dump / "manifest.json", folder / "workload", folder / "00000.json")
-    index([folder / "00000.json"], folder / "workload")
-    return folder / "workload"
+    return dump
 
 
 def _rows(rng: np.random.Generator, rows: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 # For `allocation: greedy`: one layer's search table, from which any target is looked up.
 rule allocate:
     input:
-        model=rules.convert.output[0],
+        model=lambda wildcards: STUDY.runtime_model(wildcards.model),
         histograms=rules.histograms.output[0],
         text=lambda wildcards: STUDY.calibration_text(wildcards.model),
     output:
@@ -14,9 +14,13 @@ rule allocate:
         "../envs/generate.yaml"
     threads: STUDY.machine.threads
     resources:
-        gpu=1,
-        mem_mb=lambda wildcards, input: STUDY.model_mb(wildcards.model, input.model),
-        runtime=240,
+        gpu=STUDY.gpus,
+        mem_mb=lambda wildcards, input, attempt: STUDY.mem_mb(
+            "allocate", wildcards.model, input.model, attempt
+        ),
+        runtime=lambda wildcards, input, attempt: STUDY.runtime(
+            "allocate", wildcards.model, input.model, attempt
+        ),
     params:
         layer=lambda wildcards: int(wildcards.layer),
         options=lambda wildcards: options(STUDY.models[wildcards.model].greedy),

@@ -1,7 +1,7 @@
 # Step 2: exact histograms of what enters every matrix, over the calibration text.
 rule calibrate:
     input:
-        model=rules.convert.output[0],
+        model=lambda wildcards: STUDY.runtime_model(wildcards.model),
         text=lambda wildcards: STUDY.calibration_text(wildcards.model),
     output:
         f"{RESULTS}/{{model}}/histograms/{{shard}}.safetensors",
@@ -13,14 +13,16 @@ rule calibrate:
         "../envs/generate.yaml"
     threads: STUDY.machine.threads
     resources:
-        gpu=1,
-        mem_mb=lambda wildcards, input: STUDY.model_mb(wildcards.model, input.model),
-        runtime=120,
+        gpu=STUDY.gpus,
+        mem_mb=lambda wildcards, input, attempt: STUDY.mem_mb(
+            "calibrate", wildcards.model, input.model, attempt
+        ),
+        runtime=lambda wildcards, input, attempt: STUDY.runtime(
+            "calibrate", wildcards.model, input.model, attempt
+        ),
     params:
         shard=lambda wildcards: int(wildcards.shard),
-        scores=lambda wildcards: expand(
-            "--score {name}", name=STUDY.scores(wildcards.model)
-        ),
+        scores=lambda wildcards: repeated("--score", STUDY.scores(wildcards.model)),
         options=lambda wildcards: options(STUDY.models[wildcards.model].calibration),
         machine=options(STUDY.machine),
         source=source_hash("calibrate"),
@@ -48,8 +50,8 @@ rule histograms:
     conda:
         "../envs/generate.yaml"
     resources:
-        mem_mb=2000,
-        runtime=10,
+        mem_mb=lambda wildcards, attempt: attempt * 2000,
+        runtime=lambda wildcards, attempt: attempt * 10,
     params:
         source=source_hash("histogram"),
     message:

@@ -12,9 +12,12 @@ rule convert:
     conda:
         "../envs/generate.yaml"
     resources:
-        # one output file in memory, beside the input that is mapped
-        mem_mb=8000,
-        runtime=60,
+        mem_mb=lambda wildcards, attempt: STUDY.mem_mb(
+            "convert", wildcards.model, attempt=attempt
+        ),
+        runtime=lambda wildcards, attempt: STUDY.runtime(
+            "convert", wildcards.model, attempt=attempt
+        ),
     params:
         checkpoint=subpath(input.config, parent=True),
         out=subpath(output[0], parent=True),

@@ -1,7 +1,7 @@
 # Step 3: patched sparse decoding of one shard, every operand captured.
 rule generate:
     input:
-        model=rules.convert.output[0],
+        model=lambda wildcards: STUDY.runtime_model(wildcards.model),
         thresholds=rules.thresholds.output[0],
         prompts=rules.split.output[0],
     output:
@@ -16,17 +16,23 @@ rule generate:
         "../envs/generate.yaml"
     threads: STUDY.machine.threads
     resources:
-        gpu=1,
-        mem_mb=lambda wildcards, input: STUDY.model_mb(wildcards.model, input.model),
-        runtime=240,
+        gpu=STUDY.gpus,
+        mem_mb=lambda wildcards, input, attempt: STUDY.mem_mb(
+            "generate", wildcards.model, input.model, attempt
+        ),
+        runtime=lambda wildcards, input, attempt: STUDY.runtime(
+            "generate", wildcards.model, input.model, attempt
+        ),
     params:
         shard=lambda wildcards: int(wildcards.shard),
         decoding=lambda wildcards: options(STUDY.runs[wildcards.run].decoding),
         batching=lambda wildcards: options(STUDY.runs[wildcards.run].batching),
+        capture=lambda wildcards: options(STUDY.runs[wildcards.run].capture),
         machine=options(STUDY.machine),
         source=source_hash("generate"),
     message:
         "Generating shard {wildcards.shard} of {wildcards.model}, run {wildcards.run}, under {wildcards.label}"
     shell:
         "sparsetrace generate {input.model:q} --thresholds {input.thresholds:q} --prompts {input.prompts:q}"
-        " --shard {params.shard} --out {output:q} {params.decoding} {params.batching} {params.machine} > {log:q} 2>&1"
+        " --shard {params.shard} --out {output:q} {params.decoding} {params.batching} {params.capture}"
+        " {params.machine} > {log:q} 2>&1"

@@ -1,7 +1,7 @@
 # What a method setting costs in quality, beside its workload; only for models that name a held-out text.
 rule quality:
     input:
-        model=rules.convert.output[0],
+        model=lambda wildcards: STUDY.runtime_model(wildcards.model),
         thresholds=rules.thresholds.output[0],
         text=lambda wildcards: STUDY.quality_text(wildcards.model) or [],
     output:
@@ -14,9 +14,13 @@ rule quality:
         "../envs/generate.yaml"
     threads: STUDY.machine.threads
     resources:
-        gpu=1,
-        mem_mb=lambda wildcards, input: STUDY.model_mb(wildcards.model, input.model),
-        runtime=120,
+        gpu=STUDY.gpus,
+        mem_mb=lambda wildcards, input, attempt: STUDY.mem_mb(
+            "quality", wildcards.model, input.model, attempt
+        ),
+        runtime=lambda wildcards, input, attempt: STUDY.runtime(
+            "quality", wildcards.model, input.model, attempt
+        ),
     params:
         options=lambda wildcards: options(STUDY.models[wildcards.model].quality),
         machine=options(STUDY.machine),

@@ -1,7 +1,7 @@
 # Step 3, before the model runs: sequences, groups and shards of a prompt set.
 rule split:
     input:
-        model=rules.convert.output[0],
+        model=lambda wildcards: STUDY.runtime_model(wildcards.model),
         prompts=lambda wildcards: STUDY.prompts(wildcards.run, wildcards.model),
     output:
         f"{RESULTS}/{{model}}/{{run}}/prompts.parquet",
@@ -12,8 +12,8 @@ rule split:
     conda:
         "../envs/generate.yaml"
     resources:
-        mem_mb=2000,
-        runtime=10,
+        mem_mb=lambda wildcards, attempt: attempt * 2000,
+        runtime=lambda wildcards, attempt: attempt * 10,
     params:
         options=lambda wildcards: options(STUDY.runs[wildcards.run].prompt_set),
         batching=lambda wildcards: options(STUDY.runs[wildcards.run].batching),

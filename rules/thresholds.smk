@@ -18,13 +18,13 @@ rule thresholds:
     conda:
         "../envs/generate.yaml"
     resources:
-        mem_mb=1000,
-        runtime=10,
+        mem_mb=lambda wildcards, attempt: attempt * 1000,
+        runtime=lambda wildcards, attempt: attempt * 10,
     params:
         method=lambda wildcards: method_options(
             STUDY.setting(wildcards.run, wildcards.label)
         ),
-        tables=lambda wildcards, input: expand("--table {table:q}", table=input.tables),
+        tables=lambda wildcards, input: repeated("--table", input.tables),
         source=source_hash("thresholds"),
     message:
         "Thresholds of {wildcards.model} under {wildcards.label}"

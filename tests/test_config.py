@@ -365,3 +365,10 @@ def test_configuration_loads_no_torch():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert output.stdout.split() == ["False", "False"]
+
+
+def test_the_embedded_model_has_the_layers_that_config_counts_on():
+    from sparsetrace.config import EMBEDDED_LAYERS
+    from sparsetrace.demo import CONFIG
+
+    assert CONFIG.num_hidden_layers == EMBEDDED_LAYERS

@@ -1,7 +1,6 @@
 """Claiming GPUs, with fake devices: what jobs wrote while they held one must never overlap, whatever was killed."""
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -145,6 +144,16 @@ def test_devices_of_one_allocation_are_shared_out(node):
     node.setenv(devices.VISIBLE, "0,1")
     with devices.claimed("auto") as first:
         node.setenv(devices.VISIBLE, "0,1")
+        with devices.claimed("auto") as second:
+            assert {first, second} == {"GPU-aaaa", "GPU-bbbb"}
+
+
+def test_a_scheduler_that_gave_no_device_is_no_excuse(node):
+    # two jobs of a cluster that does not count GPUs
+    node.setenv("SLURM_JOB_ID", "7")
+    with devices.claimed("auto") as first:
+        node.delenv(devices.VISIBLE)
+        node.setenv("SLURM_JOB_ID", "8")
         with devices.claimed("auto") as second:
             assert {first, second} == {"GPU-aaaa", "GPU-bbbb"}
 

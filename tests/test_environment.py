@@ -13,7 +13,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # conda's name of a package, where it is another than PyPI's
 CONDA_NAMES = {"snakemake-minimal": "snakemake"}
 # what each environment has to hold: the reader and these extras
-ENVIRONMENTS = {"generate": ("cli", "generate"), "pack": ("cli",), "workflow": ("cli", "workflow")}
+ENVIRONMENTS = {"generate": ("cli", "generate"), "pack": ("cli",), "workflow": ("cli", "workflow", "cluster")}
 
 
 def pins(lines) -> dict[str, str]:

@@ -20,8 +20,6 @@ from sparsetrace.prompts import read_text
 from sparsetrace.runtime import RuntimeModel, use
 from sparsetrace.schema import SITES
 from sparsetrace.settings import Calibration, Machine
-from sparsetrace.thresholds import derive_thresholds as derive_thresholds  # TEMPORARY
-from sparsetrace.thresholds import read_thresholds as read_thresholds
 from sparsetrace.tokenizer import Tokenizer
 
 # Tokens of one forward pass; bounds the memory of the step.

@@ -1,5 +1,6 @@
 """What a workload folder says of itself to people and to SQL: the data card and the DuckDB views."""
 
+from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
@@ -81,7 +82,7 @@ def _size_category(rows: int) -> str:
     bounds += [(10**9, "1B"), (10**10, "10B"), (10**11, "100B"), (10**12, "1T")]
     if rows < bounds[0][0]:
         return "n<1K"
-    for (_, low), (high, name) in zip(bounds, bounds[1:], strict=False):
+    for (_, low), (high, name) in pairwise(bounds):
         if rows < high:
             return f"{low}<n<{name}"
     return "n>1T"

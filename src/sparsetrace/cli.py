@@ -6,6 +6,7 @@ and their checks cannot differ. Results go to standard output, progress and erro
 
 import errno
 import functools
+import json
 import os
 import re
 import sys
@@ -22,7 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sparsetrace import __version__
-from sparsetrace.config import load_study, parse_method
+from sparsetrace.config import load_study, parse_method, parse_weight_method
+from sparsetrace.devices import claimed
 from sparsetrace.files import InputError
 from sparsetrace.settings import (
     Batching,
@@ -152,6 +154,24 @@ def checked(section: type[SectionType], values: dict[str, Any]) -> SectionType:
         raise InputError("\n".join(lines)) from None
 
 
+@contextmanager
+def own_gpu(machine: Machine) -> Iterator[None]:
+    """Keep a GPU to this process; must be entered before torch is imported."""
+    with claimed(machine.device, lambda told: click.echo(told, err=True)):
+        yield
+
+
+def on_gpu(command: Command) -> Command:
+    """A command that runs a model does so on a GPU of its own."""
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        with own_gpu(values["machine"]):
+            command(**values)
+
+    return run  # type: ignore[return-value]
+
+
 def path_option(name: str, text: str) -> Callable[[Command], Command]:
     """A required path."""
     return click.option(name, required=True, type=click.Path(path_type=Path), help=text)
@@ -218,6 +238,7 @@ def cli() -> None:
     \b
       demo-checkpoint   train the embedded model (only where config says `embedded`)
       convert           Hugging Face checkpoint  ->  runtime model
+      prune             model                    ->  model with masked weights (only where config says `prune`)
       calibrate         model, text              ->  exact activation histograms
       allocate          model, histograms, text  ->  search table of one layer (only for `allocation: greedy`)
       thresholds        histograms, a method     ->  threshold table
@@ -230,6 +251,8 @@ def cli() -> None:
 
     \b
     Beside them:
+      doctor            this machine             ->  what is missing
+      reproduce         workload                 ->  the same again from its manifest, compared
       estimate          study file               ->  rows, bytes and time, before anything runs
       verify            workload                 ->  every fault, named
       stats             workload                 ->  tables of mask statistics, beside an i.i.d. twin's
@@ -279,6 +302,38 @@ def convert(checkpoint: Path, out: Path, name: str | None, conversion: Conversio
 
 
 @cli.command()
+@path_argument("model")
+@click.option("--method", type=click.Choice(["magnitude", "wanda"]), required=True, help="how weights are scored")
+@click.option("--set", "parameters", multiple=True, metavar="NAME=VALUE", help="sparsity or pattern")
+@click.option("--text", type=click.Path(path_type=Path), help="calibration text, for wanda")
+@path_option("--out", "folder of the pruned model; written beside and renamed")
+@settings(Calibration, Machine)
+@on_gpu
+def prune(
+    model: Path,
+    method: str,
+    parameters: tuple[str, ...],
+    text: Path | None,
+    out: Path,
+    calibration: Calibration,
+    machine: Machine,
+) -> None:
+    """Mask the weights of MODEL, unstructured or N:M; the result is a model like any other, with its table of masks.
+
+    \b
+    Example:
+      sparsetrace prune results/llama/model --method wanda --set 'pattern="2:4"' --text wiki.txt --out pruned
+    """
+    from sparsetrace.runtime import open_model
+    from sparsetrace.weight_masks import prune as run
+
+    weights = parse_weight_method(method, parameters)
+    with progress("pruning", "layers") as report:
+        pruned = run(open_model(model), text, out, weights, calibration, machine, report)
+    click.echo(f"{out}: model hash {pruned.model_hash}")
+
+
+@cli.command()
 @path_argument("paths", nargs=-1, required=True)
 @click.option("--merge", is_flag=True, help="add up PATHS, histogram files of one model, instead of counting")
 @click.option("--text", type=click.Path(path_type=Path), help="calibration text: .txt, .json, .jsonl, or gzipped")
@@ -317,10 +372,10 @@ def calibrate(
         return
     if len(paths) != 1 or text is None:
         raise InputError(f"calibrate: one model and --text must be given unless --merge is, got {len(paths)} paths")
-    from sparsetrace.calibrate import calibrate as run
-    from sparsetrace.runtime import open_model
+    with own_gpu(machine), progress("calibrating", "tokens") as report:
+        from sparsetrace.calibrate import calibrate as run
+        from sparsetrace.runtime import open_model
 
-    with progress("calibrating", "tokens") as report:
         histograms = run(open_model(paths[0]), text, out, calibration, machine, report, shard=shard, scores=scores)
     click.echo(f"{out}: {len(histograms.counts)} histograms")
 
@@ -333,6 +388,7 @@ def calibrate(
 @click.option("--method", default="teal", show_default=True, help="method with thresholds whose masks are searched for")
 @path_option("--out", "search table of the layer (Parquet)")
 @settings(Greedy, Machine)
+@on_gpu
 def allocate(
     model: Path, histograms: Path, text: Path, layer: int, method: str, out: Path, greedy: Greedy, machine: Machine
 ) -> None:
@@ -433,6 +489,7 @@ def split(model: Path, prompts: Path, out: Path, prompt_set: PromptSet, batching
 @click.option("--shard", type=click.IntRange(min=0), default=0, show_default=True, help="which part of it")
 @path_option("--out", "manifest.json of the dump; the blocks are written beside it")
 @settings(Decoding, Batching, Capture, Machine)
+@on_gpu
 def generate(
     model: Path,
     thresholds: Path,
@@ -502,11 +559,17 @@ def pack(dump: Path, workload: Path, out: Path, threads: int, packing: Packing) 
 @cli.command()
 @path_argument("parts", nargs=-1, required=True)
 @path_option("--workload", "folder of the data set")
-def index(parts: tuple[Path, ...], workload: Path) -> None:
+@click.option("--weight-masks", type=click.Path(path_type=Path), help="table of the pruned model, if the run used one")
+@click.option("--study", default=None, help="JSON of the part of the study file that made it, kept in the manifest")
+def index(parts: tuple[Path, ...], workload: Path, weight_masks: Path | None, study: str | None) -> None:
     """Merge PARTS, the manifests of all packed shards, into a finished data set."""
     from sparsetrace.pack import index as run
 
-    run(list(parts), workload)
+    try:
+        content = None if study is None else json.loads(study)
+    except json.JSONDecodeError as error:
+        raise InputError(f"index: --study must be JSON, got {error}") from None
+    run(list(parts), workload, weight_masks, study=content)
     click.echo(summary(workload))
 
 
@@ -537,11 +600,11 @@ def verify(workload: Path, recompute: int | None, model: Path | None, machine: M
     with progress("verifying", "files") as report:
         faults = [str(fault) for fault in run(workload, report)]
     if recompute is not None and not faults:
-        from sparsetrace.recompute import recompute as run_again
-
         if model is None:
             raise InputError("verify: --model must be given with --recompute, got none: name the runtime model")
-        with progress("recomputing", "groups") as report:
+        with own_gpu(machine), progress("recomputing", "groups") as report:
+            from sparsetrace.recompute import recompute as run_again
+
             faults = [str(fault) for fault in run_again(workload, model, recompute, machine, report)]
     if faults:
         fail("\n".join(faults))
@@ -655,6 +718,7 @@ def estimate(config: Path, machine: Machine) -> None:
 @path_option("--text", "held-out text: .txt, .json, .jsonl, or gzipped")
 @path_option("--out", "table of the measurement (Parquet)")
 @settings(Quality, Machine)
+@on_gpu
 def quality(model: Path, tables: tuple[Path, ...], text: Path, out: Path, quality: Quality, machine: Machine) -> None:
     """Measure what each method setting costs MODEL in quality, on held-out text, beside the dense model.
 
@@ -691,8 +755,17 @@ def quality(model: Path, tables: tuple[Path, ...], text: Path, out: Path, qualit
 @click.option(
     "--lookup", type=click.Path(path_type=Path), help="folder of TEAL's search tables, for greedy targets; else uniform"
 )
+@click.option(
+    "--lost",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="activations that a histogram may lack of a whole number of vectors",
+)
 @path_option("--out", "threshold file (Parquet), for `allocation: {file: ...}`")
-def import_teal(histograms: Path, config: Path, sparsity: float, rule: str, lookup: Path | None, out: Path) -> None:
+def import_teal(
+    histograms: Path, config: Path, sparsity: float, rule: str, lookup: Path | None, lost: int, out: Path
+) -> None:
     """Read thresholds out of TEAL's published HISTOGRAMS, a folder of layer-N/{self_attn,mlp}/histograms.pt.
 
     Files that cannot be of the model of CONFIG are refused: every site must have counted a whole number of vectors of
@@ -705,13 +778,21 @@ def import_teal(histograms: Path, config: Path, sparsity: float, rule: str, look
     """
     from sparsetrace.schema import MATRICES
     from sparsetrace.teal_files import import_teal as run
+    from sparsetrace.teal_files import read_lookup
 
-    table = run(histograms, config, sparsity, out, rule, lookup).to_pylist()  # type: ignore[arg-type]
+    table = run(histograms, config, sparsity, out, rule, lookup, lost).to_pylist()  # type: ignore[arg-type]
     shown = Table("layer", *MATRICES, title="share of the published histogram that each threshold drops")
     for layer in sorted({row["layer"] for row in table}):
         implied = {row["matrix"]: f"{row['implied_sparsity']:.4f}" for row in table if row["layer"] == layer}
         shown.add_row(str(layer), *(implied[matrix] for matrix in MATRICES))
     Console().print(shown)
+    if lookup is not None:
+        losses = {
+            layer: len(found.losses())
+            for layer, found in read_lookup(lookup, len(shown.rows)).items()
+            if found.losses()
+        }
+        click.echo(f"the published search loses to uniform in {sum(losses.values())} rows; layers: {list(losses)}")
     click.echo(f"{out}: {len(table)} thresholds")
 
 
@@ -729,6 +810,58 @@ def summary(workload: Path) -> str:
     from sparsetrace.reader import open as open_workload
 
     return str(open_workload(workload))
+
+
+@cli.command()
+@path_argument("workload")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=None, help="keep everything in this folder; removed if not given"
+)
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="folder that the study was run in; here if not given",
+)
+def reproduce(workload: Path, out: Path | None, base: Path) -> None:
+    """Make WORKLOAD again from its manifest alone and compare every file; exit status 1 if one differs.
+
+    The checkpoint, the texts and the prompts must lie where they lay; their hashes are compared too.
+
+    \b
+    Example:
+      sparsetrace reproduce results/demo/default/teal-0.5/workload
+    """
+    from tempfile import TemporaryDirectory
+
+    from sparsetrace.reproduce import reproduce as run
+
+    with TemporaryDirectory(prefix=".reproduce-", dir=".") as temporary:
+        result = run(workload, out or Path(temporary), base, lambda line: click.echo(line, err=True))
+    for note in result.notes:
+        click.echo(note)
+    total = len(result.equal) + len(result.different)
+    click.echo(f"{workload}: {len(result.equal)} of {total} files have the same bytes")
+    if result.different:
+        fail("\n".join(f"reproduce: {path} must have the bytes it had, got others" for path in result.different))
+
+
+@cli.command()
+@click.option(
+    "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, help="of a study"
+)
+def doctor(results: Path) -> None:
+    """Check this machine: driver, torch, triton, disk, scheduler; exit status 1 if nothing would work."""
+    from sparsetrace.doctor import examine
+
+    table = Table("what", "found", "missing")
+    findings = []
+    for finding in examine(results):
+        findings.append(finding)
+        table.add_row(finding.what, finding.found, finding.missing or "")
+    Console().print(table)
+    if wrong := [f"doctor: {f.what}: {f.missing}" for f in findings if f.missing and f.needed]:
+        fail("\n".join(wrong))
 
 
 @cli.command()

@@ -6,16 +6,18 @@ Each field's description is also the help of the command-line option that carrie
 import hashlib
 import itertools
 import json
+import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_serializer, model_validator
 
+from sparsetrace.devices import shards_here
 from sparsetrace.files import InputError, read_json, sha256_json
-from sparsetrace.methods import METHODS, FromFile, Method, ThresholdMethod
+from sparsetrace.methods import METHODS, WEIGHT_METHODS, FromFile, Method, ThresholdMethod, WeightMethod
 from sparsetrace.settings import (
     Batching,
     Calibration,
@@ -35,12 +37,40 @@ EMBEDDED = "embedded"
 # Layers of that model, known before it is trained.
 EMBEDDED_LAYERS = 4
 
+# What `shards: auto` stood for where Snakemake was started.
+AUTO_SHARDS = "SPARSETRACE_AUTO_SHARDS"
+
 # Names of what lies beside the runs of a model and beside the models.
-RESERVED_RUNS = ("checkpoint", "model", "histograms", "greedy")
+RESERVED_RUNS = ("checkpoint", "model", "pruned", "histograms", "greedy")
 RESERVED_MODELS = ("logs",)
 
 # Labels and names become folders.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Pruning(Section):
+    """A weight-side method with its parameters."""
+
+    name: str
+    method: WeightMethod
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_entry(cls, entry: Any) -> Any:
+        if isinstance(entry, Pruning):
+            return entry
+        name = entry.get("name") if isinstance(entry, Mapping) else None
+        if name not in WEIGHT_METHODS:
+            raise ValueError(f"name must be one of {', '.join(WEIGHT_METHODS)}, got {name!r}")
+        parameters = {key: value for key, value in entry.items() if key != "name"}
+        known = WEIGHT_METHODS[name].model_fields
+        if unknown := sorted(set(parameters) - set(known)):
+            raise ValueError(f"{name}: keys must be among {', '.join(('name', *known))}, got {', '.join(unknown)}")
+        return {"name": name, "method": WEIGHT_METHODS[name](**parameters)}
+
+    @model_serializer
+    def _as_entry(self) -> dict[str, Any]:
+        return {"name": self.name} | self.method.model_dump(mode="json", exclude_none=True)
 
 
 class Model(Section):
@@ -48,6 +78,9 @@ class Model(Section):
 
     checkpoint: str = Field(description="folder in Hugging Face form, or `embedded` for the demonstration model")
     conversion: Conversion = Field(Conversion(), description="how it becomes a runtime model")
+    prune: Pruning | None = Field(
+        None, description="weight-side method, {name: magnitude | wanda, sparsity: s} or {name: ..., pattern: N:M}"
+    )
     calibration_text: str = Field(description="file of text, or `embedded` with the demonstration model")
     calibration: Calibration = Field(Calibration(), description="what is counted")
     greedy: Greedy = Field(Greedy(), description="search behind `allocation: greedy`")
@@ -83,6 +116,15 @@ class Run(Section):
     capture: Capture = Field(Capture(), description="what is kept of the operands")
     packing: Packing = Field(Packing(), description="how operands are written")
     methods: tuple[Setting, ...] = Field(min_length=1, description="methods, each with a list of values or one")
+
+    @field_validator("batching", mode="before")
+    @classmethod
+    def _shards_of_this_machine(cls, batching: Any) -> Any:
+        if isinstance(batching, Mapping) and batching.get("shards") == "auto":
+            # jobs of a cluster inherit it from the machine that submits them
+            count = os.environ.setdefault(AUTO_SHARDS, str(shards_here()))
+            return {**batching, "shards": int(count)}
+        return batching
 
     @field_validator("methods", mode="before")
     @classmethod
@@ -157,6 +199,11 @@ class Study(Section):
                     )
         return self
 
+    @property
+    def gpus(self) -> int:
+        """GPUs that a job which runs a model asks for."""
+        return 0 if self.machine.device == "cpu" else 1
+
     def models_of(self, run: str) -> tuple[str, ...]:
         """Names of the models that a run uses."""
         return self.runs[run].models or tuple(self.models)
@@ -190,6 +237,14 @@ class Study(Section):
         """File of a run's prompt set, for one of its models."""
         prompts = self.runs[run].prompts
         return f"{self.checkpoint(model)}/prompts.jsonl" if prompts == EMBEDDED else prompts
+
+    def runtime_model(self, model: str) -> str:
+        """Description of the runtime model that a model's runs use: the pruned one, where there is one."""
+        return f"{self.results}/{model}/{'pruned' if self.models[model].prune else 'model'}/config.json"
+
+    def weight_masks(self, model: str) -> list[str]:
+        """Table of a pruned model's masks; none for a dense one."""
+        return [f"{self.results}/{model}/pruned/weight_masks.parquet"] if self.models[model].prune else []
 
     def calibration_shards(self, model: str) -> list[str]:
         """Names of the parts that a model's calibration is counted in."""
@@ -226,16 +281,40 @@ class Study(Section):
         """Names of a run's shards."""
         return [f"{shard:05d}" for shard in range(self.runs[run].batching.shards)]
 
-    def model_mb(self, model: str, converted: str) -> int:
-        """Memory to ask for where a model runs: twice its weights and 4 GB for blocks and the interpreter.
+    def weight_bytes(self, model: str, converted: str = "") -> int:
+        """Size of a model.
 
         Args:
             model: name.
             converted: its runtime config.json; before that is there, the checkpoint's own weights are counted.
         """
-        folders = (Path(converted).parent, Path(self.models[model].checkpoint))
-        weights = [sum(f.stat().st_size for f in folder.glob("*.safetensors")) for folder in folders]
-        return 4000 + 2 * (weights[0] or weights[1]) // 1_000_000
+        folders = (*([Path(converted).parent] if converted else []), Path(self.models[model].checkpoint))
+        sizes = (sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in folders)
+        return next((size for size in sizes if size), 0)
+
+    def mem_mb(self, step: str, model: str, converted: str = "", attempt: int = 1) -> int:
+        """Memory to ask for, in MB; `needs`."""
+        return needs(step, self.weight_bytes(model, converted), attempt).mem_mb
+
+    def runtime(self, step: str, model: str, converted: str = "", attempt: int = 1) -> int:
+        """Time to ask for, in minutes; `needs`."""
+        return needs(step, self.weight_bytes(model, converted), attempt).runtime
+
+    def excerpt(self, model: str, run: str, label: str) -> str:
+        """The part of the study that makes one workload, as the JSON of a study file of its own."""
+        setting = self.setting(run, label)
+        values = setting.method.model_dump(mode="json").items()
+        # a list stands for several settings, so one that is a value lies in a list
+        parameters = {name: [value] if isinstance(value, list) else value for name, value in values}
+        method = {"name": setting.method_name, "label": label, **parameters}
+        part = {"models": [model], "methods": [method]}
+        return json.dumps(
+            {
+                "machine": self.machine.model_dump(mode="json"),
+                "models": {model: self.models[model].model_dump(mode="json")},
+                "runs": {run: self.runs[run].model_dump(mode="json") | part},
+            }
+        )
 
     def workloads(self) -> list[tuple[str, str, str]]:
         """Every (model, run, label) of the study."""
@@ -245,6 +324,44 @@ class Study(Section):
             for model in self.models_of(run)
             for setting in self.runs[run].methods
         ]
+
+
+class Need(NamedTuple):
+    """What one job asks of a scheduler."""
+
+    mem_mb: int
+    runtime: int
+
+
+# Minutes of a job apart from its model, and for each GB of the model, on a slow disk and an old GPU.
+MINUTES = {
+    "convert": (10, 2),
+    "calibrate": (30, 6),
+    "allocate": (60, 15),
+    "prune": (60, 6),
+    "quality": (30, 6),
+    "generate": (120, 15),
+}
+# The interpreter with torch, the blocks of a group, and the pinned memory of a GPU.
+STEP_MB = 4000
+# `convert` holds two of its output files, or the whole of a smaller model twice.
+CONVERTED_MB = 2 * 2200
+
+
+def needs(step: str, weight_bytes: int, attempt: int = 1) -> Need:
+    """Memory and time of a step that handles a model.
+
+    A step that runs the model holds the weights once on the host, and once more while they are read.
+
+    Args:
+        step: one of `MINUTES`.
+        weight_bytes: of the model.
+        attempt: 1, or more after a job ran out of memory or time; each asks for as much again.
+    """
+    twice_mb = 2 * weight_bytes // 1_000_000
+    minutes, minutes_per_gb = MINUTES[step]
+    mem_mb = STEP_MB + (min(twice_mb, CONVERTED_MB) if step == "convert" else twice_mb)
+    return Need(attempt * mem_mb, attempt * (minutes + minutes_per_gb * weight_bytes // 1_000_000_000))
 
 
 def parse_study(content: Mapping[str, Any], where: str) -> Study:
@@ -309,7 +426,8 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     parts = iter(location)
     for part in parts:
         annotation = section.model_fields[part].annotation
-        named = {"models": Model, "runs": Run}.get(str(part)) if section is Study else None
+        below: dict[str, type[Section]] = {"models": Model, "runs": Run}
+        named = below.get(str(part)) if section is Study else None
         if named is not None:
             # the next part is the model's or the run's own name
             next(parts, None)
@@ -335,12 +453,33 @@ def options(section: BaseModel) -> str:
     return " ".join(words)
 
 
+def repeated(flag: str, values: Sequence[str]) -> str:
+    """An option of a shell command, once for each value."""
+    return " ".join(f"{flag} {shlex.quote(str(value))}" for value in values)
+
+
 def method_options(setting: Setting) -> str:
     """A method setting as command-line options, which `parse_method` reads."""
     values = setting.method.model_dump(mode="json").items()
     # JSON is YAML that says what is text: an unquoted 2:4 is the number 124
     words = [f"--method {setting.method_name}", *(f"--set {shlex.quote(f'{k}={json.dumps(v)}')}" for k, v in values)]
     return " ".join([*words, f"--label {setting.label}"])
+
+
+def weight_method_options(pruning: Pruning) -> str:
+    """A weight-side method as command-line options, which `parse_weight_method` reads."""
+    values = pruning.method.model_dump(mode="json").items()
+    words = [f"--set {shlex.quote(f'{k}={json.dumps(v)}')}" for k, v in values if v is not None]
+    return " ".join([f"--method {pruning.name}", *words])
+
+
+def parse_weight_method(name: str, parameters: Sequence[str]) -> WeightMethod:
+    """A weight-side method from command-line options."""
+    entry = {"name": name} | _values(parameters)
+    try:
+        return Pruning.model_validate(entry).method
+    except ValidationError as error:
+        raise InputError("\n".join(_lines(error, "--set"))) from None
 
 
 def parse_method(name: str, parameters: Sequence[str], label: str | None) -> Setting:
@@ -351,15 +490,7 @@ def parse_method(name: str, parameters: Sequence[str], label: str | None) -> Set
         parameters: `name=value` each; a value is read as YAML, as in the study file.
         label: None takes the method's own.
     """
-    entry: dict[str, Any] = {"name": name} | ({} if label is None else {"label": label})
-    for parameter in parameters:
-        key, equals, value = parameter.partition("=")
-        if not equals:
-            raise InputError(f"--set must be NAME=VALUE, got {parameter!r}")
-        try:
-            entry[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise InputError(f"--set: {key} must be a YAML value, got {value!r}") from None
+    entry = {"name": name} | ({} if label is None else {"label": label}) | _values(parameters)
     try:
         settings = list(_settings(entry))
     except ValidationError as error:
@@ -369,6 +500,19 @@ def parse_method(name: str, parameters: Sequence[str], label: str | None) -> Set
     if len(settings) != 1:
         raise InputError(f"--set: a parameter must have one value, got {len(settings)} settings: run one after another")
     return settings[0]
+
+
+def _values(parameters: Sequence[str]) -> dict[str, Any]:
+    values = {}
+    for parameter in parameters:
+        key, equals, value = parameter.partition("=")
+        if not equals:
+            raise InputError(f"--set must be NAME=VALUE, got {parameter!r}")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"--set: {key} must be a YAML value, got {value!r}") from None
+    return values
 
 
 def source_hash(*modules: str) -> str:

@@ -27,6 +27,7 @@ from sparsetrace.files import (
     refuse_strangers,
     sha256_file,
     sha256_json,
+    system_error,
     write_folder_beside,
     write_json,
 )
@@ -319,9 +320,11 @@ def _write_weights(
             "sha256": hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().data).hexdigest(),
         }
         if waiting_bytes >= FILE_BYTES or done == len(plan):
-            save_file(
-                waiting, folder / f"weights-{num_files:05d}.safetensors", metadata={"format": "sparsetrace-model"}
-            )
+            file = folder / tensors[name]["file"]
+            try:
+                save_file(waiting, file, metadata={"format": "sparsetrace-model"})
+            except SafetensorError as error:
+                raise system_error(error, file) from None
             waiting, waiting_bytes, num_files = {}, 0, num_files + 1
         if report is not None:
             report(done, len(plan), name)

@@ -89,8 +89,9 @@ def claimed(device: str, waiting: Callable[[str], None] | None = None) -> Iterat
     if device == "cpu":
         yield None
         return
-    job = scheduler_job(os.environ)
-    if job is not None and len(names := [n for n in os.environ.get(VISIBLE, "").split(",") if n.strip()]) == 1:
+    # a scheduler that set nothing gave no device, and its jobs are like any others
+    job = scheduler_job(os.environ) if VISIBLE in os.environ else None
+    if job is not None and len(names := [name for name in os.environ[VISIBLE].split(",") if name.strip()]) == 1:
         yield names[0]
         return
     choice = candidates(installed(), os.environ)

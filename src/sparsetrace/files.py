@@ -6,6 +6,7 @@ Every file is written beside its final name and renamed, so that a name that exi
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,22 +64,42 @@ def refuse_strangers(folder: Path, ours: tuple[str, ...], where: str) -> None:
 
 @contextmanager
 def write_folder_beside(path: Path) -> Iterator[Path]:
-    """The same for a whole folder; an earlier `path` is replaced."""
+    """The same for a whole folder; an earlier `path` is replaced, and is whole until then."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial, earlier = (path.with_name(f".{path.name}.{suffix}") for suffix in ("partial", "earlier"))
+
+    def restore() -> None:
+        if earlier.exists() and not path.exists():
+            earlier.rename(path)
+
     shutil.rmtree(partial, ignore_errors=True)
+    restore()
     partial.mkdir()
     try:
         yield partial
-        for file in partial.iterdir():
+        for file in (*partial.iterdir(), partial):
             sync(file)
+        shutil.rmtree(earlier, ignore_errors=True)
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(earlier)
         partial.rename(path)
         sync(path.parent)
     except BaseException:
+        restore()
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def system_error(error: Exception, path: Path) -> Exception:
+    """The system's error (disk full, read-only) that a library's own error quotes, or that error where it quotes none.
+
+    Args:
+        error: of safetensors, which says `(os error 28)`.
+        path: of the file that was written.
+    """
+    quoted = re.search(r"\(os error (\d+)\)", str(error))
+    return error if quoted is None else OSError(int(quoted[1]), os.strerror(int(quoted[1])), str(path))
 
 
 def sync(path: Path) -> None:

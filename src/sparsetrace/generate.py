@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -21,13 +22,16 @@ from sparsetrace.capture import Recorder, captured_matrices
 from sparsetrace.dump import group_name
 from sparsetrace.engine import Engine, GroupResult
 from sparsetrace.files import InputError, read_json, sha256_json, write_beside, write_json
-from sparsetrace.patch import install
+from sparsetrace.model import Decoder
+from sparsetrace.patch import Patch, install
 from sparsetrace.prompts import Sequence, read_shard
+from sparsetrace.provenance import commit, tuning_table
 from sparsetrace.runtime import RuntimeModel, source_weight, use
 from sparsetrace.schema import DUMP_VERSION, MATRICES, SEQUENCES, SITE_OF, SITES, TOKENS
 from sparsetrace.settings import Batching, Capture, Decoding, Machine
 from sparsetrace.thresholds import Thresholds, read_thresholds
 from sparsetrace.tokenizer import Tokenizer
+from sparsetrace_kernels.configs import table_path
 
 
 def generate(
@@ -81,6 +85,7 @@ def generate(
         "capture": capture.model_dump(mode="json"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": machine.threads,
+        "tuning": tuning_table(table_path(torch.cuda.get_device_name(device))) if device.type == "cuda" else None,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
     key = sha256_json(identity)
@@ -89,20 +94,22 @@ def generate(
     _discard_other_runs(folder, key)
 
     tokenizer = model.tokenizer()
-    engine: Engine | None = None
+    runner: Runner | None = None
     captured = 0
+    smaller_batches = {}
     for done, group in enumerate(groups):
         seal = folder / f"{group_name(group[0].group)}.json"
         if not seal.is_file():
-            if engine is None:
+            if runner is None:
                 decoder = model.load(device)
                 patch = install(decoder, thresholds.method, thresholds.rules)
-                engine = Engine(decoder, patch, decoding, batching, model.eos)
-            out_masks = thresholds.method.out_masks
-            recorder = Recorder(folder, group[0].group, model.config, engine.block_rows, device, out_masks, capture)
-            result = engine.run(group, recorder)
-            _seal(seal, key, group, result, recorder, tokenizer)
-        captured += read_json(seal, "generate")["rows"]
+                runner = Runner(decoder, patch, decoding, batching, model.eos)
+            result, recorder, batch_size = runner.run(group, folder, thresholds.method.out_masks, capture)
+            _seal(seal, key, group, result, recorder, tokenizer, batch_size)
+        sealed = read_json(seal, "generate")
+        captured += sealed["rows"]
+        if sealed["batch_size"] < batching.batch_size:
+            smaller_batches[str(group[0].group)] = sealed["batch_size"]
         if report is not None:
             report(done + 1, len(groups), captured)
     manifest = {
@@ -113,10 +120,85 @@ def generate(
         "source_hash": model.source_hash,
         "matrices": matrix_table(model, thresholds, capture),
         "groups": [group[0].group for group in groups],
+        "smaller_batches": smaller_batches,
         "rows": captured,
+        "commit": commit(),
     }
     write_json(out, manifest)
     return manifest
+
+
+class Runner:
+    """Runs groups, each whole at the configured batch size or at a smaller one; the arguments are `Engine`'s."""
+
+    def __init__(
+        self, decoder: Decoder, patch: Patch, decoding: Decoding, batching: Batching, eos: frozenset[int]
+    ) -> None:
+        self._make = lambda size: Engine(
+            decoder, patch, decoding, batching.model_copy(update={"batch_size": size}), eos
+        )
+        self._config = decoder.config
+        self._batch_size = batching.batch_size
+        self._engine: Engine | None = None
+
+    def run(
+        self,
+        group: list[Sequence],
+        folder: Path,
+        out_masks: tuple[str, ...],
+        capture: Capture,
+        batch_size: int | None = None,
+    ) -> tuple[GroupResult, Recorder, int]:
+        """Run a group from its start, at half its batch each time that the GPU's memory does not hold it.
+
+        Args:
+            group: sequences.
+            folder: of the blocks.
+            out_masks: of the method.
+            capture: what is kept.
+            batch_size: to begin with; the configured one if None.
+
+        Returns:
+            The result, where the operands went, and the batch size.
+        """
+        batch_size = batch_size or self._batch_size
+        while True:
+            try:
+                return *self._attempt(group, batch_size, folder, out_masks, capture), batch_size
+            except torch.OutOfMemoryError as error:
+                if batch_size == 1:
+                    raise InputError(
+                        f"generate: group {group[0].group} must fit the GPU's memory, got too little for a batch of 1: "
+                        f"lower max_new_tokens or use a larger GPU ({str(error).splitlines()[0]})"
+                    ) from None
+            # not in the handler, whose traceback keeps the tensors
+            self._engine = None
+            torch.cuda.empty_cache()
+            batch_size = -(-batch_size // 2)
+
+    def _attempt(
+        self, group: list[Sequence], batch_size: int, folder: Path, out_masks: tuple[str, ...], capture: Capture
+    ) -> tuple[GroupResult, Recorder]:
+        if self._engine is None or self._engine.batching.batch_size != batch_size:
+            self._engine = self._make(batch_size)
+        engine = self._engine
+        recorder = Recorder(folder, group[0].group, self._config, engine.block_rows, engine.device, out_masks, capture)
+        starts = range(0, len(group), batch_size)
+        return _joined([engine.run(group[start : start + batch_size], recorder) for start in starts]), recorder
+
+
+def _joined(parts: list[GroupResult]) -> GroupResult:
+    """Results of a group's parts as one; their steps count on, since only rows of one step were multiplied together."""
+    fed, steps = [], 0
+    for part in parts:
+        step = pc.add(part.fed["step"], pa.scalar(steps, pa.int32()))
+        fed.append(part.fed.set_column(part.fed.column_names.index("step"), "step", step))
+        steps = 1 + pc.max(step).as_py()
+    return GroupResult(
+        [ids for part in parts for ids in part.output_ids],
+        [stopped for part in parts for stopped in part.stopped],
+        pa.concat_tables(fed),
+    )
 
 
 def matrix_table(model: RuntimeModel, thresholds: Thresholds, capture: Capture | None = None) -> list[dict[str, Any]]:
@@ -177,7 +259,13 @@ def _discard_other_runs(folder: Path, key: str) -> None:
 
 
 def _seal(
-    seal: Path, key: str, group: list[Sequence], result: GroupResult, recorder: Recorder, tokenizer: Tokenizer
+    seal: Path,
+    key: str,
+    group: list[Sequence],
+    result: GroupResult,
+    recorder: Recorder,
+    tokenizer: Tokenizer,
+    batch_size: int,
 ) -> None:
     """Write a group's tables, then the seal that says its blocks are whole."""
     stem = seal.with_suffix("")
@@ -200,7 +288,7 @@ def _seal(
     ]
     with write_beside(stem.with_suffix(".sequences.parquet")) as partial:
         pq.write_table(pa.Table.from_pylist(sequences, schema=SEQUENCES), partial)
-    write_json(seal, {"key": key, "blocks": recorder.blocks, "rows": recorder.rows})
+    write_json(seal, {"key": key, "blocks": recorder.blocks, "rows": recorder.rows, "batch_size": batch_size})
 
 
 def repeated_share(ids: list[int], n: int = 4) -> float:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from sparsetrace.files import InputError, sha256_json, write_beside
 from sparsetrace.methods import METHODS
@@ -203,7 +203,8 @@ class Histograms:
         zeros = [int(z) for z in self.zeros.values()]
         arrays["zeros"] = np.array(zeros, dtype=np.int64).reshape(self.layers, -1)
         with write_beside(path) as partial:
-            save_file(arrays, partial, metadata=metadata)
+            # `save_file` writes to a temporary file of its own, which a kill would leave
+            partial.write_bytes(save(arrays, metadata=metadata))
 
     def _read(self, file: safe_open) -> None:
         import torch

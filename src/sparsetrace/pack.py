@@ -13,6 +13,7 @@ Memory: one row group of each thread, and `_Order`, 28 bytes a token of the shar
 """
 
 import json
+import os
 import platform
 import shutil
 from collections.abc import Callable, Iterable
@@ -29,6 +30,7 @@ from sparsetrace import __version__
 from sparsetrace.card import data_card, duckdb_views
 from sparsetrace.dump import Block, group_name
 from sparsetrace.files import InputError, read_json, sha256_file, sha256_json, write_beside, write_json
+from sparsetrace.provenance import merged
 from sparsetrace.ragged import offsets_of, runs, take
 from sparsetrace.rows import Figures, Index, Rows, encode_rows, popcounts, row_figures
 from sparsetrace.schema import (
@@ -49,9 +51,13 @@ from sparsetrace.schema import (
 
 # Statistics on the index and the row figures only: on masks and planes they would cost space and select nothing.
 STATISTICS = ["layer", "matrix", "token", "sequence", "position", "nnz", "absmax", "l2"]
+# Of a dump's manifest: may differ among the shards of one run.
+VARYING = ("commit", "smaller_batches")
 SHARD_TABLES = {"tokens": TOKENS, "sequences": SEQUENCES}
 # Bytes of the dump that one thread reads before it gives their pages back.
 RELEASE_BYTES = 32 << 20
+# Rows of a table that are held before they are written.
+MERGED_ROWS = 1 << 17
 # What all threads' row groups may take together; a wide matrix is packed by fewer threads.
 MEMORY_BYTES = 768 << 20
 # Peak bytes of a thread over the dense bytes of its row group, measured: operand, planes, squares, encoded pages.
@@ -116,11 +122,17 @@ def pack(
         job = _Shard(dump, dump_manifest.parent, workload, out, wanted, encoding, share_inputs)
         packed = job.pack(threads, report)
         write_json(record, packed)
-        job.journal.unlink(missing_ok=True)
+    # also one that an earlier call was killed before removing
+    _journal(out).unlink(missing_ok=True)
     write_json(out, packed)
     for file in dump_manifest.parent.glob("group-*"):
         file.unlink()
     return packed
+
+
+def _journal(out: Path) -> Path:
+    """One JSON line for each finished file, after a line that names the dump."""
+    return out.with_name(f".{out.name}.journal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +146,6 @@ class _Shard:
     wanted: str
     encoding: str
     share_inputs: bool
-
-    @property
-    def journal(self) -> Path:
-        """One JSON line for each finished file, after a line that names the dump."""
-        return self.out.with_name(f".{self.out.name}.journal")
 
     def pack(self, threads: int, report: Callable[[int, int], None] | None) -> dict[str, Any]:
         names = [group_name(group) for group in self.dump["groups"]]
@@ -158,8 +165,8 @@ class _Shard:
         stored = [m for m in self.dump["matrices"] if leaf(m["layer"], m["matrix"]) not in shared]
         done = self._finished()
         todo = [matrix for matrix in stored if self._path(matrix) not in done]
-        self.journal.parent.mkdir(parents=True, exist_ok=True)
-        with self.journal.open("a" if done else "w", encoding="utf-8") as journal:
+        _journal(self.out).parent.mkdir(parents=True, exist_ok=True)
+        with _journal(self.out).open("a" if done else "w", encoding="utf-8") as journal:
             if not done:
                 _note(journal, {"dump": self.wanted})
             for entry in _in_threads(lambda m: self._write_leaf(m, blocks, order), todo, _threads(threads, stored)):
@@ -168,9 +175,8 @@ class _Shard:
                 if report is not None:
                     report(len(done), len(stored))
         for table, schema in SHARD_TABLES.items():
-            pieces = [pq.read_table(self.folder / f"{name}.{table}.parquet", schema=schema) for name in names]
             with write_beside(self.out.with_suffix(f".{table}.parquet")) as partial:
-                pq.write_table(pa.concat_tables(pieces), partial)
+                _merge([self.folder / f"{name}.{table}.parquet" for name in names], partial, schema)
         return {
             "dump": self.wanted,
             "shard": int(self.out.stem),
@@ -185,13 +191,13 @@ class _Shard:
 
     def _finished(self) -> dict[str, dict[str, Any]]:
         """Files that an interrupted run of the same dump left whole, by path."""
-        if not self.journal.is_file():
+        if not _journal(self.out).is_file():
             return {}
-        entries = []
-        for line in self.journal.read_text(encoding="utf-8").splitlines(keepends=True):
-            # the last line may have been cut off
-            if line.endswith("\n"):
-                entries.append(json.loads(line))
+        content = _journal(self.out).read_bytes()
+        # the last line may have been cut off, and the next is written after it
+        whole = content[: content.rfind(b"\n") + 1]
+        os.truncate(_journal(self.out), len(whole))
+        entries = [json.loads(line) for line in whole.splitlines()]
         if not entries or entries[0] != {"dump": self.wanted}:
             return {}
         return {e["path"]: e for e in entries[1:] if _has_size(self.workload / e["path"], e["bytes"])}
@@ -364,12 +370,16 @@ def _pick(blocks: list[Block], name: str, block: np.ndarray, row: np.ndarray) ->
     return np.concatenate([blocks[block[start]][name][row[start:stop]] for start, stop in runs(block)])
 
 
-def index(parts: list[Path], workload: Path) -> dict[str, Any]:
+def index(
+    parts: list[Path], workload: Path, weight_masks: Path | None = None, study: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Merge the shards' tables and write the data set's manifest, last.
 
     Args:
         parts: `parts/<shard>.json` of every shard.
         workload: folder of the data set.
+        weight_masks: table of the pruned model, if the run used one.
+        study: the part of the study file that makes this data set, from which it can be made again.
 
     Raises:
         InputError: shards of different runs, the same shard twice, or a file that is not there.
@@ -378,7 +388,7 @@ def index(parts: list[Path], workload: Path) -> dict[str, Any]:
     if [shard["shard"] for shard in shards] != list(range(len(shards))):
         raise InputError(f"index: shards must be 0 to {len(shards) - 1}, got {[shard['shard'] for shard in shards]}")
     first = shards[0]["manifest"]
-    same = [name for name in first if name not in ("key", "prompts", "groups", "rows")]
+    same = [name for name in first if name not in ("key", "prompts", "groups", "rows", *VARYING)]
     for shard in shards:
         other = [name for name in same if shard["manifest"][name] != first[name]]
         other += [name for name in ("encoding", "shared") if shard[name] != shards[0][name]]
@@ -390,11 +400,20 @@ def index(parts: list[Path], workload: Path) -> dict[str, Any]:
 
     tables = []
     for table, schema in SHARD_TABLES.items():
-        pieces = [pq.read_table(shard["at"].with_suffix(f".{table}.parquet"), schema=schema) for shard in shards]
-        tables.append(_write_table(workload, f"{table}.parquet", pa.concat_tables(pieces)))
+        with write_beside(workload / f"{table}.parquet") as partial:
+            count = _merge([shard["at"].with_suffix(f".{table}.parquet") for shard in shards], partial, schema)
+        tables.append(_table_entry(workload, f"{table}.parquet", count))
     rows = sum(shard["manifest"]["rows"] for shard in shards)
     matrices = _matrices(shards, rows)
-    tables.append(_write_table(workload, "matrices.parquet", matrices))
+    with write_beside(workload / "matrices.parquet") as partial:
+        pq.write_table(matrices, partial, compression="zstd")
+    tables.append(_table_entry(workload, "matrices.parquet", len(matrices)))
+    if weight_masks is not None:
+        with write_beside(workload / "weight_masks.parquet") as partial:
+            shutil.copyfile(weight_masks, partial)
+        tables.append(_table_entry(workload, "weight_masks.parquet", pq.read_metadata(weight_masks).num_rows))
+    else:
+        (workload / "weight_masks.parquet").unlink(missing_ok=True)
 
     model = ("model_hash", "source", "source_hash", "dtype")
     settings = ("label", "method", "parameters", "calibration", "decoding", "batching")
@@ -409,6 +428,9 @@ def index(parts: list[Path], workload: Path) -> dict[str, Any]:
         "threads": first["threads"],
         "versions": {**first["versions"], "pyarrow": pa.__version__, "sparsetrace": __version__},
         "packed_with": {"python": platform.python_version(), "numpy": np.__version__},
+        "tuning": first.get("tuning"),
+        **merged(shard["manifest"] for shard in shards),
+        "study": study,
         "tokens": rows,
         "rows": rows * len(first["matrices"]),
         "nnz": sum(matrices["nnz"].to_pylist()),
@@ -438,11 +460,23 @@ def _matrices(shards: list[dict[str, Any]], rows: int) -> pa.Table:
     return pa.Table.from_pylist(table, schema=MATRIX_TABLE)
 
 
-def _write_table(workload: Path, name: str, table: pa.Table) -> dict[str, Any]:
-    with write_beside(workload / name) as partial:
-        pq.write_table(table, partial, compression="zstd")
+def _merge(pieces: list[Path], out: Path, schema: pa.Schema) -> int:
+    """Write tables one after another as one file, `MERGED_ROWS` or more a row group; returns the rows."""
+    rows = 0
+    with pq.ParquetWriter(out, schema, compression="zstd", write_page_checksum=True) as writer:
+        waiting: list[pa.Table] = []
+        for number, piece in enumerate(pieces, start=1):
+            waiting.append(pq.read_table(piece, schema=schema, partitioning=None))
+            if number == len(pieces) or sum(map(len, waiting)) >= MERGED_ROWS:
+                rows += sum(map(len, waiting))
+                writer.write_table(pa.concat_tables(waiting))
+                waiting = []
+    return rows
+
+
+def _table_entry(workload: Path, name: str, rows: int) -> dict[str, Any]:
     path = workload / name
-    return {"path": name, "rows": table.num_rows, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    return {"path": name, "rows": rows, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def _remove_strangers(data: Path, known: set[str], workload: Path) -> None:

@@ -3,8 +3,8 @@
 | column | unit | what |
 |---|---|---|
 | `label`, `method`, `parameters` | | the setting; the first row is the dense model |
-| `target_sparsity` | fraction | over all matrices, weighted by their inputs; null where the method has no target |
-| `achieved_sparsity` | fraction | zeros among what the matrices read at the sparsified positions; matrices as above |
+| `target_sparsity` | fraction | of the matrices that have one, weighted by their inputs; null where none has |
+| `achieved_sparsity` | fraction | zeros among what all seven matrices of all layers read at the sparsified positions |
 | `tokens` | | predictions scored |
 | `perplexity` | | exp of the mean negative log-likelihood |
 | `kl_divergence` | nats | mean of KL(dense, method) of the next-token distribution |

@@ -326,6 +326,22 @@ class Workload:
         number = FORMATS[self.manifest["dtype"]]
         return number.to_float(self._weight_patterns(layer, matrix, model))
 
+    def weight_mask(self, layer: int, matrix: str) -> np.ndarray | None:
+        """Which weights a weight-side method kept, bool [in, out] as `weight` is; None for a dense model."""
+        if not any(file["path"] == "weight_masks.parquet" for file in self.manifest["files"]):
+            return None
+        row = self._row(layer, matrix)
+        file = self._files.folder.parquet("weight_masks.parquet")
+        groups = (file.read_row_group(group, columns=["layer", "matrix"]) for group in range(file.num_row_groups))
+        wanted = next(
+            group
+            for group, table in enumerate(groups)
+            if (table["layer"][0].as_py(), table["matrix"][0].as_py()) == (layer, matrix)
+        )
+        masks = file.read_row_group(wanted, columns=["mask"])["mask"].to_pylist()
+        packed = np.frombuffer(b"".join(masks), np.uint8).reshape(len(masks), -1)
+        return np.unpackbits(packed, axis=1, count=row["out_features"], bitorder="little").view(bool)
+
     def product(self, layer: int, matrix: str, token: int) -> np.ndarray:
         """y = x W of one row, float32 [out], from the weight rows of the kept inputs, summed in float64.
 

@@ -13,10 +13,9 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
-from sparsetrace.capture import Recorder
 from sparsetrace.dump import Block
-from sparsetrace.engine import Engine
 from sparsetrace.files import InputError
+from sparsetrace.generate import Runner
 from sparsetrace.methods import METHODS, MatrixRule
 from sparsetrace.patch import install
 from sparsetrace.prompts import Sequence
@@ -62,7 +61,7 @@ def recompute(
         )
     decoder = opened.load(device)
     patch = install(decoder, method, rules)
-    engine = Engine(decoder, patch, Decoding(**manifest["decoding"]), Batching(**manifest["batching"]), opened.eos)
+    runner = Runner(decoder, patch, Decoding(**manifest["decoding"]), Batching(**manifest["batching"]), opened.eos)
     table = workload.sequence_table.sort_by("sequence")
     groups = list(dict.fromkeys(table["group"].to_pylist()[:sequences]))
     faults: list[Fault] = []
@@ -72,8 +71,8 @@ def recompute(
         batch = [Sequence(**{name: row[name] for name in names}) for row in rows]
         scratch = Path(tempfile.mkdtemp(prefix="sparsetrace-"))
         try:
-            recorder = Recorder(scratch, group, opened.config, engine.block_rows, device, method.out_masks, capture)
-            result = engine.run(batch, recorder)
+            size = manifest.get("smaller_batches", {}).get(str(group))
+            result, recorder, _ = runner.run(batch, scratch, method.out_masks, capture, size)
             for sequence, row, ids in zip(batch, rows, result.output_ids, strict=True):
                 if ids != row["output_ids"]:
                     what = f"output of sequence {sequence.sequence} must be the same when run again, got another"

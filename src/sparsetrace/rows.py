@@ -190,7 +190,9 @@ def join(pieces: Sequence[Rows]) -> Rows:
 
 
 def row_figures(patterns: np.ndarray, offsets: np.ndarray, number: NumberFormat) -> tuple[np.ndarray, np.ndarray]:
-    """Largest magnitude and Euclidean norm of each row, float32 [T]; the norm is summed in float64.
+    """Largest magnitude and Euclidean norm of each row, float32 [T].
+
+    The norm is summed in float64, and infinite where it lies beyond float32.
 
     Args:
         patterns: [nnz] bit patterns of the values.
@@ -206,7 +208,8 @@ def row_figures(patterns: np.ndarray, offsets: np.ndarray, number: NumberFormat)
         absmax[filled] = number.to_float(np.maximum.reduceat(magnitudes, starts)).astype(np.float32)
         squares = number.to_float(magnitudes).astype(np.float64)
         squares *= squares
-        l2[filled] = np.sqrt(np.add.reduceat(squares, starts)).astype(np.float32)
+        with np.errstate(over="ignore"):
+            l2[filled] = np.sqrt(np.add.reduceat(squares, starts)).astype(np.float32)
     return absmax, l2
 
 

@@ -58,6 +58,12 @@ class RuntimeModel:
                 state |= load_file(self.folder / file, device=str(device))
             except (SafetensorError, OSError) as error:
                 raise InputError(f"model: {self.folder / file} must be whole, got {error}: convert again") from None
+            except torch.OutOfMemoryError:
+                size = sum((self.folder / name).stat().st_size for name in {t["file"] for t in self.tensors.values()})
+                raise InputError(
+                    f"model: {self.folder} must fit the memory of one GPU, got {size:,} bytes of weights: use a larger "
+                    "GPU, or `device: cpu`"
+                ) from None
         if self.config.tie_word_embeddings:
             state["lm_head"] = state["embedding"]
         model.load_state_dict(state, assign=True)

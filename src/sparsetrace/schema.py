@@ -72,9 +72,10 @@ class NumberFormat:
 
     def floor_bits(self, value: float) -> int:
         """Pattern of the largest finite number of the format at or below a value of at least 0."""
-        with np.errstate(over="ignore"):
-            bits = int(self.from_float(np.array([min(value, 3.4e38)], np.float64))[0])
-        bits = min(bits, self.infinity - 1)
+        largest = self.infinity - 1
+        if value >= float(self.to_float(np.array([largest], self.bits))[0]):
+            return largest
+        bits = int(self.from_float(np.array([value], np.float32))[0])
         # rounded to nearest, it may lie above
         return bits - (float(self.to_float(np.array([bits], self.bits))[0]) > value)
 
@@ -166,6 +167,8 @@ def column_encodings(schema: pa.Schema) -> dict[str, str]:
     for field in schema:
         if pa.types.is_binary(field.type):
             encodings[field.name] = "DELTA_LENGTH_BYTE_ARRAY"
+    if "indices" in schema.names:
+        encodings["indices.list.element"] = "DELTA_BINARY_PACKED"
     return encodings
 
 
@@ -253,6 +256,23 @@ MATRIX_TABLE: Final = pa.schema(
         pa.field("weight_column", pa.int32(), nullable=False),
         pa.field("weight_sha256", pa.string(), nullable=False),
         pa.field("source_weight", pa.string(), nullable=False),
+    ]
+)
+
+
+# Masks of a model whose weights a method masked; one row per input, a row group per layer and matrix.
+WEIGHT_MASKS: Final = pa.schema(
+    [
+        pa.field("layer", pa.int16(), nullable=False),
+        pa.field("matrix", pa.string(), nullable=False),
+        pa.field("input", pa.int32(), nullable=False, metadata={"orientation": "row of the weight [in, out]"}),
+        pa.field("nnz", pa.int32(), nullable=False),
+        pa.field(
+            "mask",
+            pa.binary(),
+            nullable=False,
+            metadata={"decode": "bit j of byte i is output 8*i + j (numpy.unpackbits bitorder='little')"},
+        ),
     ]
 )
 

@@ -102,9 +102,11 @@ def statistics(
         rows["layers"] += [row | {"masks": masks} for row in _across_layers(kind)]
     tables = {name: pa.Table.from_pylist(table) for name, table in rows.items() if table}
     if out is not None:
+        # tells a table of an earlier state of the workload from one of this
+        metadata = {"sparsetrace_workload": str(workload.manifest.get("sha256"))}
         for name, table in tables.items():
             with write_beside(out / f"{name}.parquet") as partial:
-                pq.write_table(table, partial, compression="zstd")
+                pq.write_table(table.replace_schema_metadata(metadata), partial, compression="zstd")
     return tables
 
 
@@ -125,8 +127,11 @@ def summary(tables: dict[str, pa.Table]) -> list[tuple[str, float, float]]:
         rows = [row for row in tables[table].to_pylist() if all(row[key] == value for key, value in where.items())]
         means = []
         for masks in ("real", "twin"):
-            values = [row[column] for row in rows if row["masks"] == masks and row[column] is not None]
-            means.append(sum(values) / len(values) if values else float("nan"))
+            own = [row for row in rows if row["masks"] == masks and row[column] is not None]
+            # phases count by their rows; layers and matrices have equally many
+            weights = [row["rows"] if table == "sparsity" else 1 for row in own]
+            total = sum(weight * row[column] for weight, row in zip(weights, own, strict=True))
+            means.append(total / sum(weights) if own else float("nan"))
         if not np.isnan(means[0]):
             found.append((name, means[0], means[1]))
     return found

@@ -38,6 +38,8 @@ PLACES = {
     "mlp_in": ("mlp", "h1"),
     "mlp_mid": ("mlp", "h2"),
 }
+# A histogram that lacks no more than this was probably spoilt by rounding, and is not another model's.
+FEW = 8
 THRESHOLD_FILE = pa.schema(
     [
         pa.field("layer", pa.int16(), nullable=False),
@@ -106,7 +108,13 @@ class Histogram:
 
 
 def import_teal(
-    histograms: Path, config: Path, sparsity: float, out: Path, rule: Rule = "teal", lookup: Path | None = None
+    histograms: Path,
+    config: Path,
+    sparsity: float,
+    out: Path,
+    rule: Rule = "teal",
+    lookup: Path | None = None,
+    lost: int = 0,
 ) -> pa.Table:
     """Thresholds from TEAL's published files.
 
@@ -117,6 +125,8 @@ def import_teal(
         out: Parquet file, usable as allocation `file`.
         rule: `teal` is TEAL's own, `magnitude` the quantile of |x| of the same histogram.
         lookup: folder with `layer-N/results.csv`, for greedy targets; None for uniform ones.
+        lost: activations that a histogram may lack of a whole number of vectors. `torch.histogram`, which made them,
+            can lose an extreme value to rounding: one of Mistral-7B's 128 published histograms lacks one.
 
     Returns:
         What was written: layer, matrix, sparsity, threshold, implied_sparsity.
@@ -128,7 +138,7 @@ def import_teal(
         raise InputError(f"import-teal: sparsity must be at least 0 and below 1, got {sparsity}")
     layers, widths = _shape(config)
     found = read_histograms(histograms, layers)
-    refuse_other_model(found, layers, widths, histograms)
+    refuse_other_model(found, widths, histograms, lost)
     tables = None if lookup is None else read_lookup(lookup, layers)
     rows = []
     for layer in range(layers):
@@ -183,9 +193,15 @@ def read_histograms(folder: Path, layers: int) -> dict[tuple[int, str], Histogra
 
 
 def refuse_other_model(
-    histograms: dict[tuple[int, str], Histogram], layers: int, widths: dict[str, int], folder: Path
+    histograms: dict[tuple[int, str], Histogram], widths: dict[str, int], folder: Path, lost: int = 0
 ) -> None:
     """Refuse histograms that this model cannot have made: each token adds exactly `width` activations at a site.
+
+    Args:
+        histograms: by layer and site.
+        widths: of the sites.
+        folder: for messages.
+        lost: activations that one may lack.
 
     Raises:
         InputError: says which site does not fit, and of what width it seems to be.
@@ -193,13 +209,17 @@ def refuse_other_model(
     tokens: dict[tuple[int, str], int] = {}
     for (layer, site), histogram in histograms.items():
         mass, width = histogram.mass, widths[site]
-        if mass == 0 or mass % width:
+        short = -mass % width
+        if mass == 0 or short > lost:
+            near = short <= FEW
             raise InputError(
                 f"import-teal: counts of {folder} must be a multiple of the model's width at every site, got {mass:,} "
-                f"in layer {layer} at {site}, which is {mass / width:.2f} times {width}: "
-                "the histograms are of another model"
+                f"in layer {layer} at {site}, which is "
+                + (f"{short} short of {-(-mass // width):,}" if near else f"{mass / width:.2f}")
+                + f" times {width}: "
+                + (f"accept that with --lost {short}" if near else "the histograms are of another model")
             )
-        tokens[layer, site] = mass // width
+        tokens[layer, site] = -(-mass // width)
     if len(set(tokens.values())) > 1:
         usual = max(set(tokens.values()), key=list(tokens.values()).count)
         layer, site = next(place for place, count in tokens.items() if count != usual)

@@ -55,10 +55,15 @@ class Thresholds:
         return [MatrixRule(row["layer"], row["matrix"], row["threshold_bits"]) for row in self.rows]
 
     def overall(self) -> tuple[float | None, float | None]:
-        """Target and calibrated sparsity over all matrices, weighted by their inputs; None without a target."""
+        """Target and calibrated sparsity over the matrices that have one, weighted by their inputs.
+
+        Returns:
+            None for what is not known: without a target both, without thresholds the second.
+        """
         counted = [row for row in self.rows if row["counted"] and row["target_sparsity"] is not None]
         if not counted:
-            return None, None
+            targets = {row["target_sparsity"] for row in self.rows} - {None}
+            return (targets.pop() if len(targets) == 1 else None), None
         total = sum(row["counted"] for row in counted)
         target = sum(row["target_sparsity"] * row["counted"] for row in counted) / total
         return target, sum(row["dropped"] for row in counted) / total

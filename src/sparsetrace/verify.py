@@ -81,7 +81,10 @@ def verify(folder: Path, report: Callable[[int, int], None] | None = None) -> li
         if entry is None:
             faults.append(Fault(name, "must be in the manifest, got no entry"))
             continue
-        faults += _file_faults(folder, entry)
+        if broken := list(_file_faults(folder, entry)):
+            # what a damaged table says is no measure of anything
+            faults += broken
+            continue
         table = _read(folder / name, faults, name)
         if table is None:
             continue
@@ -89,7 +92,12 @@ def verify(folder: Path, report: Callable[[int, int], None] | None = None) -> li
             faults.append(Fault(name, "schema must be that of the format, got another"))
             continue
         tables[name] = table
+    for file in manifest["files"]:
+        if "matrix" not in file and file["path"] not in TABLES:
+            faults += _file_faults(folder, file)
     if len(tables) < len(TABLES):
+        for file in manifest["files"]:
+            faults += _file_faults(folder, file) if "matrix" in file else []
         return faults
     faults += _table_faults(manifest, tables)
     faults += _data_faults(folder, manifest, tables, report)
@@ -150,7 +158,7 @@ def _data_faults(
         yield from broken
         if (folder / file["path"]).is_file():
             one = _Leaf(folder, file, rows_of_leaf[key], manifest)
-            yield from one.faults()
+            yield from one.faults(damaged=bool(broken))
             found[key].append(one)
         if report is not None:
             report(done, len(files))
@@ -221,7 +229,9 @@ class _Leaf:
         self.nnz = 0
         self.unreadable = False
 
-    def faults(self) -> Iterator[Fault]:
+    def faults(self, damaged: bool) -> Iterator[Fault]:
+        """What is wrong; of a damaged file only which columns cannot be read, for the rest means nothing."""
+        self.unreadable = damaged
         where = self.file["path"]
         pieces: list[pa.Table] = []
         try:
@@ -243,7 +253,13 @@ class _Leaf:
                 except (OSError, pa.ArrowInvalid, pa.ArrowException) as error:
                     self.unreadable = True
                     yield Fault(where, f"column {name} of row group {group} must be readable, got {_one_line(error)}")
-            if len(columns) == len(schema.names):
+            rows = file.metadata.row_group(group).num_rows
+            for name in [name for name, column in columns.items() if len(column) != rows]:
+                self.unreadable = True
+                yield Fault(
+                    where, f"column {name} of row group {group} must have {rows} rows, got {len(columns.pop(name))}"
+                )
+            if not self.unreadable:
                 table = pa.table(columns, schema=schema)
                 pieces.append(table.select(["token", "sequence", "position"]))
                 for column, what in self._row_faults(table):
@@ -252,7 +268,8 @@ class _Leaf:
             return
         table = pa.concat_tables(pieces) if pieces else schema.empty_table()
         self.index = {name: table[name].to_numpy() for name in ("token", "sequence", "position")}
-        rows, token = len(table), self.index["token"]
+        token = self.index["token"]
+        rows = len(token)
         span = (int(token[0]), int(token[-1])) if rows else (None, None)
         counted = {"rows": rows, "nnz": self.nnz, "first_token": span[0], "last_token": span[1]}
         for name, value in counted.items():

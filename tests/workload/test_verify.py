@@ -255,3 +255,16 @@ def test_not_a_workload(tmp_path):
     (tmp_path / "manifest.json").write_text('{"format": "sparsetrace-workload", "version": 9}')
     with pytest.raises(InputError, match="must be a sparsetrace workload of version 1, got sparsetrace-workload 9"):
         verify(tmp_path)
+
+
+def test_any_flipped_bit_is_found_and_none_breaks_the_search(folder):
+    rng = np.random.default_rng(1)
+    for name in (PART, "tokens.parquet", "sequences.parquet", "matrices.parquet"):
+        whole = (folder / name).read_bytes()
+        for place in [730, 3309, *rng.integers(0, len(whole), 20).tolist()]:
+            data = bytearray(whole)
+            data[place % len(whole)] ^= 1 << int(rng.integers(8))
+            (folder / name).write_bytes(data)
+            assert any(fault.startswith(name) for fault in said(folder)), place
+        (folder / name).write_bytes(whole)
+    assert said(folder) == []

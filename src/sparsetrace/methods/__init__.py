@@ -10,28 +10,37 @@ from sparsetrace.methods.cats import Cats
 from sparsetrace.methods.dense import Dense
 from sparsetrace.methods.exact_zeros import ExactZeros
 from sparsetrace.methods.griffin import Griffin
+from sparsetrace.methods.magnitude import Magnitude
 from sparsetrace.methods.nm import NM
 from sparsetrace.methods.teal import Teal
 from sparsetrace.methods.topk import TopK
+from sparsetrace.methods.wanda import Wanda
+from sparsetrace.methods.weight_base import WeightMethod
 from sparsetrace.methods.wina import Wina
 
 METHODS: dict[str, type[Method]] = {
     method.name: method for method in (Dense, Teal, TopK, Cats, Wina, NM, Griffin, ExactZeros)
 }
+# Methods that mask weights, once per model; they go together with any of the above.
+WEIGHT_METHODS: dict[str, type[WeightMethod]] = {method.name: method for method in (Magnitude, Wanda)}
 
 __all__ = [
     "METHODS",
     "NM",
+    "WEIGHT_METHODS",
     "Cats",
     "Dense",
     "ExactZeros",
     "FromFile",
     "Griffin",
+    "Magnitude",
     "MatrixRule",
     "Method",
     "PerLayer",
     "Teal",
     "ThresholdMethod",
     "TopK",
+    "Wanda",
+    "WeightMethod",
     "Wina",
 ]

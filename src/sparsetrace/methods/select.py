@@ -1,5 +1,7 @@
 """Exact selection by rank, on any device; ties go to the lower index, whatever the device's sort does."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,11 @@ def keep_largest_sums(sums: Tensor, k: int) -> Tensor:
     """The same for finite float64 values, [..., K]; slower, since it sorts."""
     order = sums.argsort(dim=-1, descending=True, stable=True)
     return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order[..., :k], True)
+
+
+def keep_in_columns(keep: Callable[[Tensor], Tensor], weight_KN: Tensor, width: int) -> Tensor:
+    """Masks of `width` columns at a time, side by side: keep(weight [K, n]) gives [n, K]."""
+    return torch.cat([keep(part).T for part in weight_KN.split(width, dim=1)], dim=1)
 
 
 def keep_n_of_m(score_bits: Tensor, n: int, m: int) -> Tensor:

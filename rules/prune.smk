@@ -1,0 +1,36 @@
+# Where config says `prune`: the converted model with masked weights, which everything below then uses.
+rule prune:
+    input:
+        model=rules.convert.output[0],
+        text=lambda wildcards: STUDY.calibration_text(wildcards.model),
+    output:
+        config=f"{RESULTS}/{{model}}/pruned/config.json",
+        masks=f"{RESULTS}/{{model}}/pruned/weight_masks.parquet",
+    log:
+        f"{RESULTS}/logs/prune/{{model}}.log",
+    benchmark:
+        f"{RESULTS}/logs/prune/{{model}}.bench.tsv"
+    conda:
+        "../envs/generate.yaml"
+    threads: STUDY.machine.threads
+    resources:
+        gpu=STUDY.gpus,
+        mem_mb=lambda wildcards, input, attempt: STUDY.mem_mb(
+            "prune", wildcards.model, input.model, attempt
+        ),
+        runtime=lambda wildcards, input, attempt: STUDY.runtime(
+            "prune", wildcards.model, input.model, attempt
+        ),
+    params:
+        out=subpath(output.config, parent=True),
+        method=lambda wildcards: weight_method_options(
+            STUDY.models[wildcards.model].prune
+        ),
+        options=lambda wildcards: options(STUDY.models[wildcards.model].calibration),
+        machine=options(STUDY.machine),
+        source=source_hash("weight_masks"),
+    message:
+        "Masking the weights of {wildcards.model}"
+    shell:
+        "sparsetrace prune {input.model:q} {params.method} --text {input.text:q} --out {params.out:q}"
+        " {params.options} {params.machine} > {log:q} 2>&1"
