@@ -89,14 +89,17 @@ def test_a_workflow_survives_ctrl_c_and_a_kill_of_everything(tmp_path, rng):
     words = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "workflow" / "Snakefile"]
     words += ["--cores", "2", "--configfile", "my.yaml", "--workflow-profile", ROOT / "profiles" / "default"]
 
-    def run(end: signal.Signals | None) -> None:
+    def run(end: signal.Signals | None, milestone: str = "") -> None:
         # as `make run` does
         subprocess.run([sys.executable, "-m", "sparsetrace", "unlock"], cwd=study, env=kill.environment(), check=True)
         env = kill.environment()
         with (tmp_path / "log").open("a") as log:
             process = subprocess.Popen(words, cwd=study, env=env, stdout=log, stderr=log, start_new_session=True)
             if end is not None:
-                time.sleep(float(rng.uniform(3, 12)))
+                # a moment of the run, not of the clock: steps of a second or more are left on any machine
+                while not list(study.glob(milestone)) and process.poll() is None:
+                    time.sleep(0.01)
+                time.sleep(float(rng.uniform(0, 0.5)))
                 os.killpg(process.pid, end)
                 assert process.wait(LEAVE_SECONDS) != 0
                 gone_by = time.monotonic() + LEAVE_SECONDS
@@ -106,9 +109,14 @@ def test_a_workflow_survives_ctrl_c_and_a_kill_of_everything(tmp_path, rng):
             else:
                 assert process.wait() == 0, (tmp_path / "log").read_text()
 
-    run(signal.SIGINT)
+    run(signal.SIGINT, str(rng.choice(["my.yaml", "out/tiny/model/config.json"])))
     assert not list(study.rglob(".*.partial"))
-    run(signal.SIGKILL)
+    later = [
+        "out/tiny/histograms.safetensors",
+        "out/tiny/first/prompts.parquet",
+        "out/tiny/first/*/dump/*/group-*.json",
+    ]
+    run(signal.SIGKILL, str(rng.choice(later)))
     run(None)
     for part in ("model", "first/teal-0.5/parts", "first/teal-0.5/workload"):
         assert kill.tree(study / "out" / "tiny" / part) == kill.tree(plain / "out" / "tiny" / part)

@@ -190,9 +190,10 @@ class Engine:
             position = positions_BT[slots, columns]
             index = slots * tokens_BT.shape[1] + columns
             recorder.begin(Rows(index, bases + position, numbers, position))
+        # copied: positions are a broadcast view, which torch must not alias
         hidden: Tensor = self.model(
-            torch.from_numpy(np.ascontiguousarray(tokens_BT)).to(self.device),
-            torch.from_numpy(np.ascontiguousarray(positions_BT)).to(self.device),
+            torch.from_numpy(tokens_BT.copy()).to(self.device),
+            torch.from_numpy(positions_BT.copy()).to(self.device),
             cache,
         )
         if recorder is not None and capture:
