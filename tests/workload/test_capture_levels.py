@@ -21,6 +21,8 @@ from sparsetrace.generate import generate
 from sparsetrace.pack import index, pack
 from sparsetrace.prompts import split, write_split
 from sparsetrace.recompute import recompute
+from sparsetrace.rows import row_figures
+from sparsetrace.schema import FORMATS
 from sparsetrace.verify import verify
 
 BATCHING = Batching(max_new_tokens=6, batch_size=3, shards=2)
@@ -111,13 +113,30 @@ def test_recomputed_sequences_are_bitwise_equal(run):
     assert recompute(run("stats", Capture(level="stats")), run.model.folder, 1, CPU) == []
 
 
+def unnoticed_flip(table) -> tuple[int, int]:
+    """A row and a value in it whose lowest bit changes neither the row's largest magnitude nor its rounded norm."""
+    planes = [table[f"values_b{i}"].to_pylist() for i in range(4)]
+    for row in range(table.num_rows):
+        patterns = sum(
+            np.frombuffer(plane[row], np.uint8).astype(np.uint32) << (8 * i) for i, plane in enumerate(planes)
+        )
+        figures = row_figures(patterns, np.array([0, len(patterns)]), FORMATS["float32"])
+        for value in range(len(patterns)):
+            flipped = patterns.copy()
+            flipped[value] ^= 1
+            if row_figures(flipped, np.array([0, len(patterns)]), FORMATS["float32"]) == figures:
+                return row, value
+    raise AssertionError("every value shows in its row's figures")
+
+
 def test_a_changed_value_is_found_by_recomputing(run, tmp_path):
     """The lowest bit of one kept value: no rule of the format can know."""
     folder = shutil.copytree(run.full, tmp_path / "workload")
     part = folder / "data/L01/up/part-00000.parquet"
     table = pq.read_table(part, partitioning=None)
     rows = table["values_b0"].to_pylist()
-    rows[2] = bytes([rows[2][0] ^ 1]) + rows[2][1:]
+    row, value = unnoticed_flip(table)
+    rows[row] = rows[row][:value] + bytes([rows[row][value] ^ 1]) + rows[row][value + 1 :]
     i = table.column_names.index("values_b0")
     pq.write_table(table.set_column(i, table.schema.field(i), pa.array(rows, pa.binary())), part)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -126,7 +145,7 @@ def test_a_changed_value_is_found_by_recomputing(run, tmp_path):
         file |= {"bytes": (folder / file["path"]).stat().st_size, "sha256": sha256_file(folder / file["path"])}
     (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": sha256_json(manifest)}))
     assert verify(folder) == []
-    token = table["token"][2].as_py()
+    token = table["token"][row].as_py()
     (fault,) = recompute(folder, run.model.folder, 1, CPU)
     assert str(fault) == f"data/L01/up: token {token} must be the same when run again, got another"
 
