@@ -1,4 +1,4 @@
-"""GPU kernels of sparsetrace: sparse GEMV with fused capture, list producers, packing, histogram.
+"""GPU kernels of sparsetrace: sparse GEMV with fused capture, list producers, decode attention, packing, histogram.
 
 Importing this package loads nothing: `reference` needs torch only, the other modules need Triton.
 
@@ -8,6 +8,7 @@ Importing this package loads nothing: `reference` needs torch only, the other mo
 | sparse_gemv | `sparse_gemv` | threshold, multiply and capture in one launch |
 | list_gemv | `list_gemv` | multiply over lists that a producer made |
 | add_rmsnorm, silu_mul, compact | same names | producers: threshold, list and capture |
+| decode_attention | `decode_attention` | rotary embedding, cache write and attention of one token per slot |
 | pack | `pack` | masked block to bitmask, kept bit patterns and row offsets |
 | histogram | `add_histogram` | exact counts of 16-bit patterns |
 | configs, tune | | choice of kernel configurations; measurement of a table of them |

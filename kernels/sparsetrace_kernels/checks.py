@@ -1,7 +1,8 @@
 """Checks that the ops share; each refuses with `<op>: <name> must be <rule>, got <value>`."""
 
 # Shape suffixes: K = input features, N = output features, S = column segments, R = ring slots,
-# M = bitmask bytes of a row, ceil(K / 8); C = arrival counters.
+# M = bitmask bytes of a row, ceil(K / 8); C = arrival counters.  Of attention: B = slots, S = cache positions,
+# G = kv heads, D = head dim.
 
 import torch
 from torch import Tensor
@@ -106,6 +107,24 @@ def require_arrivals(op: str, arrivals_C: Tensor, num_blocks: int, device: torch
         raise ValueError(
             f"{op}: arrivals_C must be contiguous with at least {num_blocks} counters, got {_describe(arrivals_C)}: "
             "make them with new_arrivals"
+        )
+
+
+def require_cache(op: str, keys_BSGD: Tensor, values_BSGD: Tensor) -> None:
+    """Refuse a layer's cache whose heads cannot be rotated or are not contiguous; the other strides may be any."""
+    if keys_BSGD.dtype not in HALF_TYPES:
+        raise ValueError(
+            f"{op}: keys_BSGD must be fp16 or bf16, got {_describe(keys_BSGD)}: fp32 models run on the torch engine"
+        )
+    if keys_BSGD.ndim != 4 or keys_BSGD.numel() == 0 or keys_BSGD.shape[3] % 2 or keys_BSGD.stride(3) != 1:
+        raise ValueError(
+            f"{op}: keys_BSGD must be a nonempty [B, S, G, D] with D even and contiguous, got {_describe(keys_BSGD)}"
+        )
+    expected = (keys_BSGD.shape, keys_BSGD.dtype, keys_BSGD.device, 1)
+    if (values_BSGD.shape, values_BSGD.dtype, values_BSGD.device, values_BSGD.stride(-1)) != expected:
+        raise ValueError(
+            f"{op}: values_BSGD must be {keys_BSGD.dtype} {tuple(keys_BSGD.shape)} on {keys_BSGD.device} with "
+            f"D contiguous, got {_describe(values_BSGD)}"
         )
 
 

@@ -3,7 +3,8 @@
 Imports torch only, so it runs on any device and without Triton.  Sums are accumulated in float64.
 """
 
-# Shape suffixes: K = input features, N = output features, T = tokens.
+# Shape suffixes: K = input features, N = output features, T = tokens.  Of attention: B = slots, H = query heads,
+# G = kv heads, D = head dim, S = cache positions (elsewhere segments), P = rows of the rotary tables, E = D / 2.
 
 import torch
 from torch import Tensor
@@ -155,6 +156,44 @@ def silu_mul_ref(gate_up_K2: Tensor) -> Tensor:
     """SiLU(gate) * up in float64, from the two halves of the last dim; returns float64, half as long."""
     gate_K, up_K = gate_up_K2.double().chunk(2, dim=-1)
     return torch.nn.functional.silu(gate_K) * up_K
+
+
+def decode_attention_ref(
+    qkv_BN: Tensor,
+    cos_PE: Tensor,
+    sin_PE: Tensor,
+    positions_B: Tensor,
+    keys_BSGD: Tensor,
+    values_BSGD: Tensor,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Same contract as `decode_attention`, rotated in the dtype and attended to in float64; the cache is only read.
+
+    Returns:
+        y_BN: [B, H D] float64.
+        keys_BGD: dtype of `qkv_BN`, the rotated keys that the cache must receive.
+        values_BGD: likewise the values.
+    """
+    _, S, G, D = keys_BSGD.shape
+    q_BHD, k_BGD, values_BGD = qkv_BN.unflatten(1, (-1, D)).tensor_split((-2 * G, -G), dim=1)
+    rows_B = positions_B.clamp(0, cos_PE.shape[0] - 1)
+    cos_B1E, sin_B1E = cos_PE[rows_B, None], sin_PE[rows_B, None]
+
+    def rotate(x_BHD: Tensor) -> Tensor:
+        low, high = x_BHD.chunk(2, dim=-1)
+        return torch.cat((low * cos_B1E + -high * sin_B1E, high * cos_B1E + low * sin_B1E), dim=-1)
+
+    q_BHD, keys_BGD = rotate(q_BHD), rotate(k_BGD)
+    y = []
+    for b, position in enumerate(positions_B.tolist()):
+        first = max(0, position - window + 1) if window else 0
+        cached = slice(first, max(0, min(position, S)))
+        k_SGD = torch.cat((keys_BSGD[b, cached], keys_BGD[b : b + 1])).double()
+        v_SGD = torch.cat((values_BSGD[b, cached], values_BGD[b : b + 1])).double()
+        q_GRD = q_BHD[b].double().unflatten(0, (G, -1))
+        p_GRS = (torch.einsum("grd,sgd->grs", q_GRD, k_SGD) * D**-0.5).softmax(-1)
+        y.append(torch.einsum("grs,sgd->grd", p_GRS, v_SGD).flatten())
+    return torch.stack(y), keys_BGD, values_BGD
 
 
 def pack_ref(x_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:

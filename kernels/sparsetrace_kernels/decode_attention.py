@@ -1,0 +1,289 @@
+"""Attention of one decode token per slot, one launch: rotary embedding, cache write and attention over the cache.
+
+y = sum_s softmax_s(q . k_s / sqrt(D)) v_s over the slot's cached positions and its current token, with an online
+softmax.  No program reads what another one writes: the current key and value, which one program of each kv head
+stores, are made anew by every program that needs them.
+Source: FlashDecoding (https://pytorch.org/blog/flash-decoding/) for the split over positions.
+Oracle: `reference.decode_attention_ref`.
+No floating-point atomics: the splits' sums meet in a partials buffer and are added in one fixed order.
+"""
+
+# Shape suffixes: B = slots, H = query heads, G = kv heads, D = head dim, S = cache positions, P = rows of the rotary
+# tables, E = D / 2, N = (H + 2 G) D columns of q, k and v (H D of the output), C = arrival counters.
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsetrace_kernels import checks
+from sparsetrace_kernels.primitives import wait_for_producer
+
+# the last program of a head holds all its splits' sums at once: 16 registers a thread at D = 128
+MAX_SPLITS = 32
+
+# about two programs on each of an H100's or H200's 132 SMs, and a power of two
+TARGET_PROGRAMS = 256
+
+# A tile of keys or of values is 16 kB, 64 positions at D = 128: of 300 positions each of eight splits has one tile at
+# most, so the loop costs one round trip to memory.
+TILE_ENTRIES = 8192
+MAX_BLOCK_S = 64
+
+# 32 entries a thread: four 16-byte copies of keys, four of values, 32 float32 sums; 120 registers, so two programs fit
+# on an SM
+ENTRIES_PER_WARP = 1024
+
+# Tiles go through cp.async (64 kB of shared memory), two of each in flight; an SM's share of 4.8 TB/s at 700 ns needs
+# 25 kB in flight.  Loaded to registers, ptxas (sm_90) moved the values' loads behind the first use of the keys.
+NUM_STAGES = 3
+
+# below every finite score, and finite: the difference of two empty maxima is zero and not NaN
+LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def _rotate(x_ptr, b_cos, b_sin, o_d, m_d, D: tl.constexpr):
+    """Rotate one head as `model.rotate` does, each product rounded before the sum is."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    m_low = o_d < D // 2
+    b_x = tl.load(x_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_pair = tl.load(x_ptr + tl.where(m_low, o_d + D // 2, o_d - D // 2), mask=m_d, other=0.0).to(tl.float32)
+    b_along = (b_x * b_cos).to(dtype).to(tl.float32)
+    b_across = (b_pair * b_sin).to(dtype).to(tl.float32)
+    # a difference, as Triton's unary minus turns +0 into +0
+    return tl.where(m_low, b_along - b_across, b_along + b_across).to(dtype)
+
+
+# S and window differ between caches and models, and an alignment of theirs gains nothing
+@triton.jit(do_not_specialize_on_alignment=["S", "P", "window"])
+def _decode_attention_kernel(
+    qkv_ptr,  # [B, N]
+    cos_ptr,  # [P, E]
+    sin_ptr,  # [P, E]
+    positions_ptr,  # [B] int64
+    keys_ptr,  # [B, S, G, D]
+    values_ptr,  # [B, S, G, D]
+    keys_slot_stride,
+    keys_position_stride,
+    keys_head_stride,
+    values_slot_stride,
+    values_position_stride,
+    values_head_stride,
+    y_ptr,  # [B, H, D]
+    partials_ptr,  # [B, H, NUM_SPLITS, D + 2] float32: the weighted sum of values, the maximum, the sum of weights
+    arrivals_ptr,  # [C] int32, zero before and after
+    H,
+    G,
+    S,
+    P,
+    window,
+    scale,
+    D: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    i_head = tl.program_id(0).to(tl.int64)
+    i_split = tl.program_id(1)
+    wait_for_producer(PDL)
+    dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+    i_b = i_head // H
+    i_h = i_head % H
+    i_g = i_h // (H // G)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    b_position = tl.load(positions_ptr + i_b)
+    in_cache = (b_position >= 0) & (b_position < S)
+
+    # clamped: an odd position must not read outside the tables
+    b_row = tl.minimum(tl.maximum(b_position, 0), P - 1)
+    o_table = b_row * (D // 2) + tl.where(o_d < D // 2, o_d, o_d - D // 2)
+    b_cos = tl.load(cos_ptr + o_table, mask=m_d, other=0.0).to(tl.float32)
+    b_sin = tl.load(sin_ptr + o_table, mask=m_d, other=0.0).to(tl.float32)
+    row_ptr = qkv_ptr + i_b * (H + 2 * G) * D
+    b_q = _rotate(row_ptr + i_h * D, b_cos, b_sin, o_d, m_d, D).to(tl.float32)
+    b_key = _rotate(row_ptr + (H + i_g) * D, b_cos, b_sin, o_d, m_d, D)
+    b_value = tl.load(row_ptr + (H + G + i_g) * D + o_d, mask=m_d, other=0.0)
+
+    keys_ptr += i_b * keys_slot_stride + i_g * keys_head_stride
+    values_ptr += i_b * values_slot_stride + i_g * values_head_stride
+    b_last = tl.maximum(b_position, 0)
+    b_first = tl.where(window > 0, tl.minimum(tl.maximum(b_last - window + 1, 0), S), 0)
+    lo = b_first.to(tl.int32) + i_split * BLOCK_S
+    hi = tl.minimum(b_last, S).to(tl.int32)
+    # every row of the tile keeps a softmax of its own, so that the loop needs no sum over rows
+    b_max = tl.full([BLOCK_S], LOWEST, tl.float32)
+    b_sum = tl.zeros([BLOCK_S], dtype=tl.float32)
+    b_acc = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
+    for start in tl.range(lo, hi, NUM_SPLITS * BLOCK_S, num_stages=NUM_STAGES):
+        o_s = start + tl.arange(0, BLOCK_S)
+        m_s = o_s < hi
+        m_tile = m_s[:, None] & m_d[None, :]
+        o_s = o_s.to(tl.int64)
+        b_k = tl.load(keys_ptr + o_s[:, None] * keys_position_stride + o_d[None, :], mask=m_tile, other=0.0)
+        b_v = tl.load(values_ptr + o_s[:, None] * values_position_stride + o_d[None, :], mask=m_tile, other=0.0)
+        b_score = tl.sum(b_k.to(tl.float32) * b_q[None, :], axis=1) * scale
+        b_score = tl.where(m_s, b_score, float("-inf"))
+        b_top = tl.maximum(b_max, b_score)
+        b_decay = tl.exp(b_max - b_top)
+        b_p = tl.exp(b_score - b_top)
+        b_sum = b_sum * b_decay + b_p
+        b_acc = b_acc * b_decay[:, None] + b_v.to(tl.float32) * b_p[:, None]
+        b_max = b_top
+
+    # the last split has the fewest positions, so it takes the current token
+    has_current = i_split == NUM_SPLITS - 1
+    # stored behind the loop, so that the first tiles need not wait for the rotation
+    m_write = m_d & has_current & in_cache & (i_h % (H // G) == 0)
+    tl.store(keys_ptr + b_position * keys_position_stride + o_d, b_key, mask=m_write)
+    tl.store(values_ptr + b_position * values_position_stride + o_d, b_value, mask=m_write)
+    b_score = tl.where(has_current, tl.sum(b_key.to(tl.float32) * b_q, axis=0) * scale, float("-inf"))
+    b_top = tl.maximum(tl.max(b_max, axis=0), b_score)
+    b_decay = tl.exp(b_max - b_top)
+    b_p = tl.exp(b_score - b_top)
+    b_total = tl.sum(b_sum * b_decay, axis=0) + b_p
+    # the condition again: an infinite value times a weight of zero would be NaN
+    b_y = tl.sum(b_acc * b_decay[:, None], axis=0) + tl.where(has_current, b_value.to(tl.float32) * b_p, 0.0)
+
+    if NUM_SPLITS == 1:
+        tl.store(y_ptr + i_head * D + o_d, (b_y / b_total).to(dtype), mask=m_d)
+    else:
+        partials_ptr += i_head * NUM_SPLITS * (D + 2)
+        tl.store(partials_ptr + i_split * (D + 2) + o_d, b_y, mask=m_d)
+        tl.store(partials_ptr + i_split * (D + 2) + D, b_top)
+        tl.store(partials_ptr + i_split * (D + 2) + D + 1, b_total)
+        # all threads' partials are stored before the one atomic publishes them
+        tl.debug_barrier()
+        num_arrived = tl.atomic_add(arrivals_ptr + i_head, 1, sem="acq_rel", scope="gpu")
+        if num_arrived == NUM_SPLITS - 1:
+            o_p = tl.arange(0, BLOCK_P)
+            m_p = o_p < NUM_SPLITS
+            parts_ptr = partials_ptr + o_p * (D + 2)
+            # .cg reads L2: other SMs wrote these
+            b_tops = tl.load(parts_ptr + D, mask=m_p, other=LOWEST, cache_modifier=".cg")
+            b_totals = tl.load(parts_ptr + D + 1, mask=m_p, other=0.0, cache_modifier=".cg")
+            b_parts = tl.load(
+                parts_ptr[:, None] + o_d[None, :],
+                mask=m_p[:, None] & m_d[None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            b_weight = tl.exp(b_tops - tl.max(b_tops, axis=0))
+            b_sums = tl.sum(b_parts * b_weight[:, None], axis=0)
+            b_mean = b_sums / tl.sum(b_totals * b_weight, axis=0)
+            tl.store(y_ptr + i_head * D + o_d, b_mean.to(dtype), mask=m_d)
+            tl.store(arrivals_ptr + i_head, 0)
+
+
+def choose_splits(B: int, H: int) -> int:
+    """Choose among how many programs a head's positions are divided: a power of two, fewer the more heads there are."""
+    num_splits = 1
+    while num_splits < MAX_SPLITS and 2 * num_splits * B * H <= TARGET_PROGRAMS:
+        num_splits *= 2
+    return num_splits
+
+
+def launch_decode_attention(
+    qkv_BN: Tensor,
+    cos_PE: Tensor,
+    sin_PE: Tensor,
+    positions_B: Tensor,
+    keys_BSGD: Tensor,
+    values_BSGD: Tensor,
+    arrivals_C: Tensor,
+    window: int,
+    num_splits: int,
+    use_pdl: bool,
+) -> Tensor:
+    """Launch `decode_attention` on checked arguments."""
+    B, S, G, D = keys_BSGD.shape
+    H = qkv_BN.shape[1] // D - 2 * G
+    block_d = triton.next_power_of_2(D)
+    block_s = max(1, min(MAX_BLOCK_S, TILE_ENTRIES // block_d))
+    y_BN = torch.empty(B, H * D, dtype=qkv_BN.dtype, device=qkv_BN.device)
+    partials = None
+    if num_splits > 1:
+        partials = torch.empty(B * H * num_splits * (D + 2), dtype=torch.float32, device=qkv_BN.device)
+    _decode_attention_kernel[(B * H, num_splits)](
+        qkv_BN, cos_PE, sin_PE, positions_B, keys_BSGD, values_BSGD, *keys_BSGD.stride()[:3], *values_BSGD.stride()[:3],
+        y_BN, partials, arrivals_C, H, G, S, cos_PE.shape[0], window, D**-0.5,
+        D=D, NUM_SPLITS=num_splits, BLOCK_D=block_d, BLOCK_S=block_s, BLOCK_P=triton.next_power_of_2(num_splits),
+        NUM_STAGES=NUM_STAGES, PDL=use_pdl, num_warps=max(1, min(8, block_s * block_d // ENTRIES_PER_WARP)),
+        **({"launch_pdl": True} if use_pdl else {}),
+    )  # fmt: skip
+    return y_BN
+
+
+@torch.library.custom_op("sparsetrace::decode_attention", mutates_args=("keys_BSGD", "values_BSGD", "arrivals_C"))
+def decode_attention(
+    qkv_BN: Tensor,
+    cos_PE: Tensor,
+    sin_PE: Tensor,
+    positions_B: Tensor,
+    keys_BSGD: Tensor,
+    values_BSGD: Tensor,
+    arrivals_C: Tensor,
+    window: int,
+    num_splits: int,
+    use_pdl: bool = False,
+) -> Tensor:
+    """Rotate the tokens' queries and keys, store keys and values at their positions, and attend.
+
+    Args:
+        qkv_BN: one token of each slot, fp16 or bf16: the query heads, the key heads, then the value heads.
+        cos_PE: cosines by position, in the dtype of `qkv_BN`; at least S rows.
+        sin_PE: sines likewise.
+        positions_B: int64, each token's position: it attends to the cached positions before, and to itself.  Outside
+            [0, S) nothing is stored, cached positions before it still count, and the nearest row of the tables is
+            taken.
+        keys_BSGD: rotated keys of one layer; any strides, but heads are contiguous.
+        values_BSGD: values likewise.
+        arrivals_C: at least B H counters from `new_arrivals`; launches that share them must be on one stream.
+        window: attend to positions less than this far back only; 0 attends to all.
+        num_splits: programs that share a head's positions, as `choose_splits` says.
+        use_pdl: launch while the kernel before still drains (Hopper and later).
+
+    Returns:
+        y_BN: [B, H D], dtype of `qkv_BN`; float32 accumulation, error within 2x that of torch's attention.  Bitwise
+        repeatable, and for one `num_splits` the same whatever S, B and the other slots are.  The stored keys are bit
+        for bit those of `model.rotate`.
+    """
+    op = "decode_attention"
+    checks.require_cache(op, keys_BSGD, values_BSGD)
+    B, S, G, D = keys_BSGD.shape
+    dtype, device = keys_BSGD.dtype, keys_BSGD.device
+    N = qkv_BN.shape[-1] if qkv_BN.ndim else 0
+    H = N // D - 2 * G
+    if N % D or H < 1 or H % G:
+        raise ValueError(
+            f"{op}: qkv_BN must hold query heads, a multiple of G={G}, and twice G others, each of D={D} columns, "
+            f"got {tuple(qkv_BN.shape)}"
+        )
+    checks.require(op, "qkv_BN", qkv_BN, (B, N), dtype, device)
+    P = cos_PE.shape[0] if cos_PE.ndim else 0
+    if P < S:
+        raise ValueError(f"{op}: cos_PE must have at least S={S} rows, got {tuple(cos_PE.shape)}")
+    checks.require(op, "cos_PE", cos_PE, (P, D // 2), dtype, device)
+    checks.require(op, "sin_PE", sin_PE, (P, D // 2), dtype, device)
+    checks.require(op, "positions_B", positions_B, (B,), torch.int64, device)
+    checks.require_arrivals(op, arrivals_C, B * H, device)
+    if window < 0:
+        raise ValueError(f"{op}: window must be at least 0, got {window}: 0 attends to all positions")
+    if not 1 <= num_splits <= MAX_SPLITS:
+        raise ValueError(f"{op}: num_splits must be in [1, {MAX_SPLITS}], got {num_splits}: take it from choose_splits")
+    return launch_decode_attention(
+        qkv_BN, cos_PE, sin_PE, positions_B, keys_BSGD, values_BSGD, arrivals_C, window, num_splits, use_pdl
+    )
+
+
+@decode_attention.register_fake
+def _(
+    qkv_BN, cos_PE, sin_PE, positions_B, keys_BSGD, values_BSGD, arrivals_C,
+    window, num_splits, use_pdl=False,
+):  # fmt: skip
+    _, _, G, D = keys_BSGD.shape
+    return qkv_BN.new_empty(keys_BSGD.shape[0], qkv_BN.shape[1] - 2 * G * D)
