@@ -1,4 +1,4 @@
-"""GPU kernels of sparsetrace: sparse GEMV with fused capture, list producers, decode attention, packing, histogram.
+"""GPU kernels: sparse GEMV with fused capture, list and row producers, decode attention, packing, histogram.
 
 Importing this package loads nothing: `reference` needs torch only, the other modules need Triton.
 
@@ -9,7 +9,8 @@ Importing this package loads nothing: `reference` needs torch only, the other mo
 | list_gemv | `list_gemv` | multiply over lists that a producer made |
 | add_rmsnorm, silu_mul, compact | same names | producers: threshold, list and capture |
 | decode_attention | `decode_attention` | rotary embedding, cache write and attention of one token per slot |
-| pack | `pack` | masked block to bitmask, kept bit patterns and row offsets |
+| masked_rows | `mask_rows`, `add_rmsnorm_rows`, `silu_mul_rows` | producers for dense products: mask, capture |
+| pack | `pack`, `pack_regions` | masked block, or a ring of them, to bitmask, kept bit patterns and row starts |
 | histogram | `add_histogram` | exact counts of 16-bit patterns |
 | configs, tune | | choice of kernel configurations; measurement of a table of them |
 | primitives, checks | | what the kernels, and the ops' checks, share |

@@ -18,7 +18,8 @@ from sparsetrace_kernels.primitives import finish_chunk, keep_entries, load_thre
 
 
 @triton.jit
-def _load_total(residual_ptr, delta_ptr, o_k, m_k):
+def load_total(residual_ptr, delta_ptr, o_k, m_k):
+    """Load the sum of residual and delta, rounded as it is stored."""
     b_total = tl.load(residual_ptr + o_k, mask=m_k, other=0.0)
     if delta_ptr is not None:
         b_delta = tl.load(delta_ptr + o_k, mask=m_k, other=0.0)
@@ -27,7 +28,8 @@ def _load_total(residual_ptr, delta_ptr, o_k, m_k):
 
 
 @triton.jit
-def _normalize(b_total, b_rms, weight_ptr, o_k, m_k):
+def normalize(b_total, b_rms, weight_ptr, o_k, m_k):
+    """Scale by the reciprocal of the root mean square, round, multiply by the weight, round."""
     dtype: tl.constexpr = b_total.dtype
     b_weight = tl.load(weight_ptr + o_k, mask=m_k, other=0.0)
     b_unit = (b_total.to(tl.float32) * b_rms).to(dtype)
@@ -65,15 +67,15 @@ def _add_rmsnorm_kernel(
     o_all = tl.arange(0, NUM_CHUNKS)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     m_all = o_all < K
     m_before = o_all < i_chunk * BLOCK_K
-    b_all = _load_total(residual_ptr, delta_ptr, o_all, m_all)
+    b_all = load_total(residual_ptr, delta_ptr, o_all, m_all)
     b_square = b_all.to(tl.float32) * b_all.to(tl.float32)
     b_mean = tl.sum(tl.sum(b_square, axis=1), axis=0) / K
     b_rms = tl.rsqrt(b_mean + eps)
-    b_all = _normalize(b_all, b_rms, weight_ptr, o_all, m_all)
+    b_all = normalize(b_all, b_rms, weight_ptr, o_all, m_all)
     o_k = i_chunk * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = o_k < K
-    b_total = _load_total(residual_ptr, delta_ptr, o_k, m_k)
-    b_x = _normalize(b_total, b_rms, weight_ptr, o_k, m_k)
+    b_total = load_total(residual_ptr, delta_ptr, o_k, m_k)
+    b_x = normalize(b_total, b_rms, weight_ptr, o_k, m_k)
     tl.store(total_ptr + o_k, b_total, mask=m_k)
     tl.store(normed_ptr + o_k, b_x, mask=m_k)
     for i_segment in tl.static_range(NUM_SEGMENTS):

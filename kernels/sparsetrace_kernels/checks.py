@@ -37,6 +37,25 @@ def require_half_vector(op: str, name: str, tensor: Tensor) -> None:
         )
 
 
+def require_half_rows(op: str, name: str, rows_TK: Tensor) -> None:
+    """Refuse anything but a nonempty fp16 or bf16 matrix with contiguous rows, which may lie at any distance."""
+    if rows_TK.ndim != 2 or rows_TK.numel() == 0 or rows_TK.dtype not in HALF_TYPES or rows_TK.stride(1) != 1:
+        raise ValueError(
+            f"{op}: {name} must be a nonempty fp16 or bf16 matrix with contiguous rows, got {_describe(rows_TK)}: "
+            "fp32 models run on the torch engine"
+        )
+
+
+def require_like_rows(op: str, name: str, rows_TK: Tensor, like_TK: Tensor) -> None:
+    """Refuse rows that differ from others in shape, dtype or device, or are not contiguous in themselves."""
+    fits = rows_TK.shape == like_TK.shape and rows_TK.dtype == like_TK.dtype and rows_TK.device == like_TK.device
+    if not fits or rows_TK.stride(1) != 1:
+        raise ValueError(
+            f"{op}: {name} must be {like_TK.dtype} {tuple(like_TK.shape)} with contiguous rows on {like_TK.device}, "
+            f"got {_describe(rows_TK)}"
+        )
+
+
 def require_weight(op: str, weight_KN: Tensor, K: int, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse a weight that is not input-major, contiguous and addressable."""
     if weight_KN.ndim != 2 or weight_KN.shape[0] != K or not weight_KN.is_contiguous():
@@ -65,6 +84,16 @@ def require_thresholds(
         require(op, "scale_SK", scale_SK, (S, K), torch.float32, device)
 
 
+def require_slots(
+    op: str, name: str, ring: Tensor, S: int, width: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Refuse a ring whose rows do not fit; slots and segments may have any stride."""
+    if ring.ndim != 3 or tuple(ring.shape[1:]) != (S, width) or ring.dtype != dtype or ring.device != device:
+        raise ValueError(f"{op}: {name} must be {dtype} [R, {S}, {width}] on {device}, got {_describe(ring)}")
+    if ring.stride(2) != 1:
+        raise ValueError(f"{op}: {name} must have contiguous rows, got strides {ring.stride()}")
+
+
 def require_ring(
     op: str,
     values_RSK: Tensor | None,
@@ -75,7 +104,7 @@ def require_ring(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Refuse a capture ring whose rows do not fit; slots and segments may have any stride."""
+    """Refuse capture rings whose rows do not fit or whose slots differ, and a slot without a ring."""
     num_slots = None
     for name, ring, width, ring_dtype in (
         ("values_RSK", values_RSK, K, dtype),
@@ -83,10 +112,7 @@ def require_ring(
     ):
         if ring is None:
             continue
-        if ring.ndim != 3 or tuple(ring.shape[1:]) != (S, width) or ring.dtype != ring_dtype or ring.device != device:
-            raise ValueError(f"{op}: {name} must be {ring_dtype} [R, {S}, {width}] on {device}, got {_describe(ring)}")
-        if ring.stride(2) != 1:
-            raise ValueError(f"{op}: {name} must have contiguous rows, got strides {ring.stride()}")
+        require_slots(op, name, ring, S, width, ring_dtype, device)
         if num_slots not in (None, ring.shape[0]):
             raise ValueError(f"{op}: mask_RSM must have as many slots as values_RSK ({num_slots}), got {ring.shape[0]}")
         num_slots = ring.shape[0]

@@ -3,11 +3,15 @@
 Imports torch only, so it runs on any device and without Triton.  Sums are accumulated in float64.
 """
 
-# Shape suffixes: K = input features, N = output features, T = tokens.  Of attention: B = slots, H = query heads,
-# G = kv heads, D = head dim, S = cache positions (elsewhere segments), P = rows of the rotary tables, E = D / 2.
+# Shape suffixes: K = input features, N = output features, T = tokens, S = segments (matrices that read one input),
+# P = parts of them that share an operand, R = ring slots.  Of attention: B = slots, H = query heads, G = kv heads,
+# D = head dim, S = cache positions, P = rows of the rotary tables, E = D / 2.
 
 import torch
 from torch import Tensor
+
+# the destination of a row that `mask_rows` and its kin leave as it is
+DENSE = -2
 
 _SIGN_CLEARED = {
     torch.float16: (torch.int16, 0x7FFF),
@@ -127,6 +131,26 @@ def compact_ref(x_K: Tensor, threshold_bits_S: Tensor, scale_SK: Tensor | None =
     return list_SK, keep_SK.sum(1, dtype=torch.int32)
 
 
+def mask_rows_ref(
+    x_TK: Tensor,
+    threshold_bits_S: Tensor,
+    scale_SK: Tensor | None,
+    parts: list[int],
+    dest_T: Tensor,
+    values_RSK: Tensor | None,
+) -> Tensor:
+    """Same contract as `mask_rows`, a row at a time; every segment is thresholded by its own numbers."""
+    operand_PTK = x_TK.new_empty(parts[-1] + 1, *x_TK.shape)
+    for t, dest in enumerate(dest_T.tolist()):
+        keep_SK = keep_segments(x_TK[t], threshold_bits_S, scale_SK)
+        operand_SK = mask_operand(x_TK[t].expand_as(keep_SK), keep_SK)
+        for part, operand_K in zip(parts, operand_SK, strict=True):
+            operand_PTK[part, t] = x_TK[t] if dest == DENSE else operand_K
+        if values_RSK is not None and 0 <= dest < values_RSK.shape[0]:
+            values_RSK[dest] = operand_SK
+    return operand_PTK
+
+
 def list_gemv_ref(list_SK: Tensor, counts_S: Tensor, weight_KN: Tensor, segments: list[int]) -> Tensor:
     """Same contract as `list_gemv`, accumulated in float64; returns y_N, float64."""
     parts = []
@@ -209,6 +233,31 @@ def pack_ref(x_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     offsets = torch.zeros(x_TK.shape[0] + 1, dtype=torch.int64, device=x_TK.device)
     offsets[1:] = keep_TK.sum(1).cumsum(0)
     return pack_bits(keep_TK), bits_TK[keep_TK], offsets
+
+
+def pack_regions_ref(
+    bits_flat: Tensor, widths: list[int], capacity: int, rows: int, num_rows: int, infinity: int
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Same contract as `pack_regions`, with exactly as many values and mask bytes as there are.
+
+    Returns:
+        packed: dtype of `bits_flat`.
+        masks: uint8, region after region.
+        row_starts: [len(widths) * rows + 1] int64.
+        nonfinite: whether a used row holds a magnitude of `infinity` or above.
+    """
+    packed, masks, counts = [], [], [torch.zeros(1, dtype=torch.int64, device=bits_flat.device)]
+    nonfinite = False
+    for region in bits_flat[: capacity * sum(widths)].split([capacity * K for K in widths]):
+        bits_TK = region.view(capacity, -1)[:rows].clone()
+        bits_TK[num_rows:] = 0
+        magnitude_TK = bits_TK & torch.iinfo(bits_TK.dtype).max
+        keep_TK = magnitude_TK != 0
+        packed.append(bits_TK[keep_TK])
+        masks.append(pack_bits(keep_TK).flatten())
+        counts.append(keep_TK.sum(1))
+        nonfinite |= bool((magnitude_TK >= infinity).any())
+    return torch.cat(packed), torch.cat(masks), torch.cat(counts).cumsum(0), nonfinite
 
 
 def histogram_ref(x: Tensor) -> Tensor:

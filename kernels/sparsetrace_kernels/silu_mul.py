@@ -18,7 +18,8 @@ from sparsetrace_kernels.primitives import finish_chunk, keep_entries, load_thre
 
 
 @triton.jit
-def _load_product(gate_up_ptr, o_k, m_k, K):
+def load_product(gate_up_ptr, o_k, m_k, K):
+    """Load gate and up, K apart, and give their product, each step rounded."""
     dtype: tl.constexpr = gate_up_ptr.dtype.element_ty
     b_gate = tl.load(gate_up_ptr + o_k, mask=m_k, other=0.0).to(tl.float32)
     b_up = tl.load(gate_up_ptr + K + o_k, mask=m_k, other=0.0)
@@ -51,10 +52,10 @@ def _silu_mul_kernel(
     wait_for_producer(PDL)
     o_all = tl.arange(0, NUM_CHUNKS)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     m_before = o_all < i_chunk * BLOCK_K
-    b_all = _load_product(gate_up_ptr, o_all, m_before, K)
+    b_all = load_product(gate_up_ptr, o_all, m_before, K)
     o_k = i_chunk * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = o_k < K
-    b_x = _load_product(gate_up_ptr, o_k, m_k, K)
+    b_x = load_product(gate_up_ptr, o_k, m_k, K)
     tl.store(product_ptr + o_k, b_x, mask=m_k)
     b_t = load_threshold(threshold_ptr, 0)
     b_before = keep_entries(b_all, b_t, scale_ptr, 0, o_all, m_before, K)
