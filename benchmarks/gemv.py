@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 
 import sparsetrace_kernels
-from sparsetrace_kernels.configs import choose_config, committed_table
+from sparsetrace_kernels.configs import active_table, choose_config
 from sparsetrace_kernels.reference import keep_above
 from sparsetrace_kernels.timing import num_copies, time_in_graph
 from sparsetrace_kernels.tune import Problem, threshold_bits_for
@@ -163,7 +163,7 @@ class Recorder:
 
 def measure(recorder: Recorder, problem: Problem, sparsities: tuple[float, ...], teal: ModuleType | None) -> None:
     """Record every implementation for one shape and dtype."""
-    table = committed_table(torch.cuda.get_device_name(problem.x_K.device))
+    table = active_table(torch.cuda.get_device_name(problem.x_K.device))
     dense = min(dense_calls(problem), key=lambda calls: time_in_graph(calls, 5)[1])
     exact_KN = problem.weights[0].double()
     recorder.record(problem, 0.0, "dense", "none", dense, problem.x_K.double() @ exact_KN, problem.K)

@@ -1,7 +1,8 @@
-"""Choice of a kernel configuration: from a committed table per kind of GPU, else by a deterministic heuristic.
+"""Choice of a kernel configuration: from a table for the kind of GPU, else by a deterministic heuristic.
 
-Nothing is measured here, so the same table and the same shape give the same configuration, and the same bytes.
-`tune.tune` measures and makes a table.
+The table is the user's own where `SPARSETRACE_TUNING` names one, else the committed one; `table_path` says which, so
+that a manifest can hold its hash.  Nothing is measured here, so the same table and the same shape give the same
+configuration, and the same bytes.  `tune.tune` measures and makes a table.
 
 Table file (JSON): `{"gpu", "torch", "triton", "entries": [{"op", "dtype", "k", "n", "sparsity", "config", "us"}]}`,
 op `single` or `list`, sparsity the fraction dropped, config as `GemvConfig.encode` writes it, us microseconds a call.
@@ -11,6 +12,7 @@ op `single` or `list`, sparsity the fraction dropped, config as `GemvConfig.enco
 
 import functools
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields, replace
@@ -19,6 +21,8 @@ from pathlib import Path
 import torch
 
 TABLES = Path(__file__).parent / "tuning"
+# environment variable that names a table of one's own, which then stands in for the committed one
+OWN_TABLE = "SPARSETRACE_TUNING"
 KERNELS = ("predicated", "compacting", "list")
 
 # the compacting kernel holds a whole chunk in registers
@@ -98,16 +102,44 @@ class TuningTable:
         return None
 
 
+def table_name(gpu: str) -> str:
+    """File name of the table of a kind of GPU, as `torch.cuda.get_device_name` calls it."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
+
+
 def table_path(gpu: str) -> Path:
-    """Name the committed table of a kind of GPU, as `torch.cuda.get_device_name` calls it; it may not exist."""
-    return TABLES / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json")
+    """Name the table that chooses for a kind of GPU: one's own, else the committed one, which may not exist.
+
+    Raises:
+        ValueError: `SPARSETRACE_TUNING` names no file.
+    """
+    own = os.environ.get(OWN_TABLE)
+    if not own:
+        return TABLES / table_name(gpu)
+    if not Path(own).is_file():
+        raise ValueError(f"{OWN_TABLE} must name a table file, got {own}: write one with `sparsetrace tune`")
+    return Path(own)
+
+
+def active_table(gpu: str) -> TuningTable | None:
+    """Load the table that chooses for a kind of GPU, or None if a heuristic does.
+
+    Raises:
+        ValueError: one's own table is not there, is none, or was measured on another kind of GPU.
+    """
+    path = table_path(gpu)
+    table = _read_table(path) if path.is_file() else None
+    if table is not None and os.environ.get(OWN_TABLE) and table.gpu != gpu:
+        raise ValueError(f"{OWN_TABLE} must name a table measured on {gpu}, got one of {table.gpu}: {path}")
+    return table
 
 
 @functools.cache
-def committed_table(gpu: str) -> TuningTable | None:
-    """Load the committed table of a kind of GPU, or None if there is none."""
-    path = table_path(gpu)
-    return TuningTable.from_json(path.read_text()) if path.exists() else None
+def _read_table(path: Path) -> TuningTable:
+    try:
+        return TuningTable.from_json(path.read_text(encoding="utf-8"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} must be a table that `sparsetrace tune` wrote, got {error!r}") from None
 
 
 def heuristic_config(op: str, K: int, N: int, sparsity: float) -> GemvConfig:
@@ -136,7 +168,7 @@ def choose_config(
         N: output features, of all segments together.
         dtype: fp16 or bf16.
         sparsity: expected fraction dropped, in [0, 1]; it affects the speed only.
-        table: measured table, `committed_table` or one's own; None for the heuristic.
+        table: measured table, such as `active_table`; None for the heuristic.
 
     Returns:
         a configuration, a pure function of the arguments.
@@ -154,7 +186,7 @@ def config_for(op: str, K: int, N: int, dtype: torch.dtype, config: str | None, 
     if device.type == "cuda":
         if config is not None:
             return decode_config(config)
-        return choose_config(op, K, N, dtype, 0.5, committed_table(torch.cuda.get_device_name(device)))
+        return choose_config(op, K, N, dtype, 0.5, active_table(torch.cuda.get_device_name(device)))
     chosen = decode_config(config) if config is not None else choose_config(op, K, N, dtype, 0.5)
     # Triton 3.7's interpreter has no dependent launch, and multiplies bf16 in tl.dot as integers
     return replace(chosen, use_pdl=False, use_dot=chosen.use_dot and dtype != torch.bfloat16)

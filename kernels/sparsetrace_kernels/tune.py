@@ -10,7 +10,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -27,6 +27,9 @@ from sparsetrace_kernels.timing import num_copies, time_in_graph
 SPARSITIES = (0.0, 0.25, 0.4, 0.5, 0.65, 0.75, 0.9)
 SCREENED = (0.25, 0.5, 0.75, 0.9)
 NUM_FINALISTS = 4
+
+# op, dtype name, K, configuration: what one compilation needs to know
+Job = tuple[str, str, int, GemvConfig]
 
 # programs of a launch: fewer leave most SMs idle, more only add partial sums
 MIN_PROGRAMS, MAX_PROGRAMS = 96, 1 << 14
@@ -122,7 +125,7 @@ class Problem:
         ]
 
 
-def _compile_worker(job: tuple[str, str, int, GemvConfig]) -> None:
+def _compile_worker(job: Job) -> None:
     """Compile into Triton's disk cache, by a launch on a small shape that Triton specialises in the same way."""
     op, dtype_name, K, config = job
     device = torch.device("cuda", torch.cuda.current_device())
@@ -142,11 +145,18 @@ def _compile_key(op: str, K: int, config: GemvConfig) -> tuple:
     return op, replace(config, split=min(config.split, 2)), chunk
 
 
-def compile_ahead(jobs: Iterable[tuple[str, str, int, GemvConfig]], pool: ProcessPoolExecutor) -> None:
-    """Compile jobs (op, dtype name, K, configuration), each distinct kernel once."""
-    distinct = {(dtype, _compile_key(op, K, config)): (op, dtype, K, config) for op, dtype, K, config in jobs}
-    for _ in pool.map(_compile_worker, distinct.values()):
-        pass
+def distinct_kernels(jobs: Iterable[Job]) -> list[Job]:
+    """Of some jobs, one for each kernel that Triton compiles."""
+    return list(
+        {(dtype, _compile_key(op, K, config)): (op, dtype, K, config) for op, dtype, K, config in jobs}.values()
+    )
+
+
+def compile_ahead(jobs: Iterable[Job], pool: Executor) -> Iterator[str]:
+    """Compile the distinct kernels of jobs, yielding the name of each that is done."""
+    distinct = distinct_kernels(jobs)
+    for (op, *_), _ in zip(distinct, pool.map(_compile_worker, distinct), strict=True):
+        yield f"{op} kernel compiled"
 
 
 def _screen(problem: Problem, op: str) -> Iterator[GemvConfig]:
@@ -170,7 +180,7 @@ def tune(
     ops: Sequence[str] = ("single", "list"),
     sparsities: Sequence[float] = SPARSITIES,
     num_workers: int | None = None,
-    report: Callable[[dict], None] | None = None,
+    report: Callable[[int, int, str], None] | None = None,
 ) -> dict:
     """Measure configurations on the current GPU.
 
@@ -180,26 +190,40 @@ def tune(
         ops: `single`, `list`.
         sparsities: fractions dropped to measure at.
         num_workers: compiling processes, by default one for each CPU.
-        report: called with each entry as soon as it is measured.
+        report: called with (steps done, steps in all, what was done last), a step being a kernel compiled or an entry
+            measured.
 
     Returns:
         a table document; `format_table` makes a table file of it.
     """
     device = torch.device("cuda", torch.cuda.current_device())
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    jobs = distinct_kernels(
+        (op, name, K, config) for name in names for op in ops for K, N in shapes for config in candidates(op, K, N)
+    )
+    num_steps = len(jobs) + len(names) * len(shapes) * len(ops) * len(sparsities)
+    done = 0
+
+    def step(what: str) -> None:
+        nonlocal done
+        done += 1
+        if report is not None:
+            report(done, num_steps, what)
+
     entries = []
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers or os.cpu_count(), mp_context=context) as pool:
-        names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-        compile_ahead(
-            ((op, name, K, c) for name in names for op in ops for K, N in shapes for c in candidates(op, K, N)), pool
-        )
+    pool = ProcessPoolExecutor(num_workers or os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
+    try:
+        for what in compile_ahead(jobs, pool):
+            step(what)
         for dtype, name in zip(dtypes, names, strict=True):
             for K, N in shapes:
                 touched_bytes = (1 - max(sparsities)) * K * N * dtype.itemsize
                 problem = Problem(K, N, dtype, num_copies(max(touched_bytes, 1.0), device), device)
                 for op in ops:
                     finalists = list(_screen(problem, op))
-                    compile_ahead(((op, name, K, config) for config in finalists), pool)
+                    # these differ from the candidates in dependent launch alone
+                    for _ in compile_ahead(((op, name, K, config) for config in finalists), pool):
+                        pass
                     for sparsity in sparsities:
                         times = {
                             config: time_in_graph(problem.calls(op, sparsity, config), num_replays=7)[1]
@@ -207,10 +231,11 @@ def tune(
                         }
                         best = min(times, key=times.__getitem__)
                         entry = {"op": op, "dtype": name, "k": K, "n": N, "sparsity": sparsity}
-                        entry |= {"config": best.encode(), "us": round(times[best], 3)}
-                        entries.append(entry)
-                        if report is not None:
-                            report(entry)
+                        entries.append(entry | {"config": best.encode(), "us": round(times[best], 3)})
+                        step(f"{op} {K}x{N} at {sparsity:.0%}: {times[best]:.1f} us")
+    finally:
+        # an interrupted run does not wait for the hundreds of kernels that are still to be compiled
+        pool.shutdown(cancel_futures=True)
     return {
         "gpu": torch.cuda.get_device_name(device),
         "torch": torch.__version__,

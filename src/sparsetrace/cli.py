@@ -158,6 +158,10 @@ def checked(section: type[SectionType], values: dict[str, Any]) -> SectionType:
 def own_gpu(machine: Machine) -> Iterator[None]:
     """Keep a GPU to this process; must be entered before torch is imported."""
     with claimed(machine.device, lambda told: click.echo(told, err=True)):
+        if os.environ.get("SPARSETRACE_TUNING") and machine.device != "cpu":
+            from sparsetrace.tuning import refuse_own_table
+
+            refuse_own_table()
         yield
 
 
@@ -252,6 +256,7 @@ def cli() -> None:
     \b
     Beside them:
       doctor            this machine             ->  what is missing
+      tune              GPU, models or shapes    ->  table of the fastest kernel configurations
       reproduce         workload                 ->  the same again from its manifest, compared
       estimate          study file               ->  rows, bytes and time, before anything runs
       verify            workload                 ->  every fault, named
@@ -862,6 +867,44 @@ def doctor(results: Path) -> None:
     Console().print(table)
     if wrong := [f"doctor: {f.what}: {f.missing}" for f in findings if f.missing and f.needed]:
         fail("\n".join(wrong))
+
+
+@cli.command()
+@path_argument("models", nargs=-1)
+@click.option("--shape", "shapes", multiple=True, metavar="KxN", help="inputs x outputs of a multiply; repeatable")
+@click.option(
+    "--dtype", type=click.Choice(["float16", "bfloat16"]), default=None, help="the models', or float16, if not given"
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="table file; one named after the GPU in this user's configuration folder if not given",
+)
+def tune(models: tuple[Path, ...], shapes: tuple[str, ...], dtype: str | None, out: Path | None) -> None:
+    """Measure which configurations of the sparse kernels are fastest on this GPU for the shapes of MODELS.
+
+    Takes minutes a shape. The table is used where the environment variable SPARSETRACE_TUNING names it, in place of
+    the one that comes with the package, and its hash is in the manifest of what it helped to make; nothing else
+    changes but the order in which sums are added up.
+
+    \b
+    Examples:
+      sparsetrace tune results/llama/model
+      sparsetrace tune --shape 4096x12288 --shape 4096x4096 --out my-gpu.json
+    """
+    with claimed("cuda", lambda told: click.echo(told, err=True)):
+        from sparsetrace.runtime import open_model
+        from sparsetrace.tuning import choose_dtype, gpu_name, parse_shape, site_shapes
+        from sparsetrace.tuning import tune as run
+
+        opened = [open_model(model) for model in models]
+        wanted = [*(shape for one in opened for shape in site_shapes(one.config).values()), *map(parse_shape, shapes)]
+        folder = Path(click.get_app_dir("sparsetrace", force_posix=False))
+        click.echo(f"tuning for {gpu_name('tune')}", err=True)
+        with progress("tuning", "steps") as report:
+            path, entries = run(wanted, choose_dtype(opened, dtype), out, folder, report)
+    click.echo(f"{path}: {entries} entries\nto use it: export SPARSETRACE_TUNING={path.absolute()}")
 
 
 @cli.command()
