@@ -21,10 +21,8 @@ for every shape and sparsity.  It writes fp16 only, so it is timed in fp16 only.
 
 import argparse
 import csv
-import hashlib
 import importlib.util
 import math
-import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -32,12 +30,11 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 import triton
-import triton.language as tl
+from record import KERNELS, source_version
 
-import sparsetrace_kernels
 from sparsetrace_kernels.configs import active_table, choose_config
 from sparsetrace_kernels.reference import keep_above
-from sparsetrace_kernels.timing import num_copies, time_in_graph
+from sparsetrace_kernels.timing import num_copies, read_floor, time_in_graph
 from sparsetrace_kernels.tune import Problem, threshold_bits_for
 
 RESULTS = Path(__file__).parent / "results" / "gemv.csv"
@@ -52,50 +49,8 @@ SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (14336, 409
 FUSED_SHAPES = [(4096, 12288), (4096, 22016), (4096, 6144), (4096, 28672)]
 SPARSITIES = (0.0, 0.25, 0.4, 0.5, 0.65, 0.75, 0.9)
 NUM_REPLAYS = 20
-
-
-@triton.jit
-def _read_kernel(x_ptr, out_ptr, num_rows, BLOCK: tl.constexpr):
-    b_sum = tl.zeros([BLOCK], dtype=tl.int32)
-    for i_row in tl.range(tl.program_id(0), num_rows, tl.num_programs(0), num_stages=4):
-        b_sum += tl.load(x_ptr + i_row.to(tl.int64) * BLOCK + tl.arange(0, BLOCK))
-    tl.store(out_ptr + tl.program_id(0), tl.sum(b_sum, axis=0))
-
-
-def read_bandwidth(device: torch.device) -> float:
-    """Measure the pure-read ceiling of this GPU, bytes per microsecond."""
-    num_bytes, block = 1 << 31, 4096
-    x = torch.randint(0, 100, (num_bytes // 4,), dtype=torch.int32, device=device)
-    best = math.inf
-    for programs_per_sm in (2, 4, 8, 16):
-        num_programs = programs_per_sm * torch.cuda.get_device_properties(device).multi_processor_count
-        out = torch.empty(num_programs, dtype=torch.int32, device=device)
-        for num_warps in (4, 8):
-            _, p50, _ = time_in_graph(
-                [
-                    lambda out=out, grid=(num_programs,), num_warps=num_warps: _read_kernel[grid](
-                        x, out, num_bytes // 4 // block, BLOCK=block, num_warps=num_warps
-                    )
-                ],
-                5,
-            )
-            best = min(best, p50)
-    return num_bytes / best
-
-
-def source_version() -> str:
-    """Name the code measured: the commit, or a hash of the kernels' sources where they are not committed."""
-    package = Path(sparsetrace_kernels.__file__).parent
-    git = ["git", "-C", str(package)]
-    status = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True, check=False)
-    if status.returncode == 0 and not status.stdout:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        return head.stdout.strip()
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*")):
-        if path.suffix in (".py", ".json"):
-            digest.update(path.read_bytes())
-    return f"sources-{digest.hexdigest()[:12]}"
+# large enough that the launch does not count
+READ_BYTES = 1 << 31
 
 
 def load_teal(checkout: Path) -> ModuleType:
@@ -125,23 +80,14 @@ def teal_calls(teal: ModuleType, problem: Problem, threshold: float, sparsity: f
     return [lambda w=w: call(w) for w in problem.rotate(sparsity)]
 
 
-def dense_calls(problem: Problem) -> list[list]:
-    """Multiply densely from either weight layout."""
-    weights = problem.rotate(0.0)
-    transposed = [w.T.contiguous() for w in weights]
-    return [
-        [lambda w=w: torch.mv(w.T, problem.x_K) for w in weights],
-        [lambda w=w: torch.mv(w, problem.x_K) for w in transposed],
-    ]
-
-
 class Recorder:
     """Times calls, checks them, and appends rows to the CSV."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self.path = path
-        self.bytes_per_us = read_bandwidth(device)
-        self.where = [torch.cuda.get_device_name(device), torch.__version__, triton.__version__, source_version()]
+        self.bytes_per_us = READ_BYTES / read_floor(READ_BYTES, device)
+        commit = source_version(KERNELS)
+        self.where = [torch.cuda.get_device_name(device), torch.__version__, triton.__version__, commit]
         self.us: dict[tuple, float] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
@@ -164,7 +110,7 @@ class Recorder:
 def measure(recorder: Recorder, problem: Problem, sparsities: tuple[float, ...], teal: ModuleType | None) -> None:
     """Record every implementation for one shape and dtype."""
     table = active_table(torch.cuda.get_device_name(problem.x_K.device))
-    dense = min(dense_calls(problem), key=lambda calls: time_in_graph(calls, 5)[1])
+    dense = min(problem.dense_calls(), key=lambda calls: time_in_graph(calls, 5)[1])
     exact_KN = problem.weights[0].double()
     recorder.record(problem, 0.0, "dense", "none", dense, problem.x_K.double() @ exact_KN, problem.K)
     for sparsity in sparsities:

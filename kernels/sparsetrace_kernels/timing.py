@@ -3,10 +3,13 @@
 # Shape suffixes: K = input features, N = output features.
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
 import torch
+import triton
+import triton.language as tl
 
 # touched bytes of one graph, in multiples of the L2 cache: what one replay leaves there, the next has overwritten
 L2_MULTIPLE = 2.5
@@ -54,3 +57,32 @@ def time_in_graph(
         return min(times), statistics.median(times), max(times)
     p20, *_, p80 = statistics.quantiles(times, n=5)
     return p20, statistics.median(times), p80
+
+
+@triton.jit
+def _read_kernel(x_ptr, out_ptr, num_rows, BLOCK: tl.constexpr):
+    b_sum = tl.zeros([BLOCK], dtype=tl.int32)
+    for i_row in tl.range(tl.program_id(0), num_rows, tl.num_programs(0), num_stages=4):
+        b_sum += tl.load(x_ptr + tl.cast(i_row, tl.int64) * BLOCK + tl.arange(0, BLOCK))
+    tl.store(out_ptr + tl.program_id(0), tl.sum(b_sum, axis=0))
+
+
+def read_floor(num_bytes: int, device: torch.device) -> float:
+    """Measure the least time of one launch that reads `num_bytes` and does nothing else, microseconds."""
+    block = 4096
+    num_rows = max(1, round(num_bytes / (4 * block)))
+    copies = num_copies(num_rows * 4 * block, device)
+    buffers = [torch.randint(0, 100, (num_rows * block,), dtype=torch.int32, device=device) for _ in range(copies)]
+    best = math.inf
+    for programs_per_sm in (2, 4, 8, 16):
+        num_programs = programs_per_sm * torch.cuda.get_device_properties(device).multi_processor_count
+        out = torch.empty(num_programs, dtype=torch.int32, device=device)
+        for num_warps in (4, 8):
+            calls = [
+                lambda x=x, out=out, grid=(num_programs,), num_warps=num_warps: _read_kernel[grid](
+                    x, out, num_rows, BLOCK=block, num_warps=num_warps
+                )
+                for x in buffers
+            ]
+            best = min(best, time_in_graph(calls, 5)[1])
+    return best

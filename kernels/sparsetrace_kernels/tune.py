@@ -111,6 +111,15 @@ class Problem:
         touched_bytes = (1 - sparsity) * self.K * self.N * self.dtype.itemsize
         return self.weights[: num_copies(max(touched_bytes, 1.0), self.x_K.device)]
 
+    def dense_calls(self) -> list[list[Callable[[], Tensor]]]:
+        """Make dense multiplies of each rotating weight, in either layout."""
+        weights = self.rotate(0.0)
+        transposed = [w.T.contiguous() for w in weights]
+        return [
+            [lambda w=w: torch.mv(w.T, self.x_K) for w in weights],
+            [lambda w=w: torch.mv(w, self.x_K) for w in transposed],
+        ]
+
     def calls(self, op: str, sparsity: float, config: GemvConfig, capture: bool = True) -> list[Callable[[], Tensor]]:
         """Make one call of an op for each rotating weight."""
         bits_S = threshold_bits_for(self.x_K, sparsity)

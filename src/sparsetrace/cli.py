@@ -257,6 +257,7 @@ def cli() -> None:
     Beside them:
       doctor            this machine             ->  what is missing
       tune              GPU, models or shapes    ->  table of the fastest kernel configurations
+      bench             GPU, a model             ->  speed of its kernels and of decoding
       reproduce         workload                 ->  the same again from its manifest, compared
       estimate          study file               ->  rows, bytes and time, before anything runs
       verify            workload                 ->  every fault, named
@@ -905,6 +906,76 @@ def tune(models: tuple[Path, ...], shapes: tuple[str, ...], dtype: str | None, o
         with progress("tuning", "steps") as report:
             path, entries = run(wanted, choose_dtype(opened, dtype), out, folder, report)
     click.echo(f"{path}: {entries} entries\nto use it: export SPARSETRACE_TUNING={path.absolute()}")
+
+
+@cli.command()
+@path_argument("model")
+@click.option(
+    "--sparsity", type=click.FloatRange(0, 1, max_open=True), default=0.5, show_default=True, help="inputs dropped"
+)
+@click.option(
+    "--batch",
+    "batches",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(1, 64),
+    show_default=True,
+    help="sequences at a time; repeatable",
+)
+@click.option("--new", type=click.IntRange(min=2), default=128, show_default=True, help="tokens of each sequence")
+@click.option("--groups", type=click.IntRange(min=1), default=2, show_default=True, help="timed, after one that is not")
+@click.option("--kernels/--no-kernels", default=True, show_default=True, help="the table of the kernels")
+@click.option("--decoding/--no-decoding", default=True, show_default=True, help="the table of decoding")
+@click.option(
+    "--scratch",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="takes the dump meanwhile; here if not given",
+)
+def bench(
+    model: Path,
+    sparsity: float,
+    batches: tuple[int, ...],
+    new: int,
+    groups: int,
+    kernels: bool,
+    decoding: bool,
+    scratch: Path,
+) -> None:
+    """Time the kernels and decoding on this GPU, for the shapes of MODEL.
+
+    Weights are MODEL's, prompts are random, thresholds are taken from the activations on random tokens. The floor is
+    one launch that reads the bytes needed and does nothing else.
+
+    \b
+    Example:
+      sparsetrace bench results/llama/model --sparsity 0.5 --batch 1 --batch 64
+    """
+    from tempfile import TemporaryDirectory
+
+    with own_gpu(Machine()):
+        import torch
+
+        from sparsetrace.bench import decode_rows, kernel_rows
+        from sparsetrace.runtime import open_model
+        from sparsetrace.tuning import gpu_name
+
+        opened, gpu = open_model(model), gpu_name("bench")
+        device = torch.device("cuda", torch.cuda.current_device())
+        if kernels:
+            table = Table("site", "inputs x outputs", "kernel", "us", "of the floor")
+            table.title = f"{gpu}: multiplies of one layer of {opened.source}, {sparsity:.0%} of the inputs dropped"
+            for row in kernel_rows(opened.config, sparsity, device):
+                table.add_row(row.site, f"{row.K} x {row.N}", row.impl, f"{row.us:.1f}", f"{row.floor_share:.0%}")
+            Console().print(table)
+        if decoding:
+            table = Table("batch", "method", "operands", "tokens/s", "bytes a token")
+            table.title = f"{gpu}: decoding {opened.source}"
+            with TemporaryDirectory(prefix=".bench-", dir=scratch) as folder:
+                for one in decode_rows(opened, sparsity, batches, new, groups, Path(folder), device):
+                    size = f"{one.bytes_per_token:,.0f}" if one.bytes_per_token else "-"
+                    table.add_row(str(one.batch), one.method, one.sink, f"{one.tokens_per_s:,.1f}", size)
+            Console().print(table)
 
 
 @cli.command()
