@@ -343,8 +343,14 @@ def _without(known: set[tuple[str, ...]], documents: list[Document]) -> list[Doc
 # Tokens
 
 
-def train_tokenizer(documents: list[Document]) -> bytes:
-    """A SentencePiece model of the training text, as the bytes of `tokenizer.model`."""
+def train_tokenizer(documents: list[Document], unused: int = 0) -> bytes:
+    """A SentencePiece model of the training text, as the bytes of `tokenizer.model`.
+
+    Args:
+        documents: to train on.
+        unused: ids besides, which only the text `<unusedN>` encodes to: a model of a larger vocabulary
+            may choose them.
+    """
     from sentencepiece import SentencePieceTrainer
 
     proto = io.BytesIO()
@@ -352,7 +358,8 @@ def train_tokenizer(documents: list[Document]) -> bytes:
         sentence_iterator=(paragraph for document in documents for paragraph in document.paragraphs),
         model_writer=proto,
         model_type="bpe",
-        vocab_size=CONFIG.vocab_size,
+        vocab_size=CONFIG.vocab_size + unused,
+        user_defined_symbols=[f"<unused{number}>" for number in range(unused)],
         byte_fallback=True,
         # as Llama's: text comes back as it went in, and digits are tokens
         normalization_rule_name="identity",

@@ -1,0 +1,143 @@
+"""What the benchmark scripts are built of, on a CPU: the checkpoint that they write, the disk's limit, the CSV."""
+
+import csv
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import limits  # noqa: E402  # a folder of scripts, not a package
+import random_checkpoint  # noqa: E402
+import record  # noqa: E402
+
+
+def files(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """In shards so small that some hold one tensor."""
+    out = tmp_path_factory.mktemp("random") / "checkpoint"
+    random_checkpoint.write_checkpoint(out, "small", "float16", seed=3, num_prompts=100, shard_bytes=40_000)
+    return out
+
+
+def test_checkpoint_converts_runs_and_names_every_id(checkpoint, tmp_path):
+    from sparsetrace.convert import convert
+    from sparsetrace.settings import Conversion
+
+    model = convert(checkpoint, tmp_path / "model", Conversion())
+    assert model.config == random_checkpoint.SHAPES["small"] and (model.bos, model.eos) == (1, frozenset({2}))
+    tokenizer = model.tokenizer()
+    # a model of random weights chooses any id
+    assert all(isinstance(tokenizer.piece(i), str) for i in range(model.config.vocab_size))
+    assert tokenizer.decode(tokenizer.encode("A text, as it is.", "test")[1:]) == "A text, as it is."
+    prompts = [json.loads(line)["prompt"] for line in (checkpoint / "prompts.jsonl").read_text().splitlines()]
+    assert len(set(prompts)) == 100
+    ids = tokenizer.encode((checkpoint / "calibration.txt").read_text(), "test")
+    assert len(ids) > 32_768
+
+    decoder = model.load(torch.device("cpu"))
+    T = 64
+    hidden = decoder(torch.tensor([ids[:T]]), torch.arange(T)[None])
+    logits = decoder.logits(hidden)
+    assert logits.isfinite().all()
+    assert 0.5 < logits.std() < 2
+    o = decoder.layers[1].attn_out.weight
+    assert o.float().std().item() == pytest.approx(o.shape[0] ** -0.5, rel=0.05)
+    assert torch.equal(decoder.norm.weight, torch.ones_like(decoder.norm.weight))
+
+
+def test_checkpoint_is_the_same_for_one_seed(checkpoint, tmp_path):
+    same = tmp_path / "same"
+    random_checkpoint.write_checkpoint(same, "small", "float16", seed=3, num_prompts=100, shard_bytes=40_000)
+    assert files(same) == files(checkpoint)
+    random_checkpoint.write_checkpoint(tmp_path / "other", "small", "float16", seed=4, num_prompts=100)
+    from safetensors.torch import load_file
+
+    def load(folder):
+        return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+    one, other = load(checkpoint), load(tmp_path / "other")
+    assert set(one) == set(other)
+    assert not any(torch.equal(one[name], other[name]) for name in one if "norm" not in name)
+    # no two tensors are drawn alike
+    heads = [tuple(tensor.flatten()[:8].tolist()) for name, tensor in one.items() if "norm" not in name]
+    assert len(set(heads)) == len(heads)
+
+
+def test_published_shapes():
+    for name, size, vocabulary in (("llama-2-7b", 13.48e9, 32000), ("llama-3-8b", 16.06e9, 128256)):
+        config = random_checkpoint.SHAPES[name]
+        wanted = list(random_checkpoint.tensors(config))
+        assert sum(one.nbytes for one in wanted) == pytest.approx(size, rel=1e-3)
+        assert config.vocab_size == vocabulary
+        shards = random_checkpoint.shards_of(wanted, 2 << 30)
+        assert [one for shard in shards for one in shard] == wanted
+        assert all(sum(one.nbytes for one in shard) <= 2 << 30 for shard in shards)
+
+
+def test_refuses_to_replace_other_files(tmp_path):
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(ValueError, match="must be new or hold an earlier result"):
+        random_checkpoint.write_checkpoint(tmp_path, "small")
+
+
+@pytest.mark.parametrize("way", limits.WRITE_WAYS)
+def test_disk_limit_counts_what_it_wrote_and_leaves_nothing(tmp_path, monkeypatch, way):
+    written, synced = [], []
+    real_write, real_fsync = limits.os.write, limits.os.fsync
+    monkeypatch.setattr(limits.os, "write", lambda fd, data: written.append(real_write(fd, data)) or written[-1])
+    monkeypatch.setattr(limits.os, "fsync", lambda fd: synced.append(sum(written)) or real_fsync(fd))
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr(limits.time, "perf_counter", lambda: next(clock))
+    block = 4 * limits.PAGE_BYTES
+    try:
+        rate = limits.write_bandwidth(tmp_path, 2 * block + 1, block, way)
+    except OSError:
+        if way != "direct":
+            raise
+        pytest.skip("this file system has no O_DIRECT")
+    assert rate == 3 * block / 2 / 1e9 and sum(written) == 3 * block
+    assert synced == ([3 * block] * 3 if way == "synced_last" else [block, 2 * block, 3 * block])
+    assert not list(tmp_path.iterdir())
+
+
+def test_disk_limit_of_every_way(tmp_path):
+    found = limits.disk_bandwidth(tmp_path, 1 << 20, 1 << 20)
+    assert set(limits.WRITE_WAYS[:2]) <= set(found) and all(rate > 0 for rate in found.values())
+    for arguments in ((1, 5000, "synced"), (1, 4096, "fast")):
+        with pytest.raises(ValueError, match="write_bandwidth: (block_bytes|way) must be"):
+            limits.write_bandwidth(tmp_path, *arguments)
+
+
+@pytest.mark.gpu
+def test_copy_limit():
+    assert 0.1 < limits.copy_bandwidth(1 << 28, 1 << 26) < 2000
+
+
+def test_rows_are_appended_under_one_head(tmp_path):
+    path = tmp_path / "new" / "rows.csv"
+    where = record.where()
+    assert list(where) == list(record.WHERE) and all(where.values())
+    for number in (1, 2):
+        record.append(path, [*record.WHERE, "number", "note"], [where | {"number": number}])
+    rows = list(csv.DictReader(path.open()))
+    assert [(row["number"], row["note"]) for row in rows] == [("1", ""), ("2", "")]
+    assert rows[0]["commit"] == record.source_version(record.PACKAGE, record.KERNELS)
+
+
+def test_version_names_sources_that_are_not_committed(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder, text in ((one, "a"), (two, "b")):
+        folder.mkdir()
+        (folder / "m.py").write_text(text)
+    versions = {record.source_version(one), record.source_version(two), record.source_version(one, two)}
+    assert len(versions) == 3 and all(version.startswith("sources-") for version in versions)
