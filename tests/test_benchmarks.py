@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import limits  # noqa: E402  # a folder of scripts, not a package
+import node  # noqa: E402
 import random_checkpoint  # noqa: E402
 import record  # noqa: E402
 
@@ -141,3 +142,39 @@ def test_version_names_sources_that_are_not_committed(tmp_path):
         (folder / "m.py").write_text(text)
     versions = {record.source_version(one), record.source_version(two), record.source_version(one, two)}
     assert len(versions) == 3 and all(version.startswith("sources-") for version in versions)
+
+
+def test_pipeline_study_is_valid_and_fits_its_checkpoint(checkpoint, tmp_path):
+    import yaml
+
+    from sparsetrace.config import load_study
+
+    for small in (True, False):
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(node.study(checkpoint, small)))
+        study = load_study(path)
+        assert sorted(study.workloads()) == [("random", run, "teal-0.5") for run in ("batched", "single")]
+        for name, batch in (("single", 1), ("batched", 4 if small else 64)):
+            run = study.runs[name]
+            assert run.batching.batch_size == batch
+            # as many groups as shards, or more, so that no shard is empty
+            assert run.prompt_set.limit >= batch * run.batching.shards
+
+
+def test_shares_of_the_pipeline_are_of_the_sum_of_all_jobs(tmp_path):
+    head = "s\th:m:s\tmax_rss\tmax_vms\n"
+    for name, seconds, rss in (
+        ("convert/random", 6.0, "100.5"),
+        ("generate/random/single/teal-0.5/00000", 2.0, "30.0"),
+        ("generate/random/single/teal-0.5/00001", 12.0, "-"),
+    ):
+        path = tmp_path / "logs" / f"{name}.bench.tsv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{head}{seconds}\t0:00:00\t{rss}\t1\n")
+    shard = "random/single/teal-0.5/0000"
+    assert [tuple(row.get(name, "") for name in node.COLUMNS[6:]) for row in node.collect(tmp_path, 10.0)] == [
+        ("generate", f"{shard}1", "12.00", "0.6000", ""),
+        ("convert", "random", "6.00", "0.3000", "100.5"),
+        ("generate", f"{shard}0", "2.00", "0.1000", "30.0"),
+        ("snakemake", "", "10.00", "2.0000", ""),
+    ]
