@@ -88,15 +88,11 @@ def run_snakemake(folder: Path, arguments: list[str]) -> float:
     script = scripts / "sparsetrace"
     script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m sparsetrace "$@"\n')
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    inherited = filter(None, [os.environ.get("PYTHONPATH")])
-    environment = os.environ | {
-        "PATH": os.pathsep.join([str(scripts), str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "PYTHONPATH": os.pathsep.join([f"{record.ROOT}/src", f"{record.ROOT}/kernels", *inherited]),
-    }
+    path = os.pathsep.join([str(scripts), str(Path(sys.executable).parent), os.environ["PATH"]])
     snakefile = record.ROOT / "workflow" / "Snakefile"
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile), *arguments]
     started = time.perf_counter()
-    subprocess.run(command, cwd=folder, env=environment, check=True)
+    subprocess.run(command, cwd=folder, env=record.environment() | {"PATH": path}, check=True)
     return time.perf_counter() - started
 
 

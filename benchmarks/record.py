@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import os
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,12 @@ def source_version(*packages: Path) -> str:
         if path.suffix in (".py", ".json"):
             digest.update(path.read_bytes())
     return f"sources-{digest.hexdigest()[:12]}"
+
+
+def environment() -> dict[str, str]:
+    """Of a process that imports this checkout's packages."""
+    inherited = filter(None, [os.environ.get("PYTHONPATH")])
+    return os.environ | {"PYTHONPATH": os.pathsep.join([f"{ROOT}/src", f"{ROOT}/kernels", *inherited])}
 
 
 def where() -> dict[str, str]:

@@ -14,6 +14,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import limits  # noqa: E402  # a folder of scripts, not a package
 import node  # noqa: E402
+import peers  # noqa: E402
 import random_checkpoint  # noqa: E402
 import record  # noqa: E402
 
@@ -178,3 +179,29 @@ def test_shares_of_the_pipeline_are_of_the_sum_of_all_jobs(tmp_path):
         ("generate", f"{shard}0", "2.00", "0.1000", "30.0"),
         ("snakemake", "", "10.00", "2.0000", ""),
     ]
+
+
+def test_a_peer_that_fails_is_one_line_and_stops_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "generate.py").write_text("print('loading')\nraise ValueError('not for this torch')")
+    rows = peers.rows_of({"gpt-fast": broken, "teal": tmp_path / "none", "simulate": None}, "small", 3, False, 100)
+    assert [row["impl"] for row in rows] == ["simulate"]
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "gpt-fast: failed: ValueError: not for this torch"
+    assert told[1] == "teal: failed: ModuleNotFoundError: No module named 'generate'"
+    assert len(told) == 3 and told[2].startswith("simulate: ")
+    row = rows[0]
+    assert set(row) <= set(peers.COLUMNS) and row["sink"] == "disk" and row["tokens_per_s"] > 0
+    # 2 layers of 7 matrices, each file larger than its vector
+    config = peers.SHAPES["small"]
+    vectors = 2 * 2 * (5 * config.hidden_size + config.num_attention_heads * config.head_dim + config.intermediate_size)
+    assert row["bytes_per_token"] > vectors
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_a_peer_that_takes_too_long_is_ended(tmp_path, capsys):
+    (tmp_path / "generate.py").write_text("import time\ntime.sleep(1000)")
+    assert peers.rows_of({"gpt-fast": tmp_path}, "small", 3, False, 2) == []
+    assert capsys.readouterr().out == "gpt-fast: failed: took more than 2 s\n"
