@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file
 
 from sparsetrace import capture
-from sparsetrace.capture import Recorder, Rows, block_rows
+from sparsetrace.capture import Recorder, block_rows
 from sparsetrace.config import Batching, Conversion, Decoding
 from sparsetrace.convert import convert
 from sparsetrace.dump import Block
@@ -91,6 +91,24 @@ def operands(folder, blocks, features) -> dict[tuple[int, str, int], np.ndarray]
     return found
 
 
+def record_group(engine, group, folder, number=0):
+    """Run a group and write its operands: the result, names of the blocks, and the number of rows."""
+    recorder = Recorder(engine.model.config, engine.block_rows, engine.device)
+    recorder.open(folder, number)
+    result = engine.run(group, recorder)
+    return result, *recorder.close()
+
+
+def place(recorder, rows, index, token, sequence, position):
+    """Announce a pass of `rows` rows, of which those at `index` are captured."""
+    captured = torch.from_numpy(np.isin(np.arange(rows), index)).to(recorder.device)
+    positions, bases, numbers = (torch.zeros(rows, dtype=torch.int64) for _ in range(3))
+    positions[index], numbers[index] = torch.from_numpy(position), torch.from_numpy(sequence)
+    bases[index] = torch.from_numpy(token - position)
+    recorder.reserve(len(index))
+    recorder.place(captured, *(part.to(recorder.device) for part in (positions, bases, numbers)))
+
+
 def features_of(config) -> dict[str, int]:
     hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
     return dict.fromkeys(("q", "k", "v", "gate", "up"), hidden) | {"o": heads, "down": config.intermediate_size}
@@ -162,10 +180,9 @@ def test_operands_are_those_of_patched_transformers(pair, tiny, tmp_path, rng, m
     batching = Batching(max_new_tokens=9, batch_size=4)
     engine = Engine(decoder, patch, Decoding(prefill=prefill), batching, frozenset())
     group = group_of(rng, [1, 7, 12])
-    recorder = Recorder(tmp_path, 0, model.config, engine.block_rows, engine.device)
-    result = engine.run(group, recorder)
+    result, blocks, rows = record_group(engine, group, tmp_path)
 
-    captured = operands(tmp_path, recorder.blocks, features_of(model.config))
+    captured = operands(tmp_path, blocks, features_of(model.config))
     expected = {
         sequence.base + position
         for sequence, ids in zip(group, result.output_ids, strict=True)
@@ -176,7 +193,7 @@ def test_operands_are_those_of_patched_transformers(pair, tiny, tmp_path, rng, m
         check_sequence(theirs, sequence, ids, prefill, captured, thresholds)
         for sequence, ids in zip(group, result.output_ids, strict=True)
     )
-    assert compared == len(captured) == 2 * 7 * recorder.rows
+    assert compared == len(captured) == 2 * 7 * rows
     dropped = np.mean([(operand == 0).mean() for operand in captured.values()])
     assert 0.05 < dropped < 0.95, "the thresholds of this test must cut both ways"
 
@@ -203,8 +220,7 @@ def test_capture_changes_nothing(tiny, tmp_path, rng, machine, dtype, prefill, m
             return logits
 
         monkeypatch.setattr(decoder, "logits", watched)
-        recorder = Recorder(tmp_path, 0, model.config, engine.block_rows, engine.device) if recording else None
-        result = engine.run(group, recorder)
+        result = record_group(engine, group, tmp_path)[0] if recording else engine.run(group, None)
         columns = result.fed.drop_columns(["captured"]).to_pydict()
         seen[recording] = (result.output_ids, result.stopped, columns, bits)
         assert any(result.fed["captured"].to_pylist()) == recording
@@ -242,11 +258,10 @@ def test_recorded_tensor_is_the_multiplied_one(tiny, tmp_path, rng, machine, pre
 
     batching = Batching(max_new_tokens=4, batch_size=2)
     engine = Engine(decoder, patch, Decoding(prefill=prefill), batching, frozenset())
-    recorder = Recorder(tmp_path, 0, model.config, engine.block_rows, engine.device)
     group = group_of(rng, [6, 6])
     with Watch():
-        engine.run(group, recorder)
-    captured = operands(tmp_path, recorder.blocks, features_of(model.config))
+        _, blocks, _ = record_group(engine, group, tmp_path)
+    captured = operands(tmp_path, blocks, features_of(model.config))
     passes = ([6] if prefill != "none" else []) + [1, 1, 1]
     for key, operand_rows in multiplied.items():
         assert [len(rows) for rows in operand_rows] == [2 * T for T in passes], key
@@ -274,9 +289,8 @@ def test_sparsity_zero_is_dense(tiny, tmp_path, rng, machine, dtype):
         patch = install(decoder, method, rules)
         engine = Engine(decoder, patch, Decoding(prefill="all"), Batching(max_new_tokens=5, batch_size=2), frozenset())
         folder = tmp_path / method.name
-        recorder = Recorder(folder, 0, model.config, engine.block_rows, engine.device)
-        result = engine.run(group, recorder)
-        results.append((result.output_ids, [(folder / name).read_bytes() for name in recorder.blocks]))
+        result, blocks, _ = record_group(engine, group, folder)
+        results.append((result.output_ids, [(folder / name).read_bytes() for name in blocks]))
     assert results[0] == results[1]
 
 
@@ -294,7 +308,8 @@ def test_signed_zeros_and_denormals(rng):
 def test_block_holds_the_operands(tiny, tmp_path, rng, dtype, device):
     """The recorder alone: rows picked from a pass, rows with nothing and with everything kept, several blocks."""
     config = tiny.model(tmp_path, rng, torch_dtype=dtype).config
-    recorder = Recorder(tmp_path, 7, config, 5, device)
+    recorder = Recorder(config, 5, torch.device(device))
+    recorder.open(tmp_path, 7)
     expected = {}
     widths = features_of(config)
     token = 100
@@ -302,7 +317,7 @@ def test_block_holds_the_operands(tiny, tmp_path, rng, dtype, device):
         picked = np.sort(rng.permutation(2 * T)[: rng.integers(1, min(5, 2 * T) + 1)])
         numbers = token + np.arange(len(picked)) * 3
         token += 50
-        recorder.begin(Rows(picked, numbers, numbers // 7, numbers % 7))
+        place(recorder, 2 * T, picked, numbers, numbers // 7, numbers % 7)
         for layer in range(2):
             for matrix in MATRICES:
                 x = torch.randn(2, T, widths[matrix]) * (torch.rand(2, T, 1) < 0.8)
@@ -312,34 +327,33 @@ def test_block_holds_the_operands(tiny, tmp_path, rng, dtype, device):
                 patterns = x.view(torch.int32 if dtype == "float32" else torch.int16).flatten(0, 1).numpy()
                 for row, number in zip(picked, numbers.tolist(), strict=True):
                     expected[layer, matrix, number] = patterns[row]
-        recorder.end()
-    recorder.close()
-    found = operands(tmp_path, recorder.blocks, widths)
-    assert len(recorder.blocks) > 1
+    blocks, total = recorder.close()
+    found = operands(tmp_path, blocks, widths)
+    assert len(blocks) > 1
     assert found.keys() == expected.keys()
     for key, patterns in expected.items():
         assert np.array_equal(found[key].view(patterns.dtype), patterns), key
-    rows = [load_file(tmp_path / name) for name in recorder.blocks]
+    rows = [load_file(tmp_path / name) for name in blocks]
     for arrays in rows:
         assert np.array_equal(arrays["rows.sequence"], arrays["rows.token"] // 7)
         assert np.array_equal(arrays["rows.position"], arrays["rows.token"] % 7)
         assert len(arrays["rows.token"]) <= 5
-    assert sum(len(arrays["rows.token"]) for arrays in rows) == recorder.rows
+    assert sum(len(arrays["rows.token"]) for arrays in rows) == total
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_names_what_is_not_finite(tiny, tmp_path, rng, value):
     config = tiny.model(tmp_path, rng, torch_dtype="float16").config
-    recorder = Recorder(tmp_path / "dump", 0, config, 8, torch.device("cpu"))
+    recorder = Recorder(config, 8, torch.device("cpu"))
+    recorder.open(tmp_path / "dump", 0)
     index = np.arange(3)
-    recorder.begin(Rows(index, index + 40, index + 5, index + 9))
+    place(recorder, 3, index, index + 40, index + 5, index + 9)
     for layer in range(2):
         for matrix in MATRICES:
             x = torch.ones(1, 3, features_of(config)[matrix], dtype=torch.float16)
             if (layer, matrix) == (1, "gate"):
                 x[0, 2, 7] = value
             recorder.record(layer, matrix, x)
-    recorder.end()
     with pytest.raises(InputError, match=r"layer 1, matrix gate, token 42 \(sequence 7, position 11\)"):
         recorder.close()
     assert not list((tmp_path / "dump").glob("*")), "no block may be left of the pass"
@@ -359,17 +373,16 @@ def test_names_the_activation_that_overflows(tiny, tmp_path, rng):
         engine = Engine(
             decoder, patch, Decoding(prefill=prefill), Batching(max_new_tokens=4, batch_size=2), frozenset()
         )
-        recorder = Recorder(tmp_path / prefill, 0, model.config, engine.block_rows, engine.device)
         with pytest.raises(InputError, match=r"layer 1, matrix down, token 1000 \(sequence 10, position 0\)"):
-            engine.run(group, recorder)
+            record_group(engine, group, tmp_path / prefill)
 
 
 def test_block_rows_hold_a_batch_and_fit_the_memory(tiny, tmp_path, rng, monkeypatch):
     config = tiny.model(tmp_path, rng, torch_dtype="bfloat16").config
     row_bytes = 2 * (5 * 36 + 32 + 43) * 2
     monkeypatch.setattr(capture, "BLOCK_BYTES", 10 * row_bytes + 1)
-    assert block_rows(config, 4) == 10
-    assert block_rows(config, 11) == 11
+    assert block_rows(config, 4, torch.device("cpu")) == 10
+    assert block_rows(config, 11, torch.device("cpu")) == 11
 
 
 def test_observe_sees_every_site_and_leaves_no_hook(tiny, tmp_path, rng):
@@ -415,15 +428,15 @@ def test_install_refuses_what_does_not_fit(tiny, tmp_path, rng):
 
 def test_block_reader_agrees_with_safetensors(tiny, tmp_path, rng):
     config = tiny.model(tmp_path, rng).config
-    recorder = Recorder(tmp_path, 0, config, 4, torch.device("cpu"))
+    recorder = Recorder(config, 4, torch.device("cpu"))
+    recorder.open(tmp_path, 0)
     index = np.arange(4)
-    recorder.begin(Rows(index, index, index, index))
+    place(recorder, 4, index, index, index, index)
     for layer in range(2):
         for matrix in MATRICES:
             recorder.record(layer, matrix, torch.randn(4, 1, features_of(config)[matrix]))
-    recorder.end()
-    recorder.close()
-    block = Block(tmp_path / recorder.blocks[0])
-    for name, array in load_file(tmp_path / recorder.blocks[0]).items():
+    (file,), _ = recorder.close()
+    block = Block(tmp_path / file)
+    for name, array in load_file(tmp_path / file).items():
         assert np.array_equal(block[name], array)
         assert block[name].dtype == array.dtype

@@ -1,6 +1,9 @@
 """The dump block: golden bytes, the safetensors library as second reader, and refusal of what is not whole."""
 
+import errno
 import json
+import mmap
+import os
 
 import numpy as np
 import pytest
@@ -8,7 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from sparsetrace.capture import Recorder, Rows
+from sparsetrace import dump
+from sparsetrace.capture import Recorder
 from sparsetrace.dump import Block, block_name, group_name, write_block
 from sparsetrace.files import InputError
 from sparsetrace.model import ModelConfig
@@ -53,14 +57,14 @@ def test_golden_bytes(tmp_path):
         tie_word_embeddings=False,
         dtype="bfloat16",
     )
-    recorder = Recorder(tmp_path, 3, config, 8, torch.device("cpu"))
-    recorder.begin(Rows(np.array([0, 1]), np.array([5, 9]), np.array([1, 2]), np.array([3, 4])))
+    recorder = Recorder(config, 8, torch.device("cpu"))
+    recorder.open(tmp_path, 3)
+    recorder.reserve(2)
+    recorder.place(torch.tensor([True, True]), torch.tensor([3, 4]), torch.tensor([2, 5]), torch.tensor([1, 2]))
     for matrix in ("q", "k", "v", "o", "gate", "up", "down"):
         recorder.record(0, matrix, torch.tensor([[[1.0, -2.0], [0.0, 0.0]]], dtype=torch.bfloat16))
-    recorder.end()
-    recorder.close()
-    assert recorder.blocks == ["group-00003.block-000.safetensors"]
-    data = (tmp_path / recorder.blocks[0]).read_bytes()
+    assert recorder.close() == (["group-00003.block-000.safetensors"], 2)
+    data = (tmp_path / "group-00003.block-000.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
     assert length % 8 == 0
     header, body = data[8 : 8 + length], data[8 + length :]
@@ -143,3 +147,75 @@ def test_names_sort_in_the_order_of_the_numbers():
     assert names == sorted(names)
     assert block_name(12, 3) == "group-00012.block-003.safetensors"
     assert block_name(12, 3).startswith(group_name(12))
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 3 * 8192 - 60, 100_000])
+@pytest.mark.parametrize("refuses", [None, "open", "write"])
+def test_large_blocks_go_around_the_page_cache(rng, tmp_path, monkeypatch, size, refuses):
+    """The same bytes by either way, for sizes about those of a page and of a chunk, and where a disk refuses."""
+    arrays = {"a": rng.integers(0, 256, size, dtype=np.uint8), "b": rng.integers(0, 9, 77, dtype=np.int64)}
+    write_block(tmp_path / "plain", arrays)
+    monkeypatch.setattr(dump, "_DIRECT_BYTES", 0)
+    monkeypatch.setattr(dump, "_DIRECT_CHUNK_BYTES", 8192)
+    monkeypatch.setattr(dump, "_DIRECT_RUN_BYTES", 1 << 40)
+    opened, refused = os.open, []
+
+    def refusing(path, flags, *rest):
+        if flags & os.O_DIRECT and refuses == "open":
+            refused.append(path)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return opened(path, flags, *rest)
+
+    def refusing_write(file, view):
+        refused.append(file)
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "open", refusing)
+    if refuses == "write":
+        monkeypatch.setattr(dump, "_write_whole", refusing_write)
+    write_block(tmp_path / "direct", arrays)
+    assert bool(refused) == (refuses is not None)
+    # the header is filled up to a page
+    for name, array in load_file(tmp_path / "direct").items():
+        assert np.array_equal(array, arrays[name])
+    assert load_file(tmp_path / "direct").keys() == arrays.keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["direct", "plain"]
+
+
+@pytest.mark.parametrize("sizes", [[5000, 9000, 3], [4096, 4096], [70_000], [1, 12_288, 20_000, 4097]], ids=str)
+def test_neighbours_in_memory_are_written_from_there(rng, tmp_path, monkeypatch, sizes):
+    """Arrays on pages of one buffer: nothing of them is copied but what does not fill a page, and all can be read."""
+    monkeypatch.setattr(dump, "_DIRECT_BYTES", 0)
+    monkeypatch.setattr(dump, "_DIRECT_CHUNK_BYTES", 8192)
+    monkeypatch.setattr(dump, "_DIRECT_RUN_BYTES", 4096)
+    buffer = np.frombuffer(mmap.mmap(-1, 1 << 18), np.uint8)
+    buffer[:] = rng.integers(0, 256, len(buffer))
+    # two runs on pages with smaller arrays before, between and after
+    arrays, at = {"first": rng.integers(0, 9, 33, dtype=np.int64)}, 0
+    for run in range(2):
+        for number, size in enumerate(sizes):
+            arrays[f"run{run}.{number}"] = buffer[at : at + size]
+            at += size
+        arrays[f"between{run}"] = rng.integers(0, 9, 5, dtype=np.int32)
+        at += -at % mmap.PAGESIZE
+    written = []
+    plain = dump._write_whole
+    monkeypatch.setattr(dump, "_write_whole", lambda file, view: (written.append(len(view)), plain(file, view)))
+    write_block(tmp_path / "block", arrays)
+    block, found = Block(tmp_path / "block"), load_file(tmp_path / "block")
+    for name, array in arrays.items():
+        assert np.array_equal(found[name], array) and np.array_equal(block[name], array)
+    assert all(name in arrays or name.startswith("fill.") for name in found)
+    body = sum(sizes) // mmap.PAGESIZE * mmap.PAGESIZE
+    assert written.count(body) >= 2, "the runs are written whole"
+
+
+def test_a_full_disk_is_not_mistaken_for_one_that_refuses(rng, tmp_path, monkeypatch):
+    def full(file, view):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dump, "_DIRECT_BYTES", 0)
+    monkeypatch.setattr(dump, "_write_whole", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_block(tmp_path / "block", {"a": np.zeros(5, np.uint8)})
+    assert not list(tmp_path.iterdir())

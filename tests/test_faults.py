@@ -325,9 +325,9 @@ def small_gpu(monkeypatch):
     def limit(batch: int) -> list[int]:
         plain, tried = Engine.run, []
 
-        def run(engine, group, recorder):
+        def run(engine, group, recorder, given=None):
             tried.append(engine.batching.batch_size)
-            result = plain(engine, group, recorder)
+            result = plain(engine, group, recorder, given)
             if engine.batching.batch_size > batch:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             return result

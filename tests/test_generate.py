@@ -139,10 +139,11 @@ def run_group(model, group, machine, batching, folder, decoding=None):
     rules = middle_rules()
     patch = install(decoder, Teal(sparsity=0.5), rules)
     engine = Engine(decoder, patch, decoding or Decoding(prefill="all", ignore_eos=True), batching, model.eos)
-    recorder = Recorder(folder, group[0].group, model.config, engine.block_rows, engine.device)
+    recorder = Recorder(model.config, engine.block_rows, engine.device)
+    recorder.open(folder, group[0].group)
     result = engine.run(group, recorder)
     rows = {}
-    for name in recorder.blocks:
+    for name in recorder.close()[0]:
         arrays = load_file(folder / name)
         for i, token in enumerate(arrays["rows.token"].tolist()):
             for stem in {key.rsplit(".", 1)[0] for key in arrays} - {"rows"}:

@@ -10,6 +10,8 @@ Importing this package loads nothing: `reference` needs torch only, the other mo
 | add_rmsnorm, silu_mul, compact | same names | producers: threshold, list and capture |
 | decode_attention | `decode_attention` | rotary embedding, cache write and attention of one token per slot |
 | masked_rows | `mask_rows`, `add_rmsnorm_rows`, `silu_mul_rows` | producers for dense products: mask, capture |
+| decode_state | `place_rows`, `advance` | bookkeeping between decoding steps |
+| rotate_rows | `rotate_rows` | rotary embedding and cache write of many rows |
 | pack | `pack`, `pack_regions` | masked block, or a ring of them, to bitmask, kept bit patterns and row starts |
 | histogram | `add_histogram` | exact counts of 16-bit patterns |
 | configs, tune | | choice of kernel configurations; measurement of a table of them |

@@ -43,7 +43,7 @@ LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
-def _rotate(x_ptr, b_cos, b_sin, o_d, m_d, D: tl.constexpr):
+def rotate_head(x_ptr, b_cos, b_sin, o_d, m_d, D: tl.constexpr):
     """Rotate one head as `model.rotate` does, each product rounded before the sum is."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     m_low = o_d < D // 2
@@ -105,8 +105,8 @@ def _decode_attention_kernel(
     b_cos = tl.load(cos_ptr + o_table, mask=m_d, other=0.0).to(tl.float32)
     b_sin = tl.load(sin_ptr + o_table, mask=m_d, other=0.0).to(tl.float32)
     row_ptr = qkv_ptr + i_b * (H + 2 * G) * D
-    b_q = _rotate(row_ptr + i_h * D, b_cos, b_sin, o_d, m_d, D).to(tl.float32)
-    b_key = _rotate(row_ptr + (H + i_g) * D, b_cos, b_sin, o_d, m_d, D)
+    b_q = rotate_head(row_ptr + i_h * D, b_cos, b_sin, o_d, m_d, D).to(tl.float32)
+    b_key = rotate_head(row_ptr + (H + i_g) * D, b_cos, b_sin, o_d, m_d, D)
     b_value = tl.load(row_ptr + (H + G + i_g) * D + o_d, mask=m_d, other=0.0)
 
     keys_ptr += i_b * keys_slot_stride + i_g * keys_head_stride

@@ -8,6 +8,7 @@ Oracles: `reference.pack_ref`, `reference.pack_regions_ref`.
 
 # Shape suffixes: T = tokens, K = features, M = ceil(K / 8) bitmask bytes, C = chunks, F = fields of a chunk's entry.
 
+import itertools
 import math
 
 import torch
@@ -232,26 +233,33 @@ def _num_chunks(widths: list[int]) -> int:
     return sum(triton.cdiv(K, CHUNK_K) for K in widths)
 
 
-def chunk_table(widths: list[int], capacity: int, device: torch.device) -> Tensor:
+def chunk_table(widths: list[int], capacity: int, device: torch.device, starts: list[int] | None = None) -> Tensor:
     """Say where each chunk of a row lies in a ring of regions, and where its results go.
 
     Args:
-        widths: entries of a row of each region, in the order of the regions.
+        widths: entries of a row of each region, in the order of the results.
         capacity: rows of each region.
+        device: of the ring.
+        starts: first entry of each region, where the ring holds others between them, of like widths; None where it
+            holds these alone, one after the other.
 
     Returns:
         chunks_CF: int64, what `pack_regions` takes with the same widths and capacity.
     """
     alignment = _alignment(widths)
     byte_alignment = triton.cdiv(alignment, 8)
+    if starts is None:
+        starts = [capacity * entries for entries in itertools.accumulate(widths[:-1], initial=0)]
+    if any(start % alignment for start in starts):
+        raise ValueError(f"chunk_table: starts must be multiples of {alignment}, as the widths are, got {starts}")
     fields = []
-    num_entries = num_bytes = num_chunks = 0
-    for region, K in enumerate(widths):
+    num_bytes = num_chunks = 0
+    for region, (K, start) in enumerate(zip(widths, starts, strict=True)):
         M, Q = triton.cdiv(K, 8), triton.cdiv(K, CHUNK_K)
         # in units of the alignment, which the kernels multiply by
-        sizes = (capacity * num_entries // alignment, K // alignment, num_bytes // byte_alignment, M // byte_alignment)
+        sizes = (start // alignment, K // alignment, num_bytes // byte_alignment, M // byte_alignment)
         fields += [(*sizes, region, num_chunks, i_q, Q) for i_q in range(Q)]
-        num_entries, num_bytes, num_chunks = num_entries + K, num_bytes + M, num_chunks + Q
+        num_bytes, num_chunks = num_bytes + M, num_chunks + Q
     return torch.tensor(fields, dtype=torch.int64).to(device)
 
 
@@ -272,8 +280,8 @@ def pack_regions(
     """Pack the first rows of every region of a ring: an entry is kept if its pattern without the sign is not zero.
 
     Args:
-        bits_flat: ring of bit patterns, int16 or int32; region after region, each of `capacity` rows.
-        chunks_CF: `chunk_table(widths, capacity)`.
+        bits_flat: ring of bit patterns, int16 or int32; regions of `capacity` rows each.
+        chunks_CF: `chunk_table` of the same widths and capacity.
         widths: entries of a row of each region.
         capacity: rows of each region.
         rows: how many rows of each region to look at, at most `capacity`.

@@ -182,6 +182,57 @@ def silu_mul_ref(gate_up_K2: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate_K) * up_K
 
 
+def place_rows_ref(
+    chosen_n: Tensor,
+    positions_n: Tensor,
+    bases_n: Tensor,
+    numbers_n: Tensor,
+    every: int,
+    labels_R3: Tensor,
+    filled: Tensor,
+) -> Tensor:
+    """Same contract as `place_rows`; the last row of the labels is written to, with no meaning."""
+    captured_n = chosen_n & (positions_n % every == 0)
+    rows_n = torch.where(captured_n, captured_n.cumsum(0) - 1 + filled, labels_R3.shape[0] - 1)
+    labels_R3.index_copy_(0, rows_n, torch.stack([bases_n + positions_n, numbers_n, positions_n], dim=1))
+    filled += captured_n.sum()
+    return rows_n
+
+
+def advance_ref(
+    next_B: Tensor,
+    finite_B: Tensor,
+    eos_V: Tensor,
+    limits_B: Tensor,
+    chosen_PB: Tensor,
+    count: Tensor,
+    tokens_B: Tensor,
+    running_B: Tensor,
+    all_finite_B: Tensor,
+) -> None:
+    """Same contract as `advance`."""
+    all_finite_B &= finite_B | ~running_B
+    chosen_PB.index_copy_(0, count, next_B[None])
+    count += 1
+    tokens_B.copy_(next_B)
+    running_B &= (count < limits_B) & (next_B[:, None] != eos_V).all(-1)
+
+
+def rotate_rows_ref(
+    qkv_nN: Tensor, cos_PE: Tensor, sin_PE: Tensor, positions_n: Tensor, G: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Same contract as `rotate_rows` for positions in the cache; returns q [n, H D], k and v [n, G, D]."""
+    D = 2 * cos_PE.shape[1]
+    q_nHD, k_nGD, v_nGD = qkv_nN.unflatten(1, (-1, D)).tensor_split((-2 * G, -G), dim=1)
+    cos_n1E, sin_n1E = cos_PE[positions_n, None], sin_PE[positions_n, None]
+    return _rotate(q_nHD, cos_n1E, sin_n1E).flatten(1), _rotate(k_nGD, cos_n1E, sin_n1E), v_nGD
+
+
+def _rotate(x_nHD: Tensor, cos_n1E: Tensor, sin_n1E: Tensor) -> Tensor:
+    low, high = x_nHD.chunk(2, dim=-1)
+    return torch.cat((low * cos_n1E + -high * sin_n1E, high * cos_n1E + low * sin_n1E), dim=-1)
+
+
 def decode_attention_ref(
     qkv_BN: Tensor,
     cos_PE: Tensor,
@@ -201,13 +252,8 @@ def decode_attention_ref(
     _, S, G, D = keys_BSGD.shape
     q_BHD, k_BGD, values_BGD = qkv_BN.unflatten(1, (-1, D)).tensor_split((-2 * G, -G), dim=1)
     rows_B = positions_B.clamp(0, cos_PE.shape[0] - 1)
-    cos_B1E, sin_B1E = cos_PE[rows_B, None], sin_PE[rows_B, None]
-
-    def rotate(x_BHD: Tensor) -> Tensor:
-        low, high = x_BHD.chunk(2, dim=-1)
-        return torch.cat((low * cos_B1E + -high * sin_B1E, high * cos_B1E + low * sin_B1E), dim=-1)
-
-    q_BHD, keys_BGD = rotate(q_BHD), rotate(k_BGD)
+    tables = cos_PE[rows_B, None], sin_PE[rows_B, None]
+    q_BHD, keys_BGD = _rotate(q_BHD, *tables), _rotate(k_BGD, *tables)
     y = []
     for b, position in enumerate(positions_B.tolist()):
         first = max(0, position - window + 1) if window else 0

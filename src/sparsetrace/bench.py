@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -121,16 +120,18 @@ def observed_rules(decoder: Decoder, sparsity: float, seed: int = 0) -> list[Mat
     return rules
 
 
-def random_groups(config: ModelConfig, count: int, batch: int, new: int, seed: int = 0) -> list[list[prompts.Sequence]]:
-    """Groups of sequences with random prompts, numbered as a split would number them."""
+def random_groups(
+    config: ModelConfig, count: int, batch: int, new: int, seed: int = 0, length: int = PROMPT_TOKENS
+) -> list[list[prompts.Sequence]]:
+    """Groups of sequences with random prompts of `length` tokens, numbered as a split would number them."""
     draws = np.random.default_rng(seed)
     groups: list[list[prompts.Sequence]] = []
     for group in range(count):
         numbers = range(group * batch, (group + 1) * batch)
-        ids = draws.integers(config.vocab_size, size=(batch, PROMPT_TOKENS)).tolist()
+        ids = draws.integers(config.vocab_size, size=(batch, length)).tolist()
         groups.append(
             [
-                prompts.Sequence(n, n * (PROMPT_TOKENS + new), group, slot, "random", n, "", ids[slot])
+                prompts.Sequence(n, n * (length + new), group, slot, "random", n, "", ids[slot])
                 for slot, n in enumerate(numbers)
             ]
         )
@@ -145,8 +146,8 @@ def decode_rows(
     num_groups: int,
     folder: Path,
     device: torch.device,
-    make_engine: Callable[..., Any] = Engine,
-    make_recorder: Callable[..., Any] = Recorder,
+    make_engine: Callable[..., Engine] = Engine,
+    make_recorder: Callable[..., Recorder] = Recorder,
 ) -> Iterator[DecodeRow]:
     """Time decoding: dense and sparse without capture, then sparse with its operands written to the disk.
 
@@ -184,7 +185,7 @@ def decode_rows(
             groups = random_groups(config, 1 + num_groups, batch, new)
             for sink in sinks:
                 recorder = None if sink == "none" else make_recorder(config, engine.block_rows, engine.device)
-                seconds, written, rows = _time(engine, recorder, groups, folder)
+                seconds, written, rows = time_groups(engine, recorder, groups, folder)
                 rate = num_groups * batch * new / seconds
                 yield DecodeRow(batch, method.label, sink, rate, written / rows if rows else 0.0)
             # its caches and graphs, before the next takes as much again
@@ -192,17 +193,18 @@ def decode_rows(
         patch.put(decoder, sparse=False)
 
 
-def _time(engine: Any, recorder: Any, groups: list[list[prompts.Sequence]], folder: Path) -> tuple[float, int, int]:
-    """Run groups, the first without counting; returns seconds, bytes written and tokens captured."""
-    written: list[tuple[int, int]] = []
+def time_groups(
+    engine: Engine, recorder: Recorder | None, groups: list[list[prompts.Sequence]], folder: Path
+) -> tuple[float, int, int]:
+    """Run groups, the first without counting.
+
+    Returns:
+        Seconds until the last block is on the disk, bytes written there, and tokens captured.
+    """
+    written: list[tuple[list[str], int]] = []
 
     def then(blocks: list[str], rows: int) -> None:
-        """Count what the writer has finished, and make room for more."""
-        size = 0
-        for block in blocks:
-            size += (folder / block).stat().st_size
-            (folder / block).unlink()
-        written.append((size, rows))
+        written.append((blocks, rows))
 
     def run(group: list[prompts.Sequence]) -> None:
         if recorder is not None:
@@ -217,12 +219,21 @@ def _time(engine: Any, recorder: Any, groups: list[list[prompts.Sequence]], fold
         if engine.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def remove() -> int:
+        """Bytes of the blocks, which are gone then; a benchmark's recorder may have dropped them before."""
+        files = [folder / block for blocks, _ in written for block in blocks if (folder / block).exists()]
+        size = sum(file.stat().st_size for file in files)
+        for file in files:
+            file.unlink()
+        return size
+
     run(groups[0])
     finish()
+    remove()
     written.clear()
     started = time.perf_counter()
     for group in groups[1:]:
         run(group)
     finish()
     seconds = time.perf_counter() - started
-    return seconds, sum(size for size, _ in written), sum(rows for _, rows in written)
+    return seconds, remove(), sum(rows for _, rows in written)

@@ -1,6 +1,15 @@
-"""Taking the operands out of a running model and writing them as dump blocks."""
+"""Taking the operands out of a running model and writing them as dump blocks.
 
-from dataclasses import dataclass
+A ring on the model's device takes the rows of every captured matrix, by number, so that the same code captures in eager
+mode and inside a CUDA graph. A full ring is packed (on a GPU by one launch there, into one of two stages whose copy to
+pinned memory and to the disk overlaps with decoding) and filled anew.
+"""
+
+# Shape suffixes: n rows of a pass, R rows of the ring, S matrices of a site, B slots, T positions, K input features,
+# N output features.
+
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,33 +21,26 @@ from sparsetrace.files import InputError
 from sparsetrace.model import ModelConfig
 from sparsetrace.ragged import offsets_of
 from sparsetrace.rows import row_figures
-from sparsetrace.schema import FORMATS, MATRICES, SITE_OF, mask_bytes
+from sparsetrace.schema import FORMATS, MATRICES, SITE_OF, SITES, mask_bytes
 from sparsetrace.settings import Capture
-from sparsetrace_kernels.reference import pack_bits
+from sparsetrace.writer import PENDING, BlockWriter
+from sparsetrace_kernels.reference import pack_bits, place_rows_ref
 
-# Host memory that one block's rows may take; with the model's width it fixes the rows of a block.
+# Memory that one block's rows may take; with the model's width it fixes the rows of a block, and of a prefill pass.
 BLOCK_BYTES = 256 << 20
+GPU_BLOCK_BYTES = 1 << 30
+
+# Columns of the ring's labels.
+LABELS = ("token", "sequence", "position")
+
+WriteBlock = Callable[[Path, dict[str, np.ndarray]], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Captured rows of one forward pass, in the order of its flattened [B, T].
-
-    Args:
-        index: int64 [n], position in the flattened batch.
-        token, sequence, position: int64 [n], the index columns of each.
-    """
-
-    index: np.ndarray
-    token: np.ndarray
-    sequence: np.ndarray
-    position: np.ndarray
-
-
-def block_rows(config: ModelConfig, batch: int) -> int:
-    """Rows of one block: what fits `BLOCK_BYTES`, but at least one pass of the batch."""
+def block_rows(config: ModelConfig, batch: int, device: torch.device) -> int:
+    """Rows of one block: what fits the memory, but at least one pass of the batch."""
     width = sum(config.in_features(SITE_OF[matrix]) for matrix in MATRICES) * config.num_hidden_layers
-    return max(batch, BLOCK_BYTES // (width * FORMATS[config.dtype].bits.itemsize))
+    room = GPU_BLOCK_BYTES if device.type == "cuda" else BLOCK_BYTES
+    return max(batch, room // (width * FORMATS[config.dtype].bits.itemsize))
 
 
 def captured_matrices(config: ModelConfig, capture: Capture) -> list[tuple[int, str]]:
@@ -59,133 +61,218 @@ def captured_matrices(config: ModelConfig, capture: Capture) -> list[tuple[int, 
 
 
 class Recorder:
-    """Collects one group's operands and writes full blocks; memory is that of one block.
+    """Collects a group's operands and writes full blocks; its memory is that of a ring and, on a GPU, of two stages.
 
     Args:
-        folder: of the shard's dump.
-        group: number of the group.
         config: of the model.
         rows: of a block; no pass captures more.
         device: of the model.
         out_masks: matrices of which the method says which outputs are not computed.
         capture: what is kept; None keeps all.
+        write: takes each block, in a thread.
     """
 
     def __init__(
         self,
-        folder: Path,
-        group: int,
         config: ModelConfig,
         rows: int,
         device: torch.device,
         out_masks: tuple[str, ...] = (),
         capture: Capture | None = None,
+        write: WriteBlock = write_block,
     ) -> None:
-        self.folder = folder
-        self.group = group
         self.config = config
         self.capture = capture or Capture()
-        self.blocks: list[str] = []
-        self.rows = 0
+        self.device = device
+        self._writer = BlockWriter()
+        self._write = write
         self._capacity = rows
-        self._buffers = {
-            (layer, matrix): torch.empty(
-                rows, config.in_features(SITE_OF[matrix]), dtype=config.torch_dtype, device=device
-            )
-            for layer, matrix in captured_matrices(config, self.capture)
-        }
+        self._chosen = captured_matrices(config, self.capture)
+        # all matrices of a site side by side, since one launch captures for them all
+        sites = dict.fromkeys((layer, SITE_OF[matrix]) for layer, matrix in self._chosen)
+        widths = {(layer, m): config.in_features(site) for layer, site in sites for m in SITES[site]}
+        # the last row takes whatever is not captured
+        self._ring = torch.empty(sum(widths.values()) * (rows + 1), dtype=config.torch_dtype, device=device)
+        self._regions: dict[tuple[int, str], Tensor] = {}
+        base = 0
+        for key, width in widths.items():
+            self._regions[key] = self._ring[base : base + width * (rows + 1)].view(rows + 1, width)
+            base += width * (rows + 1)
         self._dropped = {
             (layer, matrix): torch.empty(
-                rows, mask_bytes(config.out_features(matrix)), dtype=torch.uint8, device=device
+                rows + 1, mask_bytes(config.out_features(matrix)), dtype=torch.uint8, device=device
             )
-            for layer, matrix in self._buffers
+            for layer, matrix in self._chosen
             if matrix in out_masks and self.capture.level != "stats"
         }
-        self._pending: list[Rows] = []
-        self._filled = 0
-        self._index: Tensor | None = None
+        self._labels = torch.empty(rows + 1, len(LABELS), dtype=torch.int64, device=device)
+        self._filled = torch.zeros(1, dtype=torch.int64, device=device)
+        self._place = place_rows_ref
+        if device.type == "cuda":
+            # imported late: the torch engine also runs where Triton is not installed
+            from sparsetrace_kernels.decode_state import place_rows
+
+            self._place = place_rows
+        # at most as many rows are filled: what the host knows without asking the device
+        self._bound = 0
+        self._rows_n: Tensor | None = None
+        self._folder, self._group, self._blocks = Path(), 0, 0
+        self._stages: list[_Stage] = []
+        if device.type == "cuda":
+            regions = [self._regions[key] for key in self._chosen]
+            self._stages = [_Stage(self._ring, regions, FORMATS[config.dtype].infinity) for _ in range(PENDING)]
+
+    def open(self, folder: Path, group: int) -> None:
+        """Begin a group, whose blocks go to `folder`."""
+        self._folder, self._group, self._blocks = folder, group, 0
+        self._bound = 0
+        self._filled.zero_()
 
     def samples(self, positions_BT: np.ndarray) -> np.ndarray:
-        """bool [B, T]: which positions are kept of those that are sparsified."""
+        """bool, shape of the positions: which are kept of those that are sparsified."""
         chosen: np.ndarray = positions_BT % self.capture.every == 0
         return chosen
 
-    def begin(self, rows: Rows) -> None:
-        """Announce the rows that the coming pass captures."""
-        assert len(rows.index) <= self._capacity
-        if self._filled + len(rows.index) > self._capacity:
+    def reserve(self, rows: int) -> None:
+        """Make room for a pass that captures at most `rows`."""
+        assert rows <= self._capacity
+        if self._bound + rows > self._capacity:
             self._flush()
-        device = next(iter(self._buffers.values())).device
-        self._index = torch.from_numpy(rows.index).to(device)
-        self._pending.append(rows)
+        self._bound += rows
+
+    def place(self, chosen_n: Tensor, positions_n: Tensor, bases_n: Tensor, numbers_n: Tensor) -> Tensor:
+        """Choose the ring row of each row of the coming pass; works on the device alone.
+
+        Args:
+            chosen_n: bool, rows that are captured if their position is sampled.
+            positions_n, bases_n, numbers_n: int64, of each; its sequence's first token number, and its number.
+
+        Returns:
+            int64 [n]; where not captured, a number beyond the rows of `ring`.
+        """
+        self._rows_n = self._place(
+            chosen_n, positions_n, bases_n, numbers_n, self.capture.every, self._labels, self._filled
+        )
+        return self._rows_n
+
+    def ring(self, layer: int, site: str) -> Tensor | None:
+        """[R, S, K] view of what a site's matrices fill; None where none of them is captured."""
+        first = (layer, SITES[site][0])
+        if first not in self._regions:
+            return None
+        region = self._regions[first]
+        rows, width = region.shape
+        shape = (rows - 1, len(SITES[site]), width)
+        return self._ring.as_strided(shape, (width, rows * width, 1), region.storage_offset())
 
     def record(self, layer: int, matrix: str, operand_BTK: Tensor) -> None:
-        """Take the announced rows of an operand; `patch.Patch.record`."""
-        assert self._index is not None
-        if (layer, matrix) not in self._buffers:
-            return
-        rows = self._buffers[layer, matrix][self._filled : self._filled + len(self._index)]
-        torch.index_select(operand_BTK.flatten(0, 1), 0, self._index, out=rows)
+        """Take the placed rows of an operand; `patch.Patch.record`."""
+        assert self._rows_n is not None
+        if (layer, matrix) in self._regions:
+            self._regions[layer, matrix].index_copy_(0, self._rows_n, operand_BTK.flatten(0, 1))
 
     def record_outputs(self, layer: int, matrix: str, dropped_BTN: Tensor) -> None:
-        """Take the announced rows of the outputs that are not computed; `patch.Patch.record_outputs`."""
-        assert self._index is not None
-        if (layer, matrix) not in self._dropped:
-            return
-        rows = self._dropped[layer, matrix][self._filled : self._filled + len(self._index)]
-        rows.copy_(pack_bits(dropped_BTN.flatten(0, 1).index_select(0, self._index)))
+        """Take the placed rows of the outputs that are not computed; `patch.Patch.record_outputs`."""
+        assert self._rows_n is not None
+        if (layer, matrix) in self._dropped:
+            self._dropped[layer, matrix].index_copy_(0, self._rows_n, pack_bits(dropped_BTN.flatten(0, 1)))
 
-    def end(self) -> None:
-        """The pass is over."""
-        assert self._index is not None
-        self._filled += len(self._index)
-        self._index = None
+    def close(self, then: Callable[[list[str], int], None] | None = None) -> tuple[list[str], int]:
+        """End the group: write what is left; see `BlockWriter.close`."""
+        self._flush()
+        return self._writer.close(then)
 
-    def close(self) -> None:
-        """Write what is left."""
-        if self._filled:
-            self._flush()
+    def wait(self) -> None:
+        """Wait until every group is sealed; raises what writing or sealing raised."""
+        self._writer.wait()
+
+    def shutdown(self) -> None:
+        """Leave; what has not begun to be written is not."""
+        self._writer.shutdown()
+
+    def abandon(self) -> None:
+        """Drop the group and the blocks that it has written."""
+        for name in self._writer.abandon():
+            (self._folder / name).unlink(missing_ok=True)
 
     def _flush(self) -> None:
-        rows = {
-            name: np.concatenate([getattr(pending, name) for pending in self._pending])
-            for name in ("token", "sequence", "position")
-        }
+        if not self._bound:
+            return
+        name = block_name(self._group, self._blocks)
+        path = self._folder / name
+        self._blocks += 1
+        self._writer.ready()
+        if self.device.type == "cuda":
+            # the one used longest ago: `BlockWriter.ready` has seen to it that it is free
+            self._stages.append(stage := self._stages.pop(0))
+            stage.take(self._ring, self._bound, self._filled, self._labels, self._dropped)
+            self._writer.submit(name, partial(self._write_stage, stage, path))
+        else:
+            rows = int(self._filled)
+            packed = {
+                (layer, matrix): _pack_on_host(self._regions[layer, matrix][:rows]) for layer, matrix in self._chosen
+            }
+            dropped = {key: buffer[:rows].numpy().copy() for key, buffer in self._dropped.items()}
+            arrays = self._arrays(self._labels[:rows].numpy().copy(), packed, dropped)
+            if rows:
+                self._writer.submit(name, partial(self._write_arrays, path, arrays, rows))
+        self._filled.zero_()
+        self._bound = 0
+
+    def _write_arrays(self, path: Path, arrays: dict[str, np.ndarray], rows: int) -> int:
+        self._write(path, arrays)
+        return rows
+
+    def _write_stage(self, stage: "_Stage", path: Path) -> int:
+        labels, packed, dropped = stage.fetch()
+        if len(labels):
+            arrays = self._arrays(
+                labels, dict(zip(self._chosen, packed, strict=True)), dropped, looked_through=stage.finite
+            )
+            # as they lie in memory: offsets, all values, all masks
+            kinds = {"values": 1, "mask": 2}
+            in_memory = sorted(arrays, key=lambda name: kinds.get(name.rsplit(".", 1)[1], 0))
+            self._write(path, {name: arrays[name] for name in in_memory})
+        return len(labels)
+
+    def _arrays(
+        self,
+        labels: np.ndarray,
+        packed: dict[tuple[int, str], tuple[np.ndarray, np.ndarray, np.ndarray]],
+        dropped: dict[tuple[int, str], np.ndarray],
+        looked_through: bool = False,
+    ) -> dict[str, np.ndarray]:
+        """The arrays of a block, from (offsets, values, mask) of each matrix."""
+        rows = dict(zip(LABELS, labels.T, strict=True))
         arrays = {
-            "rows.token": rows["token"],
+            "rows.token": np.ascontiguousarray(rows["token"]),
             "rows.sequence": rows["sequence"].astype(np.int32),
             "rows.position": rows["position"].astype(np.int32),
         }
-        for (layer, matrix), buffer in self._buffers.items():
-            bits = _patterns(buffer[: self._filled])
-            self._refuse_not_finite(layer, matrix, bits, rows)
-            # the operand holds no -0.0, so a pattern is zero exactly where the input was dropped
-            keep = bits != 0
+        for (layer, matrix), (offsets, values, mask) in packed.items():
+            if not looked_through:
+                self._refuse_not_finite(layer, matrix, values, offsets, rows)
             name = f"L{layer:02d}.{matrix}"
-            nnz, values = keep.sum(1), bits[keep]
-            offsets = offsets_of(nnz)
             if self.capture.level == "full":
                 arrays |= {f"{name}.offsets": offsets, f"{name}.values": values}
             else:
                 figures = row_figures(values, offsets, FORMATS[self.config.dtype])
                 arrays |= {f"{name}.absmax": figures[0], f"{name}.l2": figures[1]}
             if self.capture.level == "stats":
-                arrays[f"{name}.nnz"] = nnz.astype(np.int32)
+                arrays[f"{name}.nnz"] = np.diff(offsets).astype(np.int32)
             else:
-                arrays[f"{name}.mask"] = np.packbits(keep, axis=1, bitorder="little")
-            if (layer, matrix) in self._dropped:
-                arrays[f"{name}.out_mask"] = self._dropped[layer, matrix][: self._filled].cpu().numpy()
-        file = block_name(self.group, len(self.blocks))
-        write_block(self.folder / file, arrays)
-        self.blocks.append(file)
-        self.rows += self._filled
-        self._pending, self._filled = [], 0
+                arrays[f"{name}.mask"] = mask
+            if (layer, matrix) in dropped:
+                arrays[f"{name}.out_mask"] = dropped[layer, matrix]
+        return arrays
 
-    def _refuse_not_finite(self, layer: int, matrix: str, bits: np.ndarray, rows: dict[str, np.ndarray]) -> None:
+    def _refuse_not_finite(
+        self, layer: int, matrix: str, values: np.ndarray, offsets: np.ndarray, rows: dict[str, np.ndarray]
+    ) -> None:
         number = FORMATS[self.config.dtype]
-        bad = (bits & (number.sign - 1)) >= number.infinity
+        bad = (values & (number.sign - 1)) >= number.infinity
         if bad.any():
-            row = int(bad.any(1).argmax())
+            row = int(np.searchsorted(offsets, int(bad.argmax()), side="right")) - 1
             raise InputError(
                 f"generate: activations must be finite, got Inf or NaN in layer {layer}, matrix {matrix}, token "
                 f"{rows['token'][row]} (sequence {rows['sequence'][row]}, position {rows['position'][row]}): "
@@ -193,8 +280,114 @@ class Recorder:
             )
 
 
-def _patterns(x: Tensor) -> np.ndarray:
-    """Bit patterns of a tensor, on the host."""
-    itemsize = x.element_size()
-    integers: np.ndarray = x.cpu().view(torch.int16 if itemsize == 2 else torch.int32).numpy()
-    return integers.view(np.uint16 if itemsize == 2 else np.uint32)
+def _pack_on_host(operand_nK: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Offsets, kept bit patterns and bitmask of rows; copies."""
+    itemsize = operand_nK.element_size()
+    integers: np.ndarray = operand_nK.view(torch.int16 if itemsize == 2 else torch.int32).numpy()
+    bits = integers.view(np.uint16 if itemsize == 2 else np.uint32)
+    # the operand holds no -0.0, so a pattern is zero exactly where the input was dropped
+    keep = bits != 0
+    return offsets_of(keep.sum(1)), bits[keep], np.packbits(keep, axis=1, bitorder="little")
+
+
+class _Stage:
+    """One block on its way from the ring to the disk: packed on the device, copied to pinned memory by a side stream.
+
+    Args:
+        ring: the device's buffer; patterns of all kinds are moved as integers.
+        regions: of the captured matrices, [R + 1, K] views into it, in the order of the block.
+        infinity: bit pattern of Inf in the ring's dtype.
+    """
+
+    def __init__(self, ring: Tensor, regions: list[Tensor], infinity: int) -> None:
+        # imported late: the torch engine also runs where Triton is not installed
+        from sparsetrace_kernels.pack import chunk_table, pack_regions
+
+        self._pack = pack_regions
+        self._patterns = torch.int16 if ring.element_size() == 2 else torch.int32
+        self._infinity = infinity
+        self._widths = [region.shape[1] for region in regions]
+        self._capacity, device = regions[0].shape[0], ring.device
+        rows = self._capacity - 1
+        starts = [int(region.storage_offset()) for region in regions]
+        self._table = chunk_table(self._widths, self._capacity, device, starts)
+        sizes = {
+            "values": (rows * sum(self._widths), self._patterns),
+            "masks": (rows * sum(map(mask_bytes, self._widths)), torch.uint8),
+            "starts": (rows * len(regions) + 1, torch.int64),
+            "labels": ((rows + 1) * len(LABELS), torch.int64),
+            "filled": (1, torch.int64),
+            "nonfinite": (1, torch.int32),
+        }
+        self._device = {n: torch.empty(size, dtype=dtype, device=device) for n, (size, dtype) in sizes.items()}
+        pin = device.type == "cuda"
+        self._host = {n: torch.empty(size, dtype=dtype, pin_memory=pin) for n, (size, dtype) in sizes.items()}
+        self._side = torch.cuda.Stream(device) if pin else None
+        self._packed = torch.cuda.Event() if pin else None
+        self._bound = 0
+        self._dropped: dict[tuple[int, str], Tensor] = {}
+        self.finite = True
+
+    def take(
+        self, ring: Tensor, bound: int, filled: Tensor, labels: Tensor, dropped: dict[tuple[int, str], Tensor]
+    ) -> None:
+        """Pack the first rows of the ring, at most `bound`, in stream order; the ring is free for what comes after."""
+        self._bound = bound
+        device = self._device
+        device["nonfinite"].zero_()
+        device["filled"].copy_(filled)
+        device["labels"][: bound * len(LABELS)].copy_(labels[:bound].flatten())
+        self._pack(
+            ring.view(self._patterns),
+            self._table,
+            self._widths,
+            self._capacity,
+            bound,
+            device["filled"],
+            device["values"],
+            device["masks"],
+            device["starts"][: len(self._widths) * bound + 1],
+            device["nonfinite"],
+            self._infinity,
+        )
+        self._dropped = {key: buffer[:bound].clone() for key, buffer in dropped.items()}
+        if self._packed is not None:
+            self._packed.record()
+
+    def fetch(
+        self,
+    ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray, np.ndarray]], dict[tuple[int, str], np.ndarray]]:
+        """Wait for what `take` began and copy it; called by a writing thread.
+
+        Returns:
+            Labels [rows, 3]; offsets, values and bitmask of each region; dropped outputs. Views of the stage's memory.
+        """
+        bound, num_regions = self._bound, len(self._widths)
+        self._copy({"filled": 1, "nonfinite": 1, "starts": num_regions * bound + 1, "labels": bound * len(LABELS)})
+        rows = int(self._host["filled"])
+        self.finite = not int(self._host["nonfinite"])
+        starts = self._host["starts"].numpy()[: num_regions * bound + 1]
+        self._copy({"values": int(starts[-1]), "masks": bound * sum(map(mask_bytes, self._widths))})
+        values = self._host["values"].numpy().view(np.uint16 if self._patterns is torch.int16 else np.uint32)
+        packed = []
+        at = 0
+        for region, width in enumerate(self._widths):
+            absolute = starts[region * bound : region * bound + rows + 1]
+            mask = self._host["masks"].numpy()[at : at + bound * mask_bytes(width)].reshape(bound, -1)[:rows]
+            packed.append((absolute - absolute[0], values[absolute[0] : absolute[-1]], mask))
+            at += bound * mask_bytes(width)
+        labels = self._host["labels"].numpy()[: bound * len(LABELS)].reshape(bound, -1)[:rows]
+        return labels, packed, {key: buffer[:rows].cpu().numpy() for key, buffer in self._dropped.items()}
+
+    def _copy(self, counts: dict[str, int]) -> None:
+        """Bring the first `count` entries of each buffer to the host."""
+        if self._side is None:
+            for name, count in counts.items():
+                self._host[name][:count].copy_(self._device[name][:count])
+            return
+        with torch.cuda.stream(self._side):
+            assert self._packed is not None
+            self._side.wait_event(self._packed)
+            for name, count in counts.items():
+                self._host[name][:count].copy_(self._device[name][:count], non_blocking=True)
+        self._side.synchronize()

@@ -24,8 +24,12 @@ level `masks` has no values and offsets but `L07.q.absmax` and `L07.q.l2`, float
 `L07.q.nnz`, int32 [T], alone. `L07.q.out_mask`, uint8 [T, ceil(N / 8)], is there where the method has one.
 """
 
+import errno
+import io
 import json
 import mmap
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +40,116 @@ from sparsetrace.files import InputError, write_beside
 _CODES = {"uint8": "U8", "uint16": "U16", "uint32": "U32", "int32": "I32", "int64": "I64", "float32": "F32"}
 _DTYPES = {code: np.dtype(name).newbyteorder("<") for name, code in _CODES.items()}
 _PREFIX_BYTES = 8
+# From this size on a block is written around the page cache, in chunks.
+_DIRECT_BYTES = 64 << 20
+_DIRECT_CHUNK_BYTES = 16 << 20
+_DIRECT_RUN_BYTES = 1 << 20
 
 
 def write_block(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write arrays in the order given, contiguous, as a safetensors file."""
+    """Write arrays in the order given, contiguous, as a safetensors file.
+
+    Arrays that are neighbours in memory too, and large, begin at a page of the file if they do in memory (`fill.0`, ...
+    stands between), so that the disk can take them from where they lie.
+    """
     header: dict[str, Any] = {}
+    pieces: list[np.ndarray] = []
     offset = 0
-    for name, array in arrays.items():
-        header[name] = {
-            "dtype": _CODES[array.dtype.name],
-            "shape": array.shape,
-            "data_offsets": [offset, offset + array.nbytes],
-        }
-        offset += array.nbytes
+
+    def add(name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> None:
+        nonlocal offset
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+
+    for names, piece in _runs(arrays):
+        on_page = len(piece) >= _DIRECT_RUN_BYTES and _address(piece) % mmap.PAGESIZE == 0
+        if on_page and (gap := -offset % mmap.PAGESIZE):
+            pieces.append(np.zeros(gap, np.uint8))
+            add(f"fill.{len(pieces)}", "U8", (gap,), gap)
+        for name in names:
+            add(name, _CODES[arrays[name].dtype.name], arrays[name].shape, arrays[name].nbytes)
+        pieces.append(piece)
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with write_beside(path) as partial, partial.open("wb") as file:
-        file.write(len(text).to_bytes(_PREFIX_BYTES, "little") + text)
-        for array in arrays.values():
-            file.write(np.ascontiguousarray(array).data)
+    direct = offset >= _DIRECT_BYTES
+    text += b" " * (-(len(text) + _PREFIX_BYTES) % (mmap.PAGESIZE if direct else _PREFIX_BYTES))
+    pieces.insert(0, np.frombuffer(len(text).to_bytes(_PREFIX_BYTES, "little") + text, np.uint8))
+    with write_beside(path) as partial:
+        if not direct or not _write_direct(partial, pieces):
+            with partial.open("wb") as file:
+                for piece in pieces:
+                    file.write(piece.data)
+
+
+def _runs(arrays: dict[str, np.ndarray]) -> Iterator[tuple[list[str], np.ndarray]]:
+    """The bytes of arrays that lie one after the other in memory, and the arrays' names."""
+    names: list[str] = []
+    run = np.empty(0, np.uint8)
+    for name, array in arrays.items():
+        piece = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        if names and _address(run) + len(run) == _address(piece) and run.base is not None and len(piece):
+            # both are views of one buffer, which this view keeps alive with the first
+            run = np.lib.stride_tricks.as_strided(run, (len(run) + len(piece),), (1,))
+            names.append(name)
+            continue
+        if names:
+            yield names, run
+        names, run = [name], piece
+    if names:
+        yield names, run
+
+
+def _address(piece: np.ndarray) -> int:
+    return int(piece.__array_interface__["data"][0])
+
+
+def _write_direct(path: Path, pieces: list[np.ndarray]) -> bool:
+    """Write bytes around the page cache, which costs a copy and a flush; False where the file system does not know how.
+
+    Large pieces go from where they lie if that is a page's begin; the others through a page-aligned buffer, copied
+    without holding Python's lock.
+    """
+    flag = getattr(os, "O_DIRECT", 0)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | flag, 0o666)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise
+    # page-aligned
+    buffer = np.frombuffer(mmap.mmap(-1, _DIRECT_CHUNK_BYTES), np.uint8)
+    filled = written = 0
+    with os.fdopen(descriptor, "wb", 0) as file:
+        try:
+            for piece in pieces:
+                start = 0
+                while start < len(piece):
+                    body = (len(piece) - start) // mmap.PAGESIZE * mmap.PAGESIZE
+                    aligned = filled % mmap.PAGESIZE == 0 and _address(piece[start:]) % mmap.PAGESIZE == 0
+                    if aligned and body >= _DIRECT_RUN_BYTES:
+                        _write_whole(file, buffer[:filled].data)
+                        _write_whole(file, piece[start : start + body].data)
+                        written, filled, start = written + filled + body, 0, start + body
+                        continue
+                    count = min(len(piece) - start, len(buffer) - filled)
+                    buffer[filled : filled + count] = piece[start : start + count]
+                    start, filled = start + count, filled + count
+                    if filled == len(buffer):
+                        _write_whole(file, buffer.data)
+                        written, filled = written + filled, 0
+            if filled:
+                # up to a whole page, of which the file keeps what is ours
+                _write_whole(file, buffer[: -(-filled // mmap.PAGESIZE) * mmap.PAGESIZE].data)
+            file.truncate(written + filled)
+        except OSError as error:
+            if error.errno == errno.EINVAL and not written:
+                return False
+            raise
+    return True
+
+
+def _write_whole(file: io.FileIO, view: memoryview) -> None:
+    while view:
+        view = view[file.write(view) :]
 
 
 class Block:

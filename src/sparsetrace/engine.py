@@ -1,26 +1,39 @@
-"""The torch engine: decodes one group of sequences at fixed shapes, on any device.
+"""The engines: they decode one group of sequences at fixed shapes, and capture.
+
+`torch` is the reference, on any device, in eager mode. `triton` runs `fused.FusedDecoder` on a GPU, each decoding step
+as one CUDA graph. Both share everything else: a step works on static tensors of the device, sampling included, and the
+host only looks now and then whether any sequence still runs.
 
 Everything that shapes a sum (batch, padding, prefill chunks) follows from the group and the configuration alone, with
 capture on or off.
 """
 
-# Shape suffixes: B slots, T positions of one pass, S positions of a slot, V vocabulary.
+# Shape suffixes: B slots, T positions of one pass, n = B T rows, P positions of a sequence, V vocabulary.
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from sparsetrace.capture import Recorder, Rows, block_rows
+from sparsetrace.capture import Recorder, block_rows
 from sparsetrace.files import InputError
-from sparsetrace.model import Decoder, KVCache
+from sparsetrace.methods import MatrixRule, Method
+from sparsetrace.model import Decoder, KVCache, ModelConfig
 from sparsetrace.patch import Patch, observe
 from sparsetrace.prompts import Sequence
 from sparsetrace.schema import SITES
 from sparsetrace.settings import Batching, Decoding
+from sparsetrace_kernels.reference import DENSE, advance_ref
+
+Kind = Literal["torch", "triton"]
+
+# Decoding steps between two looks at whether any sequence still runs, and looks that the device may be behind.
+GPU_BURST, GPU_BEHIND = 8, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +41,7 @@ class GroupResult:
     """What one group produced.
 
     Args:
-        output_ids: sampled ids of each sequence; the last was never fed.
+        output_ids: ids that follow each prompt, sampled or given; the last was never fed.
         stopped: whether each ended with an end-of-sequence token.
         fed: columns of `schema.TOKENS` but for token and text, in the order of execution.
     """
@@ -38,19 +51,62 @@ class GroupResult:
     fed: pa.Table
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How a group's tokens are fed: some at once, then others step by step.
+
+    Args:
+        at_once: ids of each sequence.
+        sparse_from, forced_from: int64 [B], the position of `at_once` from which on each is sparsified, and from which
+            on its phase is `forced`.
+        steps: passes that follow, at most.
+        given: ids that follow `at_once`, of which the last is not fed; None where they are sampled.
+        outputs: what the result says was put out; None where that is what follows `at_once`.
+    """
+
+    at_once: list[list[int]]
+    sparse_from: np.ndarray
+    forced_from: np.ndarray
+    steps: int
+    given: list[list[int]] | None = None
+    outputs: list[list[int]] | None = None
+
+    def positions(self) -> int:
+        """Positions of the longest sequence that is fed, up to a multiple that attention needs no padding for."""
+        return max(1, -(-(max(map(len, self.at_once)) + self.steps) // 8)) * 8
+
+    def limits(self, max_new_tokens: int) -> list[int]:
+        """How many tokens are chosen for each sequence, at most."""
+        if self.given is not None:
+            return [len(ids) for ids in self.given]
+        return [max_new_tokens if self.outputs is None else 0] * len(self.at_once)
+
+
 class Engine:
     """Runs groups through a model.
 
     Args:
         model: with or without a method installed.
-        patch: the installed method; None runs the model as it is.
+        patch: the installed method; None runs the model as it is, which the torch engine alone does.
         decoding: how tokens are produced.
         batching: how sequences are multiplied together.
         eos: ids that end a sequence.
+        kind: of engine.
+        positions: that the longest sequence of all groups has, so that the triton engine's memory is laid out once.
+
+    Raises:
+        InputError: the engine cannot run this model under this method.
     """
 
     def __init__(
-        self, model: Decoder, patch: Patch | None, decoding: Decoding, batching: Batching, eos: frozenset[int]
+        self,
+        model: Decoder,
+        patch: Patch | None,
+        decoding: Decoding,
+        batching: Batching,
+        eos: frozenset[int],
+        kind: Kind = "torch",
+        positions: int = 1,
     ) -> None:
         self.model = model
         self.patch = patch
@@ -63,89 +119,80 @@ class Engine:
                 "part of the prompt, got all"
             )
         self.device = model.embedding.device
-        self.block_rows = block_rows(model.config, batching.batch_size)
+        self.block_rows = block_rows(model.config, batching.batch_size, self.device)
+        # tokens that are given end where they end
+        self._ending = self.eos if decoding.tokens_from == "own" else frozenset()
+        self._given = decoding.tokens_from != "own" and decoding.replay == "steps"
+        self._fused: _Fused | None = None
+        if kind == "triton":
+            assert patch is not None
+            self._fused = _Fused(model, patch, batching.batch_size, positions)
 
     @torch.inference_mode()
-    def run(self, group: list[Sequence], recorder: Recorder | None) -> GroupResult:
-        """Prefill and decode a group.
+    def run(
+        self, group: list[Sequence], recorder: Recorder | None, given: list[list[int]] | None = None
+    ) -> GroupResult:
+        """Feed a group's prompts, then what follows them.
 
         Args:
             group: at most `batch_size` sequences; the slots left over are padded and thrown away.
-            recorder: takes the operands; None captures nothing and changes nothing else.
+            recorder: takes the operands, and is left open; None captures nothing and changes nothing else.
+            given: with `tokens_from: dense`, the ids that follow each prompt.
 
         Raises:
             InputError: an activation or a logit is not finite.
         """
+        plan = self._plan(group, given)
         B = self.batching.batch_size
-        lengths_B = np.ones(B, dtype=np.int64)
-        lengths_B[: len(group)] = [len(sequence.prompt_ids) for sequence in group]
-        longest = int(lengths_B.max())
-        tokens_BT = np.zeros((B, longest), dtype=np.int64)
-        for slot, sequence in enumerate(group):
-            tokens_BT[slot, : lengths_B[slot]] = sequence.prompt_ids
         if self.patch is not None:
             self.patch.begin()
-        cache = KVCache(self.model.config, B, longest + self.batching.max_new_tokens - 1, self.device)
-        self._fed: list[dict[str, np.ndarray]] = []
+        if self._fused is not None:
+            # before anything is captured: laying memory out runs a step
+            self._fused.prepare(self, plan.positions(), recorder)
+            cache, loop = self._fused.cache, self._fused.loop
+            cache.k_LBSGD.zero_()
+            cache.v_LBSGD.zero_()
+        else:
+            cache = KVCache(self.model.config, B, plan.positions(), self.device)
+            loop = _Loop(B, plan.positions(), self._ending, self.device)
+        fed: list[dict[str, np.ndarray]] = []
+        hidden_BC = self._feed_at_once(group, plan, cache.first(plan.positions()), recorder, fed)
+        loop.begin(group, plan, self.decoding.seed, self.batching.max_new_tokens)
+        self._choose(loop, hidden_BC)
+        finite = self._decode(group, plan, cache, loop, recorder)
+        if not finite:
+            self._refuse_not_finite(group, plan, loop, recorder)
+        chosen = loop.outputs(group, plan)
+        if plan.steps:
+            fed.append(_note_steps(group, plan, chosen, recorder, len(fed)))
+        columns = {name: np.concatenate([part[name] for part in fed]) for name in fed[0]}
+        outputs = chosen if plan.outputs is None else plan.outputs
+        return GroupResult(outputs, [bool(ids) and ids[-1] in self.eos for ids in outputs], pa.table(columns))
 
-        hidden_BC = self._prefill(group, tokens_BT, lengths_B, cache, recorder)
-        uniform_BS = uniforms(self.decoding.seed, group, longest + self.batching.max_new_tokens, B).to(self.device)
-        running_B = np.arange(B) < len(group)
-        stopped_B = np.zeros(B, dtype=bool)
-        outputs: list[list[int]] = [[] for _ in group]
-        for step in range(self.batching.max_new_tokens):
-            logits_BV = self.model.logits(hidden_BC)
-            self._refuse_not_finite(logits_BV, running_B, group, tokens_BT, lengths_B, recorder)
-            positions_B = lengths_B + step
-            drawn_B = uniform_BS.gather(1, torch.from_numpy(positions_B).to(self.device)[:, None])
-            next_B = sample(logits_BV, drawn_B, self.decoding.temperature, self.decoding.top_k).cpu().numpy()
-            for slot in np.flatnonzero(running_B).tolist():
-                outputs[slot].append(int(next_B[slot]))
-                stopped_B[slot] = next_B[slot] in self.eos
-            running_B &= ~stopped_B
-            if step + 1 == self.batching.max_new_tokens or not running_B.any():
-                break
-            rows_B1 = running_B[:, None]
-            hidden_BTC = self._pass(
-                group, next_B[:, None], positions_B[:, None], rows_B1, rows_B1, "decode", cache, recorder
-            )
-            hidden_BC = hidden_BTC[:, 0]
-        if recorder is not None:
-            recorder.close()
-        columns = {name: np.concatenate([fed[name] for fed in self._fed]) for name in self._fed[0]}
-        return GroupResult(outputs, [bool(s) for s in stopped_B[: len(group)]], pa.table(columns))
-
-    def _prefill(
-        self,
-        group: list[Sequence],
-        tokens_BT: np.ndarray,
-        lengths_B: np.ndarray,
-        cache: KVCache,
-        recorder: Recorder | None,
-    ) -> Tensor:
-        """Feed the prompts; returns the hidden state of each one's last position, [B, C]."""
-        hidden_BC: Tensor | None = None
-        for start, stop in self._prefill_chunks(tokens_BT.shape[1]):
-            positions_BT = np.broadcast_to(np.arange(start, stop), (len(tokens_BT), stop - start))
-            real_BT = positions_BT < lengths_B[:, None]
-            real_BT[len(group) :] = False
-            sparsified_BT = real_BT & (positions_BT >= self._first_sparsified(lengths_B)[:, None])
-            hidden_BTC = self._pass(
-                group, tokens_BT[:, start:stop], positions_BT, real_BT, sparsified_BT, "prefill", cache, recorder
-            )
-            last = torch.from_numpy(np.clip(lengths_B - 1 - start, 0, stop - start - 1)).to(self.device)
-            ends_here = torch.from_numpy((lengths_B > start) & (lengths_B <= stop)).to(self.device)
-            chunk_BC = hidden_BTC[torch.arange(len(tokens_BT), device=self.device), last]
-            hidden_BC = chunk_BC if hidden_BC is None else torch.where(ends_here[:, None], chunk_BC, hidden_BC)
-        assert hidden_BC is not None
-        return hidden_BC
-
-    def _prefill_chunks(self, longest: int) -> Iterator[tuple[int, int]]:
-        """Prompt positions run at once: all where none is captured, else what one block holds."""
-        none = self.decoding.prefill == "none"
-        width = longest if none else max(1, self.block_rows // self.batching.batch_size)
-        for start in range(0, longest, width):
-            yield start, min(start + width, longest)
+    def _plan(self, group: list[Sequence], given: list[list[int]] | None) -> _Plan:
+        B = self.batching.batch_size
+        prompts = [sequence.prompt_ids for sequence in group]
+        lengths_B = np.ones(B, dtype=np.int64)
+        lengths_B[: len(group)] = [len(ids) for ids in prompts]
+        first_B = self._first_sparsified(lengths_B)
+        forced = self.decoding.replay == "forced"
+        match self.decoding.tokens_from:
+            case "own":
+                return _Plan(prompts, first_B, lengths_B, self.batching.max_new_tokens - 1)
+            case "dense":
+                assert given is not None and all(given), "a sequence has at least one token that follows"
+                if forced:
+                    whole = [ids + more[:-1] for ids, more in zip(prompts, given, strict=True)]
+                    return _Plan(whole, first_B, lengths_B, 0, outputs=given)
+                return _Plan(prompts, first_B, lengths_B, max(map(len, given)) - 1, given)
+            case "text":
+                nothing: list[list[int]] = [[] for _ in group]
+                if forced:
+                    return _Plan(prompts, first_B, np.zeros_like(lengths_B), 0, outputs=nothing)
+                at_once = [ids[:first] for ids, first in zip(prompts, first_B, strict=False)]
+                # the last id is given to be left out
+                rest = [[*ids[first:], 0] for ids, first in zip(prompts, first_B, strict=False)]
+                return _Plan(at_once, first_B, first_B, max(map(len, rest)) - 1, rest, nothing)
 
     def _first_sparsified(self, lengths_B: np.ndarray) -> np.ndarray:
         """The prompt position from which on each sequence is sparsified."""
@@ -157,97 +204,186 @@ class Engine:
             case "all":
                 return np.zeros_like(lengths_B)
 
-    def _pass(
+    def _feed_at_once(
         self,
         group: list[Sequence],
-        tokens_BT: np.ndarray,
-        positions_BT: np.ndarray,
-        real_BT: np.ndarray,
-        sparsified_BT: np.ndarray,
-        phase: str,
+        plan: _Plan,
         cache: KVCache,
         recorder: Recorder | None,
+        fed: list[dict[str, np.ndarray]],
+        *,
+        reference: bool = False,
+    ) -> Tensor | None:
+        """Feed what is known beforehand; returns the hidden state of each one's last position, [B, C].
+
+        Args:
+            fed: is told what was fed.
+            reference: run the model itself, whatever the engine.
+        """
+        B = self.batching.batch_size
+        lengths_B = np.ones(B, dtype=np.int64)
+        lengths_B[: len(group)] = [len(ids) for ids in plan.at_once]
+        longest = max(map(len, plan.at_once))
+        tokens_BP = np.zeros((B, longest), dtype=np.int64)
+        for slot, ids in enumerate(plan.at_once):
+            tokens_BP[slot, : len(ids)] = ids
+        bases_B, numbers_B = _labels(group, B)
+        hidden_BC: Tensor | None = None
+        for start, stop in self._chunks(longest):
+            positions_BT = np.broadcast_to(np.arange(start, stop), (B, stop - start))
+            real_BT = positions_BT < lengths_B[:, None]
+            real_BT[len(group) :] = False
+            sparsified_BT = real_BT & (positions_BT >= plan.sparse_from[:, None])
+            captured_BT = sparsified_BT & (recorder.samples(positions_BT) if recorder is not None else False)
+            fed.append(
+                _note(
+                    group,
+                    step=len(fed),
+                    tokens_BT=tokens_BP[:, start:stop],
+                    positions_BT=positions_BT,
+                    real_BT=real_BT,
+                    sparsified_BT=sparsified_BT,
+                    captured_BT=captured_BT,
+                    phase_BT=np.where(positions_BT >= plan.forced_from[:, None], "forced", "prefill"),
+                )
+            )
+            tokens = torch.from_numpy(tokens_BP[:, start:stop].copy()).to(self.device)
+            positions = torch.from_numpy(positions_BT.copy()).to(self.device)
+            rows_n = None
+            if recorder is not None and captured_BT.any():
+                recorder.reserve(int(captured_BT.sum()))
+                places = (sparsified_BT, positions_BT, bases_B[:, None], numbers_B[:, None])
+                rows_n = recorder.place(
+                    *(
+                        torch.from_numpy(np.broadcast_to(part, positions_BT.shape).reshape(-1).copy()).to(self.device)
+                        for part in places
+                    )
+                )
+            # with all of the prompt sparsified, padding is too: its rows are nobody's
+            everything = self.decoding.prefill == "all"
+            if self._fused is not None and not reference:
+                hidden_BTC = self._fused.rows(tokens, positions, cache, rows_n, sparsified_BT, everything)
+            else:
+                hidden_BTC = self._run_model(
+                    tokens,
+                    positions,
+                    cache,
+                    recorder if rows_n is not None else None,
+                    real_BT,
+                    sparsified_BT,
+                    everything,
+                )
+            last_B = torch.from_numpy(np.clip(lengths_B - 1 - start, 0, stop - start - 1)).to(self.device)
+            chunk_BC = hidden_BTC[torch.arange(B, device=self.device), last_B]
+            ends_here_B = torch.from_numpy((lengths_B > start) & (lengths_B <= stop)).to(self.device)
+            hidden_BC = chunk_BC if hidden_BC is None else torch.where(ends_here_B[:, None], chunk_BC, hidden_BC)
+        return hidden_BC
+
+    def _chunks(self, longest: int) -> Iterator[tuple[int, int]]:
+        """Positions fed at once: all where none is captured, else what one block holds."""
+        none = self.decoding.prefill == "none" and self.decoding.tokens_from == "own"
+        width = longest if none else max(1, self.block_rows // self.batching.batch_size)
+        for start in range(0, longest, width):
+            yield start, min(start + width, longest)
+
+    def _run_model(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        cache: KVCache,
+        recorder: Recorder | None,
+        real_BT: np.ndarray | None = None,
+        sparsified_BT: np.ndarray | None = None,
+        everything: bool = True,
     ) -> Tensor:
-        """One forward pass: note what is fed, announce what is captured, run. Returns hidden states [B, T, C]."""
-        none_BT = np.zeros_like(sparsified_BT)
-        captured_BT = none_BT if recorder is None else sparsified_BT & recorder.samples(positions_BT)
-        self._note(group, tokens_BT, positions_BT, real_BT, sparsified_BT, captured_BT, phase)
-        slots, columns = np.nonzero(captured_BT)
-        capture = recorder is not None and len(slots) > 0
+        """One pass of the model itself, the reference: hidden states [B, T, C].
+
+        Args:
+            recorder: takes the operands of the rows that were placed; None where none was.
+            real_BT, sparsified_BT: bool, positions of sequences, and those that the method applies to.
+            everything: the method applies to all.
+        """
         if self.patch is not None:
-            # Padding and ended slots in a decode pass are sparsified too, and thrown away: their rows are nobody's.
-            every = phase == "decode" or self.decoding.prefill == "all"
-            some = torch.from_numpy(sparsified_BT).to(self.device) if sparsified_BT.any() else False
-            self.patch.sparsified_BT = True if every else some
-            dense_BT = real_BT & ~sparsified_BT
-            self.patch.dense_BT = torch.from_numpy(dense_BT).to(self.device) if dense_BT.any() else None
-            self.patch.record = recorder.record if recorder is not None and capture else None
-            self.patch.record_outputs = recorder.record_outputs if recorder is not None and capture else None
-        if recorder is not None and capture:
-            assert self.patch is not None, "capture needs an installed method; `dense` drops nothing"
-            bases = np.array([sequence.base for sequence in group])[slots]
-            numbers = np.array([sequence.sequence for sequence in group])[slots]
-            position = positions_BT[slots, columns]
-            index = slots * tokens_BT.shape[1] + columns
-            recorder.begin(Rows(index, bases + position, numbers, position))
-        # copied: positions are a broadcast view, which torch must not alias
-        hidden: Tensor = self.model(
-            torch.from_numpy(tokens_BT.copy()).to(self.device),
-            torch.from_numpy(positions_BT.copy()).to(self.device),
-            cache,
-        )
-        if recorder is not None and capture:
-            recorder.end()
+            none = sparsified_BT is not None and not sparsified_BT.any()
+            some = False if sparsified_BT is None or none else torch.from_numpy(sparsified_BT).to(self.device)
+            self.patch.sparsified_BT = True if everything else some
+            self.patch.dense_BT = None
+            if real_BT is not None and sparsified_BT is not None and (real_BT & ~sparsified_BT).any():
+                self.patch.dense_BT = torch.from_numpy(real_BT & ~sparsified_BT).to(self.device)
+            self.patch.record = recorder.record if recorder is not None else None
+            self.patch.record_outputs = recorder.record_outputs if recorder is not None else None
+        else:
+            assert recorder is None, "capture needs an installed method; `dense` drops nothing"
+        hidden: Tensor = self.model(tokens_BT, positions_BT, cache)
         return hidden
 
-    def _note(
-        self,
-        group: list[Sequence],
-        tokens_BT: np.ndarray,
-        positions_BT: np.ndarray,
-        real_BT: np.ndarray,
-        sparsified_BT: np.ndarray,
-        captured_BT: np.ndarray,
-        phase: str,
-    ) -> None:
-        slots, columns = np.nonzero(real_BT)
-        step = len(self._fed)
-        self._fed.append(
-            {
-                "sequence": np.array([sequence.sequence for sequence in group], dtype=np.int32)[slots],
-                "position": positions_BT[slots, columns].astype(np.int32),
-                "token_id": tokens_BT[slots, columns].astype(np.int32),
-                "phase": np.full(len(slots), phase),
-                "captured": captured_BT[slots, columns],
-                "sparsified": sparsified_BT[slots, columns],
-                "group": np.full(len(slots), group[0].group, dtype=np.int32),
-                "step": np.full(len(slots), step, dtype=np.int32),
-                "slot": slots.astype(np.int32),
-            }
-        )
+    def step(self, loop: "_Loop", cache: KVCache, recorder: Recorder | None) -> None:
+        """Feed every slot's next token and choose the one after: device work alone, which a CUDA graph can hold."""
+        rows_B = None
+        if recorder is not None:
+            rows_B = recorder.place(loop.running_B, loop.position_B, loop.base_B, loop.number_B)
+        tokens_B1, positions_B1 = loop.token_B[:, None], loop.position_B[:, None]
+        if self._fused is not None:
+            hidden_BTC = self._fused.step(tokens_B1, positions_B1, rows_B)
+        else:
+            hidden_BTC = self._run_model(tokens_B1, positions_B1, cache, recorder)
+        loop.position_B += 1
+        self._choose(loop, hidden_BTC[:, 0])
 
-    def _refuse_not_finite(
-        self,
-        logits_BV: Tensor,
-        running_B: np.ndarray,
-        group: list[Sequence],
-        tokens_BT: np.ndarray,
-        lengths_B: np.ndarray,
-        recorder: Recorder | None,
-    ) -> None:
-        bad_B = ~logits_BV.isfinite().all(-1).cpu().numpy() & running_B
-        if not bad_B.any():
+    def _choose(self, loop: "_Loop", hidden_BC: Tensor | None) -> None:
+        """Each slot's next token: the one given, or one drawn from the logits; none where no step follows."""
+        if self.decoding.tokens_from == "own":
+            assert hidden_BC is not None
+            logits_BV = self.model.logits(hidden_BC)
+            drawn_B1 = loop.uniform_BP.gather(1, loop.position_B[:, None])
+            next_B = sample(logits_BV, drawn_B1, self.decoding.temperature, self.decoding.top_k)
+            loop.choose(next_B, logits_BV.isfinite().all(-1))
             return
-        self._name_not_finite(group, tokens_BT, lengths_B)
+        finite_B = loop.ones_B if hidden_BC is None else hidden_BC.isfinite().all(-1)
+        if self._given:
+            loop.choose(loop.given_PB.index_select(0, loop.count)[0], finite_B)
+        else:
+            loop.finite_B &= finite_B | ~loop.running_B
+
+    def _decode(
+        self, group: list[Sequence], plan: _Plan, cache: KVCache, loop: "_Loop", recorder: Recorder | None
+    ) -> bool:
+        """Run the steps; returns whether everything was finite."""
+        graphs = self._fused is not None and self._fused.graphs
+        burst, behind = (GPU_BURST, GPU_BEHIND) if graphs else (1, 0)
+        looks = deque([loop.look()])
+        lengths = np.array([len(ids) for ids in plan.at_once])
+        limits = np.array(plan.limits(self.batching.max_new_tokens))
+        for step in range(plan.steps):
+            if step % burst == 0 and len(looks) > behind:
+                alive, finite = looks.popleft()()
+                if not finite:
+                    return False
+                if not alive:
+                    break
+            if recorder is not None:
+                may_run = step + 1 < limits
+                recorder.reserve(int((may_run & recorder.samples(lengths + step)).sum()))
+            if self._fused is not None and graphs:
+                self._fused.replay()
+            else:
+                self.step(loop, cache, recorder)
+            if step % burst == burst - 1:
+                looks.append(loop.look())
+        return loop.look()()[1]
+
+    def _refuse_not_finite(self, group: list[Sequence], plan: _Plan, loop: "_Loop", recorder: Recorder | None) -> None:
+        self._name_not_finite(group, plan)
         if recorder is not None:
             # refuses what was captured after the prompt
             recorder.close()
-        sequence = group[int(bad_B.argmax())].sequence
-        raise InputError(f"generate: logits must be finite, got Inf or NaN in sequence {sequence}")
+        bad = int((~loop.finite_B[: len(group)]).cpu().numpy().argmax())
+        raise InputError(f"generate: logits must be finite, got Inf or NaN in sequence {group[bad].sequence}")
 
-    def _name_not_finite(self, group: list[Sequence], tokens_BT: np.ndarray, lengths_B: np.ndarray) -> None:
+    def _name_not_finite(self, group: list[Sequence], plan: _Plan) -> None:
         """Feed the prompts again, looking at what enters every site: positions that run dense are not captured."""
-        chunks = self._prefill_chunks(tokens_BT.shape[1])
+        longest = max(map(len, plan.at_once))
+        chunks = self._chunks(longest)
         start = 0
 
         def see(layer: int, site: str, x_BTK: Tensor) -> None:
@@ -257,7 +393,7 @@ class Engine:
             bad_BT = ~x_BTK.isfinite().all(-1).cpu().numpy()
             for slot, column in zip(*np.nonzero(bad_BT[: len(group)]), strict=True):
                 position = start + int(column)
-                if position < lengths_B[slot]:
+                if position < len(plan.at_once[slot]):
                     sequence = group[slot]
                     raise InputError(
                         f"generate: activations must be finite, got Inf or NaN in layer {layer}, matrix "
@@ -265,9 +401,279 @@ class Engine:
                         f"{position}): the checkpoint may need a dtype of wider range"
                     )
 
-        cache = KVCache(self.model.config, len(tokens_BT), tokens_BT.shape[1], self.device)
+        cache = KVCache(self.model.config, self.batching.batch_size, max(longest, 1), self.device)
         with observe(self.model, see):
-            self._prefill(group, tokens_BT, lengths_B, cache, None)
+            self._feed_at_once(group, plan, cache, None, [], reference=True)
+
+
+class _Loop:
+    """What a decoding step reads and writes: static tensors of the device.
+
+    Args:
+        batch: slots.
+        positions: of the longest sequence.
+        eos: ids that end a sequence.
+        device: of the model.
+    """
+
+    def __init__(self, batch: int, positions: int, eos: frozenset[int], device: torch.device) -> None:
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.token_B, self.position_B = zeros(batch), zeros(batch)
+        self.base_B, self.number_B, self.limit_B = zeros(batch), zeros(batch), zeros(batch)
+        self.running_B, self.finite_B = zeros(batch, dtype=torch.bool), zeros(batch, dtype=torch.bool)
+        self.ones_B = ~zeros(batch, dtype=torch.bool)
+        # chosen tokens, one row for each choice so far; and those to choose
+        self.count = zeros(1)
+        self.chosen_PB, self.given_PB = zeros(positions + 1, batch), zeros(positions + 1, batch)
+        self.uniform_BP = zeros(batch, positions + 1, dtype=torch.float64)
+        self._eos = torch.tensor(sorted(eos), dtype=torch.int64, device=device)
+        self._flags = zeros(2, dtype=torch.bool)
+        self._advance = advance_ref
+        if device.type == "cuda":
+            # imported late, as in `_Fused`
+            from sparsetrace_kernels.decode_state import advance
+
+            self._advance = advance
+
+    def begin(self, group: list[Sequence], plan: _Plan, seed: int, max_new_tokens: int) -> None:
+        """Start behind what was fed at once."""
+        batch, positions = self.uniform_BP.shape
+        bases_B, numbers_B = _labels(group, batch)
+        lengths_B, limits_B = np.zeros(batch, dtype=np.int64), np.zeros(batch, dtype=np.int64)
+        lengths_B[: len(group)] = [len(ids) for ids in plan.at_once]
+        limits_B[: len(group)] = plan.limits(max_new_tokens)
+        for tensor, values in (
+            (self.position_B, lengths_B),
+            (self.base_B, bases_B),
+            (self.number_B, numbers_B),
+            (self.limit_B, limits_B),
+        ):
+            tensor.copy_(torch.from_numpy(values))
+        self.running_B.copy_(torch.arange(batch) < len(group))
+        self.finite_B.fill_(True)
+        self.count.zero_()
+        self.token_B.zero_()
+        self.uniform_BP.copy_(uniforms(seed, group, positions, batch))
+        if plan.given is not None:
+            given_PB = np.zeros(self.given_PB.shape, dtype=np.int64)
+            for slot, ids in enumerate(plan.given):
+                given_PB[: len(ids), slot] = ids
+            self.given_PB.copy_(torch.from_numpy(given_PB))
+
+    def choose(self, next_B: Tensor, finite_B: Tensor) -> None:
+        """Set the token that each slot is fed next.
+
+        Args:
+            next_B: int64.
+            finite_B: bool, whether all that it was chosen by is finite.
+        """
+        self._advance(
+            next_B,
+            finite_B,
+            self._eos,
+            self.limit_B,
+            self.chosen_PB,
+            self.count,
+            self.token_B,
+            self.running_B,
+            self.finite_B,
+        )
+
+    def look(self) -> Callable[[], tuple[bool, bool]]:
+        """Ask whether any slot runs, and whether all was finite; the answer is waited for when it is called for."""
+        torch.stack([self.running_B.any(), self.finite_B.all()], out=self._flags)
+        if self._flags.device.type != "cuda":
+            alive, finite = self._flags.tolist()
+            return lambda: (alive, finite)
+        answer = torch.empty(2, dtype=torch.bool, pin_memory=True)
+        answer.copy_(self._flags, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+
+        def wait() -> tuple[bool, bool]:
+            event.synchronize()
+            alive, finite = answer.tolist()
+            return alive, finite
+
+        return wait
+
+    def outputs(self, group: list[Sequence], plan: _Plan) -> list[list[int]]:
+        """The tokens chosen for each sequence."""
+        if plan.given is not None:
+            return plan.given
+        chosen_PB = self.chosen_PB[: int(self.count)].cpu().numpy()
+        limits = self.limit_B.cpu().numpy()
+        eos = set(self._eos.tolist())
+        outputs = []
+        for slot in range(len(group)):
+            ids = chosen_PB[: limits[slot], slot].tolist()
+            end = next((at for at, token_id in enumerate(ids) if token_id in eos), len(ids) - 1)
+            outputs.append(ids[: end + 1])
+        return outputs
+
+
+class _Fused:
+    """The kernels' decoder with what a CUDA graph of a step points to; laid out once for all groups."""
+
+    def __init__(self, model: Decoder, patch: Patch, batch: int, positions: int) -> None:
+        # imported late: the torch engine also runs where Triton is not installed
+        from sparsetrace.fused import FusedDecoder
+        from sparsetrace_kernels.configs import active_table
+
+        self._model = model
+        self._batch = batch
+        self.device = model.embedding.device
+        self.graphs = self.device.type == "cuda"
+        table = active_table(torch.cuda.get_device_name(self.device)) if self.graphs else None
+        self.decoder = FusedDecoder(model, patch, positions, table)
+        self.positions = positions
+        self.cache: KVCache
+        self.loop: _Loop
+        self._laid_out = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._recorder: Recorder | None = None
+
+    def prepare(self, engine: Engine, positions: int, recorder: Recorder | None) -> None:
+        """Lay memory out for sequences of `positions` and capture a step with `recorder`, unless that is done."""
+        if positions > self._laid_out:
+            self._graph = None
+            self.positions = max(positions, self.positions)
+            self.decoder.extend(self.positions)
+            self.cache = KVCache(self._model.config, self._batch, self.positions, self.device)
+            self.loop = _Loop(self._batch, self.positions, engine._ending, self.device)
+            self._laid_out = self.positions
+        if recorder is not self._recorder or self._graph is None:
+            self._graph, self._recorder = None, recorder
+            self.decoder.use(recorder)
+            if self.graphs:
+                self._capture(engine, recorder)
+
+    def _capture(self, engine: Engine, recorder: Recorder | None) -> None:
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            # compiles, and takes all memory, outside the capture, where running out of it can be caught
+            engine.step(self.loop, self.cache, recorder)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # a writing thread may be at work meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            engine.step(self.loop, self.cache, recorder)
+        self._graph = graph
+
+    def replay(self) -> None:
+        """One step."""
+        assert self._graph is not None
+        self._graph.replay()
+
+    def step(self, tokens_B1: Tensor, positions_B1: Tensor, rows_B: Tensor | None) -> Tensor:
+        """Hidden states [B, 1, C] of a decoding step; every slot is masked."""
+        rows_B = self._nowhere(self._batch) if rows_B is None else rows_B
+        return self.decoder(tokens_B1, positions_B1, self.cache, rows_B, one=self._batch == 1)
+
+    def rows(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        cache: KVCache,
+        rows_n: Tensor | None,
+        sparsified_BT: np.ndarray,
+        everything: bool,
+    ) -> Tensor:
+        """Hidden states [B, T, C] of what is fed at once; rows that are not sparsified stay as they are."""
+        rows_n = self._nowhere(tokens_BT.numel()) if rows_n is None else rows_n
+        if not everything:
+            sparsified_n = torch.from_numpy(sparsified_BT.reshape(-1)).to(self.device)
+            rows_n = torch.where(sparsified_n, rows_n, DENSE)
+        return self.decoder(tokens_BT, positions_BT, cache, rows_n, one=False)
+
+    def _nowhere(self, rows: int) -> Tensor:
+        """Masked and not captured."""
+        return torch.full((rows,), -1, dtype=torch.int64, device=self.device)
+
+
+def _labels(group: list[Sequence], batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Base and number of each slot's sequence, int64 [B]; 0 in slots left over."""
+    bases_B, numbers_B = np.zeros(batch, dtype=np.int64), np.zeros(batch, dtype=np.int64)
+    bases_B[: len(group)] = [sequence.base for sequence in group]
+    numbers_B[: len(group)] = [sequence.sequence for sequence in group]
+    return bases_B, numbers_B
+
+
+def _note(
+    group: list[Sequence],
+    step: int,
+    tokens_BT: np.ndarray,
+    positions_BT: np.ndarray,
+    real_BT: np.ndarray,
+    sparsified_BT: np.ndarray,
+    captured_BT: np.ndarray,
+    phase_BT: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """What one pass fed, as columns."""
+    slots, columns = np.nonzero(real_BT)
+    return {
+        "sequence": np.array([sequence.sequence for sequence in group], dtype=np.int32)[slots],
+        "position": positions_BT[slots, columns].astype(np.int32),
+        "token_id": tokens_BT[slots, columns].astype(np.int32),
+        "phase": phase_BT[slots, columns],
+        "captured": captured_BT[slots, columns],
+        "sparsified": sparsified_BT[slots, columns],
+        "group": np.full(len(slots), group[0].group, dtype=np.int32),
+        "step": np.full(len(slots), step, dtype=np.int32),
+        "slot": slots.astype(np.int32),
+    }
+
+
+def _note_steps(
+    group: list[Sequence], plan: _Plan, chosen: list[list[int]], recorder: Recorder | None, first: int
+) -> dict[str, np.ndarray]:
+    """What the steps fed, as columns, in the order of (step, slot): all that was chosen but the last."""
+    counts = np.array([len(ids) - 1 for ids in chosen])
+    fed_TB = np.arange(max(int(counts.max()), 0))[:, None] < counts
+    steps, slots = np.nonzero(fed_TB)
+    position = np.array([len(ids) for ids in plan.at_once])[slots] + steps
+    captured = recorder.samples(position) if recorder is not None else np.zeros(len(position), dtype=bool)
+    return {
+        "sequence": np.array([sequence.sequence for sequence in group], dtype=np.int32)[slots],
+        "position": position.astype(np.int32),
+        "token_id": np.array([chosen[slot][step] for step, slot in zip(steps, slots, strict=True)], dtype=np.int32),
+        "phase": np.full(len(steps), "decode"),
+        "captured": captured,
+        "sparsified": np.ones(len(steps), dtype=bool),
+        "group": np.full(len(steps), group[0].group, dtype=np.int32),
+        "step": (first + steps).astype(np.int32),
+        "slot": slots.astype(np.int32),
+    }
+
+
+def choose_kind(
+    wanted: Literal["auto", "torch", "triton"],
+    device: torch.device,
+    config: ModelConfig,
+    method: Method,
+    rules: list[MatrixRule],
+) -> Kind:
+    """The engine that a study means.
+
+    Raises:
+        InputError: `triton` is wanted and cannot be had.
+    """
+    if wanted == "torch":
+        return "torch"
+    if device.type != "cuda":
+        if wanted == "triton":
+            raise InputError("machine: engine must be torch or auto without a GPU, got triton")
+        return "torch"
+    # imported late, as in `_Fused`
+    from sparsetrace.fused import unsupported
+
+    reason = unsupported(config, method, rules)
+    if reason is not None and wanted == "triton":
+        raise InputError(f"machine: engine must be torch or auto here, got triton: {reason}")
+    return "torch" if reason is not None else "triton"
 
 
 def uniforms(seed: int, group: list[Sequence], positions: int, batch: int) -> Tensor:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from sparsetrace import __version__
 from sparsetrace.capture import Recorder, captured_matrices
 from sparsetrace.dump import group_name
-from sparsetrace.engine import Engine, GroupResult
+from sparsetrace.engine import Engine, GroupResult, Kind, choose_kind
 from sparsetrace.files import InputError, read_json, sha256_json, write_beside, write_json
 from sparsetrace.model import Decoder
 from sparsetrace.patch import Patch, install
@@ -29,14 +30,14 @@ from sparsetrace.provenance import commit, tuning_table
 from sparsetrace.runtime import RuntimeModel, source_weight, use
 from sparsetrace.schema import DUMP_VERSION, MATRICES, SEQUENCES, SITE_OF, SITES, TOKENS
 from sparsetrace.settings import Batching, Capture, Decoding, Machine
-from sparsetrace.thresholds import Thresholds, read_thresholds
+from sparsetrace.thresholds import Thresholds, dense_thresholds, read_thresholds
 from sparsetrace.tokenizer import Tokenizer
 from sparsetrace_kernels.configs import table_path
 
 
 def generate(
     model: RuntimeModel,
-    thresholds_path: Path,
+    thresholds_path: Path | None,
     prompts: Path,
     shard: int,
     out: Path,
@@ -45,30 +46,36 @@ def generate(
     machine: Machine,
     report: Callable[[int, int, int], None] | None = None,
     capture: Capture | None = None,
+    tokens: Path | None = None,
+    tokens_only: bool = False,
 ) -> dict[str, Any]:
     """Run one shard and write its dump.
 
     Args:
         model: converted.
-        thresholds_path: the method setting, with what calibration settled.
+        thresholds_path: the method setting, with what calibration settled; None runs the model as it is.
         prompts: the split prompt set.
         shard: which part of it.
         out: `manifest.json` of the dump; everything else is written beside it.
-        decoding: how tokens are produced.
+        decoding: where tokens come from.
         batching: how sequences are multiplied together.
         machine: where the model runs.
-        report: called with (groups done, groups in all, tokens captured).
+        report: called with (groups done, groups in all, tokens captured), from another thread too.
         capture: what is kept of the operands; None keeps all.
+        tokens: with `tokens_from: dense`, the manifest of the dump that the dense model's tokens are in.
+        tokens_only: capture nothing; the dump then holds the text alone, for another run's `tokens`.
 
     Returns:
         The manifest.
     """
-    thresholds = read_thresholds(thresholds_path, model)
+    thresholds = dense_thresholds(model) if thresholds_path is None else read_thresholds(thresholds_path, model)
     groups = read_shard(prompts, shard)
     if any(len(group) > batching.batch_size for group in groups):
         raise InputError(f"generate: batch_size must be that of the split of {prompts}, got {batching.batch_size}")
     device = use(machine)
     capture = capture or Capture()
+    kind = choose_kind(machine.engine, device, model.config, thresholds.method, thresholds.rules)
+    given = _given(tokens, decoding, model, groups)
     identity = {
         "version": DUMP_VERSION,
         "sparsetrace": __version__,
@@ -81,8 +88,10 @@ def generate(
         "thresholds": [rule.threshold_bits for rule in thresholds.rules],
         "prompts": sha256_json([[dataclasses.asdict(sequence) for sequence in group] for group in groups]),
         "decoding": decoding.model_dump(),
+        "given": sha256_json(sorted(given.items())) if given else None,
         "batching": batching.model_dump(exclude={"shards"}),
-        "capture": capture.model_dump(mode="json"),
+        "capture": None if tokens_only else capture.model_dump(mode="json"),
+        "engine": kind,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": machine.threads,
         "tuning": tuning_table(table_path(torch.cuda.get_device_name(device))) if device.type == "cuda" else None,
@@ -94,24 +103,37 @@ def generate(
     _discard_other_runs(folder, key)
 
     tokenizer = model.tokenizer()
+    sealed: list[dict[str, Any]] = []
+
+    def told(seal: dict[str, Any]) -> None:
+        sealed.append(seal)
+        if report is not None:
+            report(len(sealed), len(groups), sum(seal["rows"] for seal in sealed))
+
+    def seal_group(group: list[Sequence], result: GroupResult, batch_size: int, blocks: list[str], rows: int) -> None:
+        told(_seal(folder, key, group, result, blocks, rows, tokenizer, batch_size))
+
     runner: Runner | None = None
-    captured = 0
-    smaller_batches = {}
-    for done, group in enumerate(groups):
-        seal = folder / f"{group_name(group[0].group)}.json"
-        if not seal.is_file():
+    try:
+        for group in groups:
+            seal = folder / f"{group_name(group[0].group)}.json"
+            if seal.is_file():
+                told(read_json(seal, "generate"))
+                continue
             if runner is None:
                 decoder = model.load(device)
                 patch = install(decoder, thresholds.method, thresholds.rules)
-                runner = Runner(decoder, patch, decoding, batching, model.eos)
-            result, recorder, batch_size = runner.run(group, folder, thresholds.method.out_masks, capture)
-            _seal(seal, key, group, result, recorder, tokenizer, batch_size)
-        sealed = read_json(seal, "generate")
-        captured += sealed["rows"]
-        if sealed["batch_size"] < batching.batch_size:
-            smaller_batches[str(group[0].group)] = sealed["batch_size"]
-        if report is not None:
-            report(done + 1, len(groups), captured)
+                longest = max(len(sequence.prompt_ids) for sequences in groups for sequence in sequences)
+                runner = Runner(
+                    decoder, patch, decoding, batching, model.eos, None if tokens_only else capture, kind,
+                    longest + batching.max_new_tokens,
+                )  # fmt: skip
+            runner.run(group, folder, seal_group, given)
+        if runner is not None:
+            runner.wait()
+    finally:
+        if runner is not None:
+            runner.shutdown()
     manifest = {
         **identity,
         "key": key,
@@ -120,51 +142,109 @@ def generate(
         "source_hash": model.source_hash,
         "matrices": matrix_table(model, thresholds, capture),
         "groups": [group[0].group for group in groups],
-        "smaller_batches": smaller_batches,
-        "rows": captured,
+        "smaller_batches": {
+            str(seal["group"]): seal["batch_size"]
+            for seal in sorted(sealed, key=lambda seal: seal["group"])
+            if seal["batch_size"] < batching.batch_size
+        },
+        "rows": sum(seal["rows"] for seal in sealed),
         "commit": commit(),
     }
     write_json(out, manifest)
     return manifest
 
 
+def _given(
+    tokens: Path | None, decoding: Decoding, model: RuntimeModel, groups: list[list[Sequence]]
+) -> dict[int, list[int]]:
+    """What the dense model wrote after each prompt, by sequence; empty where tokens come from elsewhere."""
+    if (tokens is not None) != (decoding.tokens_from == "dense"):
+        rule = "given with tokens_from dense, and with it alone"
+        raise InputError(f"generate: tokens must be {rule}, got {tokens or 'none'} with {decoding.tokens_from}")
+    if tokens is None:
+        return {}
+    manifest = read_json(tokens, "generate")
+    if manifest.get("method") != "dense" or manifest.get("model_hash") != model.model_hash:
+        raise InputError(
+            f"generate: tokens must be a dump of the same model under method dense, got {tokens} of "
+            f"{manifest.get('source')} under {manifest.get('method')}"
+        )
+    given: dict[int, list[int]] = {}
+    prompts: dict[int, list[int]] = {}
+    for group in manifest["groups"]:
+        table = pq.read_table(tokens.parent / f"{group_name(group)}.sequences.parquet")
+        given |= dict(zip(table["sequence"].to_pylist(), table["output_ids"].to_pylist(), strict=True))
+        prompts |= dict(zip(table["sequence"].to_pylist(), table["prompt_ids"].to_pylist(), strict=True))
+    for sequence in (sequence for group in groups for sequence in group):
+        if prompts.get(sequence.sequence) != sequence.prompt_ids:
+            raise InputError(
+                f"generate: tokens must be those of the same split, got another prompt for sequence "
+                f"{sequence.sequence} in {tokens}"
+            )
+    return {sequence.sequence: given[sequence.sequence] for group in groups for sequence in group}
+
+
+# Called once a group is on disk, with the group, its result, the batch size, and its blocks and rows.
+Sealing = Callable[[list[Sequence], GroupResult, int, list[str], int], None]
+
+
 class Runner:
-    """Runs groups, each whole at the configured batch size or at a smaller one; the arguments are `Engine`'s."""
+    """Runs groups, each whole at the configured batch size or at a smaller one, and writes while the next one runs.
+
+    Args:
+        decoder: with `patch` installed.
+        patch: the method.
+        decoding: where tokens come from.
+        batching: how sequences are multiplied together.
+        eos: ids that end a sequence.
+        capture: what is kept; None captures nothing.
+        kind: of engine.
+        positions: that the longest sequence of all groups has.
+    """
 
     def __init__(
-        self, decoder: Decoder, patch: Patch, decoding: Decoding, batching: Batching, eos: frozenset[int]
+        self,
+        decoder: Decoder,
+        patch: Patch,
+        decoding: Decoding,
+        batching: Batching,
+        eos: frozenset[int],
+        capture: Capture | None,
+        kind: Kind = "torch",
+        positions: int = 1,
     ) -> None:
         self._make = lambda size: Engine(
-            decoder, patch, decoding, batching.model_copy(update={"batch_size": size}), eos
+            decoder, patch, decoding, batching.model_copy(update={"batch_size": size}), eos, kind, positions
         )
         self._config = decoder.config
+        self._out_masks = patch.method.out_masks
+        self._capture = capture
         self._batch_size = batching.batch_size
         self._engine: Engine | None = None
+        self._recorder: Recorder | None = None
 
     def run(
         self,
         group: list[Sequence],
         folder: Path,
-        out_masks: tuple[str, ...],
-        capture: Capture,
+        seal: Sealing,
+        given: dict[int, list[int]] | None = None,
         batch_size: int | None = None,
-    ) -> tuple[GroupResult, Recorder, int]:
+    ) -> None:
         """Run a group from its start, at half its batch each time that the GPU's memory does not hold it.
 
         Args:
             group: sequences.
             folder: of the blocks.
-            out_masks: of the method.
-            capture: what is kept.
+            seal: called in the background once all of the group is written; see `wait`.
+            given: ids that follow each sequence's prompt, with `tokens_from: dense`.
             batch_size: to begin with; the configured one if None.
-
-        Returns:
-            The result, where the operands went, and the batch size.
         """
         batch_size = batch_size or self._batch_size
         while True:
             try:
-                return *self._attempt(group, batch_size, folder, out_masks, capture), batch_size
+                result = self._attempt(group, batch_size, folder, given)
+                break
             except torch.OutOfMemoryError as error:
                 if batch_size == 1:
                     raise InputError(
@@ -172,19 +252,48 @@ class Runner:
                         f"lower max_new_tokens or use a larger GPU ({str(error).splitlines()[0]})"
                     ) from None
             # not in the handler, whose traceback keeps the tensors
-            self._engine = None
+            if self._recorder is not None:
+                self._recorder.abandon()
+                self.wait()
+                self.shutdown()
+            self._engine = self._recorder = None
             torch.cuda.empty_cache()
             batch_size = -(-batch_size // 2)
+        if self._recorder is None:
+            seal(group, result, batch_size, [], 0)
+        else:
+            self._recorder.close(partial(seal, group, result, batch_size))
+
+    def wait(self) -> None:
+        """Wait until every group that was run is sealed; raises what writing or sealing raised."""
+        if self._recorder is not None:
+            self._recorder.wait()
+
+    def shutdown(self) -> None:
+        """Leave; what has not begun to be written is not."""
+        if self._recorder is not None:
+            self._recorder.shutdown()
 
     def _attempt(
-        self, group: list[Sequence], batch_size: int, folder: Path, out_masks: tuple[str, ...], capture: Capture
-    ) -> tuple[GroupResult, Recorder]:
+        self, group: list[Sequence], batch_size: int, folder: Path, given: dict[int, list[int]] | None
+    ) -> GroupResult:
         if self._engine is None or self._engine.batching.batch_size != batch_size:
-            self._engine = self._make(batch_size)
-        engine = self._engine
-        recorder = Recorder(folder, group[0].group, self._config, engine.block_rows, engine.device, out_masks, capture)
-        starts = range(0, len(group), batch_size)
-        return _joined([engine.run(group[start : start + batch_size], recorder) for start in starts]), recorder
+            self.wait()
+            self.shutdown()
+            self._engine = engine = self._make(batch_size)
+            self._recorder = None
+            if self._capture is not None:
+                self._recorder = Recorder(
+                    self._config, engine.block_rows, engine.device, self._out_masks, self._capture
+                )
+        if self._recorder is not None:
+            self._recorder.open(folder, group[0].group)
+        parts = []
+        for start in range(0, len(group), batch_size):
+            part = group[start : start + batch_size]
+            more = [given[sequence.sequence] for sequence in part] if given else None
+            parts.append(self._engine.run(part, self._recorder, more))
+        return _joined(parts)
 
 
 def _joined(parts: list[GroupResult]) -> GroupResult:
@@ -259,16 +368,17 @@ def _discard_other_runs(folder: Path, key: str) -> None:
 
 
 def _seal(
-    seal: Path,
+    folder: Path,
     key: str,
     group: list[Sequence],
     result: GroupResult,
-    recorder: Recorder,
+    blocks: list[str],
+    rows: int,
     tokenizer: Tokenizer,
     batch_size: int,
-) -> None:
-    """Write a group's tables, then the seal that says its blocks are whole."""
-    stem = seal.with_suffix("")
+) -> dict[str, Any]:
+    """Write a group's tables, then the seal that says its blocks are whole; returns the seal."""
+    stem = folder / group_name(group[0].group)
     bases = {sequence.sequence: sequence.base for sequence in group}
     fed = result.fed.to_pydict()
     fed["token"] = [bases[s] + p for s, p in zip(fed["sequence"], fed["position"], strict=True)]
@@ -288,7 +398,9 @@ def _seal(
     ]
     with write_beside(stem.with_suffix(".sequences.parquet")) as partial:
         pq.write_table(pa.Table.from_pylist(sequences, schema=SEQUENCES), partial)
-    write_json(seal, {"key": key, "blocks": recorder.blocks, "rows": recorder.rows, "batch_size": batch_size})
+    seal = {"key": key, "group": group[0].group, "blocks": blocks, "rows": rows, "batch_size": batch_size}
+    write_json(stem.with_suffix(".json"), seal)
+    return seal
 
 
 def repeated_share(ids: list[int], n: int = 4) -> float:

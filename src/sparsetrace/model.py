@@ -8,6 +8,7 @@ The matrices that read one site are one `Projection`, named by the site, so that
 # K input features, N output features, V vocabulary.
 
 import math
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -136,6 +137,12 @@ class KVCache:
         self.v_LBSGD = torch.zeros(shape, dtype=config.torch_dtype, device=device)
         self.slots_B1 = torch.arange(batch, device=device)[:, None]
 
+    def first(self, length: int) -> "KVCache":
+        """The first positions alone, of the same memory."""
+        part = copy(self)
+        part.k_LBSGD, part.v_LBSGD = self.k_LBSGD[:, :, :length], self.v_LBSGD[:, :, :length]
+        return part
+
     def update(self, layer: int, positions_BT: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
         """Store at `positions_BT` and return the whole cache of the layer, [B, S, G, D]."""
         self.k_LBSGD[layer, self.slots_B1, positions_BT] = k_BTGD
@@ -180,23 +187,61 @@ class Block(nn.Module):
         self.mlp_mid = Projection(config, "mlp_mid")
         self.activation = ACTIVATIONS[config.hidden_act]
 
-    def forward(
-        self, x_BTC: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, positions_BT: Tensor, cache: KVCache | None
-    ) -> Tensor:
-        config, (B, T, _) = self.config, x_BTC.shape
-        widths = [config.out_features(matrix) for matrix in SITES["attn_in"]]
-        q, k, v = self.attn_in(self.attn_norm(x_BTC)).split(widths, dim=-1)
-        q_BTHD = rotate(q.reshape(B, T, -1, config.head_dim), *rotary)
-        k_BTGD = rotate(k.reshape(B, T, -1, config.head_dim), *rotary)
-        v_BTGD = v.reshape(B, T, -1, config.head_dim)
-        if cache is not None:
-            k_BTGD, v_BTGD = cache.update(self.layer, positions_BT, k_BTGD, v_BTGD)
-        y_BHTD = functional.scaled_dot_product_attention(
-            q_BTHD.transpose(1, 2), k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2), attn_mask=mask, enable_gqa=True
-        )
-        x_BTC = x_BTC + self.attn_out(y_BHTD.transpose(1, 2).reshape(B, T, -1))
+    def forward(self, x_BTC: Tensor, context: "Context", cache: KVCache | None) -> Tensor:
+        y_BTK = attend(self.config, self.layer, self.attn_in(self.attn_norm(x_BTC)), context, cache)
+        x_BTC = x_BTC + self.attn_out(y_BTK)
         gate, up = self.mlp_in(self.mlp_norm(x_BTC)).chunk(2, dim=-1)
         return x_BTC + self.mlp_mid(self.activation(gate) * up)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What every layer of a pass shares.
+
+    Args:
+        positions: int64 [B, T].
+        rotary: cosines and sines of the positions, [B, T, 1, D] in the model's dtype.
+        mask: [B, 1, T, S], which keys each query attends to.
+    """
+
+    positions: Tensor
+    rotary: tuple[Tensor, Tensor]
+    mask: Tensor
+
+
+def context_of(config: ModelConfig, positions_BT: Tensor, cache: KVCache | None) -> Context:
+    """Rotary factors and attention mask of a pass; without a cache, its tokens attend to one another."""
+    cos_BTE, sin_BTE = rotary_factors(config, positions_BT)
+    rotary = cos_BTE.repeat(1, 1, 2)[:, :, None], sin_BTE.repeat(1, 1, 2)[:, :, None]
+    device = positions_BT.device
+    keys_S = torch.arange(cache.k_LBSGD.shape[2], device=device) if cache else positions_BT[:, None, :]
+    distance_BTS = positions_BT[:, :, None] - keys_S
+    mask_BTS = distance_BTS >= 0
+    if config.sliding_window is not None:
+        mask_BTS &= distance_BTS < config.sliding_window
+    return Context(positions_BT, rotary, mask_BTS[:, None])
+
+
+def rotary_factors(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of each position, [..., D / 2] in the model's dtype."""
+    # built here, not stored: a model on the `meta` device has no values to keep
+    angle = positions[..., None].float() * inverse_frequencies(config).to(positions.device)
+    return angle.cos().to(config.torch_dtype), angle.sin().to(config.torch_dtype)
+
+
+def attend(config: ModelConfig, layer: int, qkv_BTN: Tensor, context: Context, cache: KVCache | None) -> Tensor:
+    """Rotary embedding, cache and attention of one layer: [B, T, N] of q, k, v side by side to [B, T, K]."""
+    B, T, _ = qkv_BTN.shape
+    q, k, v = qkv_BTN.split([config.out_features(matrix) for matrix in SITES["attn_in"]], dim=-1)
+    q_BTHD = rotate(q.reshape(B, T, -1, config.head_dim), *context.rotary)
+    k_BTGD = rotate(k.reshape(B, T, -1, config.head_dim), *context.rotary)
+    v_BTGD = v.reshape(B, T, -1, config.head_dim)
+    if cache is not None:
+        k_BTGD, v_BTGD = cache.update(layer, context.positions, k_BTGD, v_BTGD)
+    y_BHTD = functional.scaled_dot_product_attention(
+        q_BTHD.transpose(1, 2), k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2), attn_mask=context.mask, enable_gqa=True
+    )
+    return y_BHTD.transpose(1, 2).reshape(B, T, -1)
 
 
 class Decoder(nn.Module):
@@ -222,22 +267,10 @@ class Decoder(nn.Module):
         Returns:
             [B, T, C] in the model's dtype.
         """
-        config = self.config
-        # built here, not stored: a model on the `meta` device has no values to keep
-        frequency = inverse_frequencies(config).to(tokens_BT.device)
-        angle_BTD = (positions_BT[..., None].float() * frequency).repeat(1, 1, 2)
-        rotary = (
-            angle_BTD.cos()[:, :, None].to(config.torch_dtype),
-            angle_BTD.sin()[:, :, None].to(config.torch_dtype),
-        )
-        keys_S = torch.arange(cache.k_LBSGD.shape[2], device=tokens_BT.device) if cache else positions_BT[:, None, :]
-        distance_BTS = positions_BT[:, :, None] - keys_S
-        mask_BTS = distance_BTS >= 0
-        if config.sliding_window is not None:
-            mask_BTS &= distance_BTS < config.sliding_window
+        context = context_of(self.config, positions_BT, cache)
         x_BTC = functional.embedding(tokens_BT, self.embedding)
         for layer in self.layers:
-            x_BTC = layer(x_BTC, rotary, mask_BTS[:, None], positions_BT, cache)
+            x_BTC = layer(x_BTC, context, cache)
         hidden: Tensor = self.norm(x_BTC)
         return hidden
 

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import torch
 
 from sparsetrace.dump import Block
+from sparsetrace.engine import GroupResult, Kind
 from sparsetrace.files import InputError
 from sparsetrace.generate import Runner
 from sparsetrace.methods import METHODS, MatrixRule
@@ -51,7 +52,8 @@ def recompute(
     device = use(machine)
     method = METHODS[manifest["method"]](**manifest["parameters"])
     rules = [
-        MatrixRule(row["layer"], row["matrix"], row["threshold_bits"]) for row in workload.matrix_table.to_pylist()
+        MatrixRule(row["layer"], row["matrix"], row["threshold_bits"], expected=row["target_sparsity"])
+        for row in workload.matrix_table.to_pylist()
     ]
     capture = Capture(**manifest["capture"])
     if capture.layers or capture.matrices:
@@ -61,10 +63,21 @@ def recompute(
         )
     decoder = opened.load(device)
     patch = install(decoder, method, rules)
-    runner = Runner(decoder, patch, Decoding(**manifest["decoding"]), Batching(**manifest["batching"]), opened.eos)
     table = workload.sequence_table.sort_by("sequence")
+    decoding, batching = Decoding(**manifest["decoding"]), Batching(**manifest["batching"])
+    given = None
+    if decoding.tokens_from == "dense":
+        given = dict(zip(table["sequence"].to_pylist(), table["output_ids"].to_pylist(), strict=True))
+    kind: Kind = manifest["engine"] if device.type == "cuda" else "torch"
+    positions = opened.config.max_position_embeddings
+    runner = Runner(decoder, patch, decoding, batching, opened.eos, capture, kind, positions)
     groups = list(dict.fromkeys(table["group"].to_pylist()[:sequences]))
     faults: list[Fault] = []
+    again: list[tuple[GroupResult, list[str]]] = []
+
+    def keep(_group: list[Sequence], result: GroupResult, _size: int, blocks: list[str], _rows: int) -> None:
+        again.append((result, blocks))
+
     for done, group in enumerate(groups, start=1):
         rows = table.filter(pc.field("group") == group).to_pylist()
         names = Sequence.__dataclass_fields__
@@ -72,12 +85,16 @@ def recompute(
         scratch = Path(tempfile.mkdtemp(prefix="sparsetrace-"))
         try:
             size = manifest.get("smaller_batches", {}).get(str(group))
-            result, recorder, _ = runner.run(batch, scratch, method.out_masks, capture, size)
+            runner.run(
+                batch, scratch, lambda _, result, size, blocks, rows: again.append((result, blocks)), given, size
+            )
+            runner.wait()
+            result, blocks = again.pop()
             for sequence, row, ids in zip(batch, rows, result.output_ids, strict=True):
                 if ids != row["output_ids"]:
                     what = f"output of sequence {sequence.sequence} must be the same when run again, got another"
                     faults.append(Fault("sequences.parquet", what + _versions(manifest, device)))
-            for name in recorder.blocks:
+            for name in blocks:
                 faults += _differences(workload, Block(scratch / name), device)
         finally:
             shutil.rmtree(scratch)

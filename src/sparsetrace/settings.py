@@ -4,9 +4,9 @@ They lie apart from `sparsetrace.config`, so that a change to the study's format
 does not use it. Each field's description is also the help of the command-line option that carries it.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]
 
@@ -77,15 +77,33 @@ class Batching(Section):
 
 
 class Decoding(Section):
-    """How tokens are produced and which positions are sparsified."""
+    """Where tokens come from and which positions are sparsified."""
 
+    tokens_from: Literal["own", "dense", "text"] = Field(
+        "own",
+        description="own: sampled from the sparsified model; dense: what the dense model wrote, so that several "
+        "settings see the same tokens; text: the prompt set is the text to capture, and nothing is generated",
+    )
+    replay: Literal["forced", "steps"] = Field(
+        "forced", description="tokens of dense or text are fed many positions at once (forced) or one by one (steps)"
+    )
     prefill: Literal["none", "half", "all"] = Field(
-        "none", description="part of each prompt sparsified and captured: none, half (last floor(T/2)) or all"
+        "none",
+        description="part of each prompt, or text, sparsified and captured: none, half (last floor(T/2)) or all",
     )
     temperature: float = Field(0.0, ge=0, description="0 is greedy; otherwise logits are divided by it")
     top_k: int = Field(0, ge=0, description="sample from the k likeliest tokens; 0 is all")
     seed: int = Field(0, ge=0, description="of the random draws, keyed by (seed, sequence, position)")
     ignore_eos: bool = Field(False, description="keep generating after the end-of-sequence token")
+
+    @model_validator(mode="after")
+    def _text_is_captured(self) -> Self:
+        if self.tokens_from == "text" and self.prefill == "none":
+            raise ValueError(
+                "prefill must be half or all with tokens_from text, got none: it is the part of each text that is "
+                "captured"
+            )
+        return self
 
 
 class Capture(Section):
@@ -116,4 +134,9 @@ class Machine(Section):
     """Where the model runs."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes the GPU if there is one")
+    engine: Literal["auto", "torch", "triton"] = Field(
+        "auto",
+        description="torch: the reference; triton: sparse kernels and CUDA graphs; auto takes triton on a GPU where "
+        "the method is a threshold on the input and the model 16-bit",
+    )
     threads: int = Field(1, ge=1, description="CPU threads of a step that runs the model; sums may depend on it")

@@ -52,7 +52,10 @@ class Thresholds:
     @property
     def rules(self) -> list[MatrixRule]:
         """The rows as the methods read them."""
-        return [MatrixRule(row["layer"], row["matrix"], row["threshold_bits"]) for row in self.rows]
+        return [
+            MatrixRule(row["layer"], row["matrix"], row["threshold_bits"], expected=row["target_sparsity"])
+            for row in self.rows
+        ]
 
     def overall(self) -> tuple[float | None, float | None]:
         """Target and calibrated sparsity over the matrices that have one, weighted by their inputs.
@@ -191,3 +194,10 @@ def read_thresholds(path: Path, model: RuntimeModel) -> Thresholds:
         )
     method = METHODS[content["method"]](**content["parameters"])
     return Thresholds(content["label"], method, calibration, table.to_pylist())
+
+
+def dense_thresholds(model: RuntimeModel) -> Thresholds:
+    """The setting that drops nothing, which needs no calibration."""
+    places = [(layer, matrix) for layer in range(model.config.num_hidden_layers) for matrix in MATRICES]
+    empty: dict[str, Any] = dict.fromkeys(THRESHOLDS.names)
+    return Thresholds("dense", METHODS["dense"](), {}, [empty | {"layer": la, "matrix": m} for la, m in places])

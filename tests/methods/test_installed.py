@@ -49,9 +49,10 @@ def run(folder, model, method, group, bits=0, prefill="none", new_tokens=4, rows
     patch = install(decoder, method, rules)
     batching = Batching(max_new_tokens=new_tokens, batch_size=len(group))
     engine = Engine(decoder, patch, Decoding(prefill=prefill), batching, frozenset())
-    recorder = Recorder(folder, 0, model.config, rows or engine.block_rows, engine.device, method.out_masks)
+    recorder = Recorder(model.config, rows or engine.block_rows, engine.device, method.out_masks)
+    recorder.open(folder, 0)
     result = engine.run(group, recorder)
-    return result.output_ids, [load_file(folder / name) for name in recorder.blocks]
+    return result.output_ids, [load_file(folder / name) for name in recorder.close()[0]]
 
 
 def rows_of(blocks, layer, matrix, features):
@@ -128,7 +129,7 @@ def test_griffin_in_the_dump(tiny, tmp_path, rng, prefill, rows, monkeypatch):
     from sparsetrace import engine as engine_module
 
     if rows:
-        monkeypatch.setattr(engine_module, "block_rows", lambda config, batch: rows)
+        monkeypatch.setattr(engine_module, "block_rows", lambda config, batch, device: rows)
     model = tiny.model(tmp_path, rng, **EVEN)
     group = group_of(rng, [9, 6])
     _, blocks = run(tmp_path / "dump", model, Griffin(sparsity=0.5), group, prefill=prefill)

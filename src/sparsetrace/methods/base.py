@@ -33,12 +33,14 @@ class MatrixRule:
             method's score is `scaled`; None where not calibrated.
         scale: float32 [K], what |x| is multiplied with before it is compared; from `Method.scale`, set when the
             method is installed.
+        expected: share of inputs dropped, which chooses kernel configurations and nothing else; None where unknown.
     """
 
     layer: int
     matrix: str
     threshold_bits: int | None
     scale: Tensor | None = field(default=None, compare=False)
+    expected: float | None = field(default=None, compare=False)
 
 
 class Method(BaseModel):
@@ -113,6 +115,14 @@ class Method(BaseModel):
         Returns:
             [..., K] bool, or None where everything stays. A kept zero is not stored: the mask of the data set is
             that of the operand's nonzeros.
+        """
+        return None
+
+    def exceeds(self, rule: MatrixRule) -> int | None:
+        """The pattern that |x|, times the rule's `scale` where it has one, must exceed to be kept: what kernels take.
+
+        Returns:
+            None where there is more to the method than that; 0 where everything stays.
         """
         return None
 

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from sparsetrace.methods.base import Method
+from sparsetrace.methods.base import MatrixRule, Method
 
 
 class Dense(Method):
@@ -13,3 +13,6 @@ class Dense(Method):
     @property
     def label(self) -> str:
         return self.name
+
+    def exceeds(self, rule: MatrixRule) -> int | None:
+        return 0

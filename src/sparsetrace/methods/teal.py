@@ -27,3 +27,6 @@ class Teal(ThresholdMethod):
 
         assert rule.threshold_bits is not None
         return keep_above(x, rule.threshold_bits)
+
+    def exceeds(self, rule: MatrixRule) -> int | None:
+        return rule.threshold_bits

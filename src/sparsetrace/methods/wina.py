@@ -66,6 +66,9 @@ class Wina(ThresholdMethod):
         # threshold 0 drops nothing, not even an input whose weights are all zero
         return keep_above(x.float().abs() * rule.scale, rule.threshold_bits) if rule.threshold_bits else None
 
+    def exceeds(self, rule: MatrixRule) -> int | None:
+        return rule.threshold_bits if self.select == "threshold" else None
+
     def same_mask(self, one: MatrixRule, other: MatrixRule) -> bool:
         if self.select == "topk":
             return self.sparsity == 0
