@@ -100,6 +100,7 @@ def test_reads_what_it_wrote_and_what_safetensors_wrote(rng, tmp_path):
             assert block[key].shape == array.shape
         with pytest.raises(KeyError):
             block["absent"]
+        assert "absent" not in block
 
 
 def test_arrays_lie_in_the_order_given(rng, tmp_path):

@@ -27,6 +27,7 @@ level `masks` has no values and offsets but `L07.q.absmax` and `L07.q.l2`, float
 import errno
 import io
 import json
+import math
 import mmap
 import os
 from collections.abc import Iterator
@@ -155,6 +156,8 @@ def _write_whole(file: io.FileIO, view: memoryview) -> None:
 class Block:
     """A block read by memory map, which is made when an array is first asked for.
 
+    Its header is not kept: that of a large model would take 0.4 MB, and a shard may have thousands of blocks.
+
     Args:
         path: of the block.
 
@@ -170,27 +173,42 @@ class Block:
             length = int.from_bytes(file.read(_PREFIX_BYTES), "little")
             if size < _PREFIX_BYTES + length:
                 raise InputError(f"dump: {path} must be a whole block, got {size} bytes: generate it again")
-            self._header = json.loads(file.read(length))
+            header = json.loads(file.read(length))
             self._start = _PREFIX_BYTES + length
-            end = max((entry["data_offsets"][1] for entry in self._header.values()), default=0)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
             if size != self._start + end:
                 raise InputError(f"dump: {path} must have {self._start + end} bytes, got {size}: generate it again")
 
     def __contains__(self, name: str) -> bool:
-        return name in self._header
+        return self._entry(self._mapped(), name) is not None
 
     def __getitem__(self, name: str) -> np.ndarray:
         """One array, not copied; it may be unaligned, which numpy handles."""
-        entry = self._header[name]
+        # held in a local name: another thread may release the block meanwhile
+        mapped = self._mapped()
+        entry = self._entry(mapped, name)
+        if entry is None:
+            raise KeyError(name)
         shape = tuple(entry["shape"])
         offset = self._start + entry["data_offsets"][0]
-        count = int(np.prod(shape))
-        # held in a local name: another thread may release the block meanwhile
+        return np.frombuffer(mapped, _DTYPES[entry["dtype"]], count=math.prod(shape), offset=offset).reshape(shape)
+
+    def _mapped(self) -> mmap.mmap:
         mapped = self._map
         if mapped is None:
             with self.path.open("rb") as file:
                 mapped = self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return np.frombuffer(mapped, _DTYPES[entry["dtype"]], count=count, offset=offset).reshape(shape)
+        return mapped
+
+    def _entry(self, mapped: mmap.mmap, name: str) -> dict[str, Any] | None:
+        """What the header says of one array."""
+        key = f'"{name}":'.encode()
+        at = mapped.find(key + b"{", _PREFIX_BYTES, self._start)
+        if at < 0:
+            return None
+        at += len(key)
+        entry: dict[str, Any] = json.loads(mapped[at : mapped.find(b"}", at, self._start) + 1])
+        return entry
 
     def release(self) -> None:
         """Give the map back, with its open file and the memory of the pages that were read; arrays in use keep it."""
