@@ -111,10 +111,10 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content`, keys in the order given, with a final newline."""
+def write_json(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
+    """Write `content`, keys in the order given, with a final newline; without indent, json's C code does it."""
     with write_beside(path) as partial:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, where: str) -> dict[str, Any]:

@@ -9,18 +9,20 @@ the shards' tables and writes the manifest, last. The format is docs/format.md.
 | `parts/00003.tokens.parquet`, `.sequences.parquet` | the shard's tables |
 | `parts/00003.json` | every file with rows, nonzeros, token range and sha256 |
 
-Memory: one row group of each thread, and `_Order`, 28 bytes a token of the shard.
+Memory: one piece of rows of each thread (`PIECE_BYTES`, or one row group where that is more), and `ORDER_ROWS` rows
+of the index; the order of a longer shard lies in a nameless file beside `parts/`.
 """
 
 import json
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -54,32 +56,135 @@ STATISTICS = ["layer", "matrix", "token", "sequence", "position", "nnz", "absmax
 # Of a dump's manifest: may differ among the shards of one run.
 VARYING = ("commit", "smaller_batches")
 SHARD_TABLES = {"tokens": TOKENS, "sequences": SEQUENCES}
-# Bytes of the dump that one thread reads before it gives their pages back.
+# Bytes of the dump that one thread reads before it gives their pages back, and blocks that it maps before that.
 RELEASE_BYTES = 32 << 20
+MAPPED_BLOCKS = 64
+# Dense bytes of the row groups that are encoded together: a narrow matrix pays for a call of numpy or Arrow once for
+# many of them, and what they take still lies in the processor's cache.
+PIECE_BYTES = 2 << 20
+# Bytes that are handed to the system at a time: the pages of a narrow matrix have a few hundred each.
+SINK_BYTES = 1 << 20
 # Rows of a table that are held before they are written.
 MERGED_ROWS = 1 << 17
 # What all threads' row groups may take together; a wide matrix is packed by fewer threads.
 MEMORY_BYTES = 768 << 20
 # Peak bytes of a thread over the dense bytes of its row group, measured: operand, planes, squares, encoded pages.
 MEMORY_FACTOR = 8
+# Rows whose order is held, and sorted at a time; they take about 100 bytes each meanwhile.
+ORDER_ROWS = 1 << 20
+# Cells that the tokens of a longer shard are counted in, to cut them into ranges of so many rows.
+ORDER_CELLS = 1 << 16
+ORDER = np.dtype([("token", "<i8"), ("sequence", "<i4"), ("position", "<i4"), ("block", "<i4"), ("row", "<i4")])
 
 
-@dataclass(frozen=True, slots=True)
 class _Order:
-    """Rows of a shard, ascending by token: where each lies in the dump.
+    """Rows of a shard, ascending by token: their index columns, and the block and the row of it where each lies.
 
     Args:
-        block: index of the block, [R].
-        row: row within the block, [R].
-        index: index columns, [R] each.
+        blocks: of the shard.
+        folder: where a longer shard's order is kept meanwhile, in a file without a name: no kill leaves it behind.
+
+    Attributes:
+        distinct: different tokens.
     """
 
-    block: np.ndarray
-    row: np.ndarray
-    index: Index
+    def __init__(self, blocks: list[Block], folder: Path) -> None:
+        tokens = _Tokens(blocks)
+        self.distinct = 0
+        self._rows = tokens.rows
+        self._held = np.empty(0, ORDER)
+        self._file: IO[bytes] | None = None
+        if self._rows > ORDER_ROWS:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as this object
+        for low, high in tokens.ranges():
+            rows = tokens.sorted(low, high)
+            self.distinct += 1 + int(np.count_nonzero(np.diff(rows["token"]))) if len(rows) else 0
+            if self._file is None:
+                self._held = rows
+            else:
+                self._file.write(rows.data)
+        if self._file is not None:
+            self._file.flush()
 
     def __len__(self) -> int:
-        return len(self.block)
+        return self._rows
+
+    def __getitem__(self, chosen: slice) -> np.ndarray:
+        """Records of `ORDER`; from several threads at once."""
+        if self._file is None:
+            return self._held[chosen]
+        start, stop, _ = chosen.indices(self._rows)
+        size = ORDER.itemsize
+        return np.frombuffer(os.pread(self._file.fileno(), (stop - start) * size, start * size), ORDER)
+
+    def span(self) -> tuple[int | None, int | None]:
+        """First and last token."""
+        if not self._rows:
+            return None, None
+        return int(self[0:1]["token"][0]), int(self[self._rows - 1 : self._rows]["token"][0])
+
+
+class _Tokens:
+    """The tokens of a dump's blocks, a range at a time."""
+
+    def __init__(self, blocks: list[Block]) -> None:
+        self.blocks = blocks
+        # of each block: rows, lowest and highest token
+        self.spans = np.zeros((len(blocks), 3), np.int64)
+        for at, block in enumerate(blocks):
+            if len(token := block["rows.token"]):
+                self.spans[at] = len(token), token.min(), token.max()
+            block.release()
+
+    @property
+    def rows(self) -> int:
+        return int(self.spans[:, 0].sum())
+
+    def ranges(self) -> Iterable[tuple[int, int]]:
+        """Ranges of numbers, both ends included, that ascend and hold all tokens, at most `ORDER_ROWS` rows each."""
+        filled = self.spans[self.spans[:, 0] > 0]
+        if len(filled):
+            yield from self._ranges(int(filled[:, 1].min()), int(filled[:, 2].max()), int(filled[:, 0].sum()))
+
+    def _ranges(self, low: int, high: int, rows: int) -> Iterable[tuple[int, int]]:
+        if rows <= ORDER_ROWS or low == high:
+            yield low, high
+            return
+        width = -(-(high - low + 1) // ORDER_CELLS)
+        counts = np.zeros(ORDER_CELLS, np.int64)
+        for _, block in self._within(low, high):
+            token = block["rows.token"]
+            token = token[(token >= low) & (token <= high)]
+            counts += np.bincount((token - low) // width, minlength=ORDER_CELLS)
+            block.release()
+        filled = np.flatnonzero(counts).tolist()
+        first, held = filled[0], 0
+        for cell, following in zip(filled, [*filled[1:], -1], strict=True):
+            held += int(counts[cell])
+            if following < 0 or held + counts[following] > ORDER_ROWS:
+                yield from self._ranges(low + first * width, min(high, low + (cell + 1) * width - 1), held)
+                first, held = following, 0
+
+    def sorted(self, low: int, high: int) -> np.ndarray:
+        """Records of `ORDER` of the tokens of a range, ascending."""
+        pieces = [np.empty(0, ORDER)]
+        for number, block in self._within(low, high):
+            token = block["rows.token"]
+            chosen = np.flatnonzero((token >= low) & (token <= high))
+            piece = np.empty(len(chosen), ORDER)
+            for name in ("token", "sequence", "position"):
+                piece[name] = block[f"rows.{name}"][chosen]
+            piece["block"], piece["row"] = number, chosen
+            pieces.append(piece)
+            block.release()
+        rows = np.concatenate(pieces)
+        return rows[np.argsort(rows["token"], kind="stable")]
+
+    def _within(self, low: int, high: int) -> Iterable[tuple[int, Block]]:
+        rows, first, last = self.spans.T
+        for number in np.flatnonzero((rows > 0) & (first <= high) & (last >= low)).tolist():
+            yield number, self.blocks[number]
 
 
 def pack(
@@ -121,10 +226,10 @@ def pack(
         (workload / "manifest.json").unlink(missing_ok=True)
         job = _Shard(dump, dump_manifest.parent, workload, out, wanted, encoding, share_inputs)
         packed = job.pack(threads, report)
-        write_json(record, packed)
+        write_json(record, packed, indent=None)
     # also one that an earlier call was killed before removing
     _journal(out).unlink(missing_ok=True)
-    write_json(out, packed)
+    write_json(out, packed, indent=None)
     for file in dump_manifest.parent.glob("group-*"):
         file.unlink()
     return packed
@@ -151,12 +256,11 @@ class _Shard:
         names = [group_name(group) for group in self.dump["groups"]]
         seals = (read_json(self.folder / f"{name}.json", "pack") for name in names)
         blocks = [Block(self.folder / file) for seal in seals for file in seal["blocks"]]
-        order = _order(blocks)
-        distinct = 1 + int(np.count_nonzero(np.diff(order.index.token))) if len(order) else 0
-        if len(order) != self.dump["rows"] or distinct != len(order):
+        order = _Order(blocks, self.out.parent)
+        if len(order) != self.dump["rows"] or order.distinct != len(order):
             raise InputError(
                 f"pack: {self.folder} must hold {self.dump['rows']} rows of different tokens, got {len(order)} with "
-                f"{distinct} different: generate it again"
+                f"{order.distinct} different: generate it again"
             )
         shared = {}
         if self.share_inputs:
@@ -203,15 +307,16 @@ class _Shard:
         return {e["path"]: e for e in entries[1:] if _has_size(self.workload / e["path"], e["bytes"])}
 
     def _write_leaf(self, matrix: dict[str, Any], blocks: list[Block], order: _Order) -> dict[str, Any]:
-        """Write one layer and matrix, a row group at a time; returns its entry in the manifest."""
+        """Write one layer and matrix, a piece of some row groups at a time; returns its entry in the manifest."""
         path = self.workload / self._path(matrix)
         level = self.dump.get("capture", {}).get("level", "full")
         schema = data_schema(matrix["dtype"], self.encoding, level, matrix["in_features"])
         nnz = 0
         with (
             write_beside(path) as partial,
+            pa.output_stream(partial, compression=None, buffer_size=SINK_BYTES) as sink,
             pq.ParquetWriter(
-                partial,
+                sink,
                 schema,
                 compression="zstd",
                 compression_level=1,
@@ -221,19 +326,19 @@ class _Shard:
                 write_page_checksum=True,
             ) as writer,
         ):
-            for index, figures, rows in _row_groups(matrix, level, blocks, order):
+            for index, figures, rows in _pieces(matrix, level, blocks, order):
                 table = encode_rows(schema, matrix["layer"], matrix["matrix"], index, figures, rows)
                 writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
                 nnz += int(figures.nnz.sum())
-        token = order.index.token
+        first, last = order.span()
         return {
             "path": self._path(matrix),
             "layer": matrix["layer"],
             "matrix": matrix["matrix"],
             "rows": len(order),
             "nnz": nnz,
-            "first_token": int(token[0]) if len(order) else None,
-            "last_token": int(token[-1]) if len(order) else None,
+            "first_token": first,
+            "last_token": last,
             "bytes": path.stat().st_size,
             "sha256": sha256_file(path),
         }
@@ -275,32 +380,22 @@ def _is_whole(packed: dict[str, Any], workload: Path, parts: Path) -> bool:
     )
 
 
-def _order(blocks: list[Block]) -> _Order:
-    def column(name: str, dtype: type) -> np.ndarray:
-        return np.concatenate([np.empty(0, dtype), *(block[f"rows.{name}"] for block in blocks)], dtype=dtype)
-
-    token = column("token", np.int64)
-    sizes = [len(block["rows.token"]) for block in blocks]
-    block = np.repeat(np.arange(len(blocks), dtype=np.int32), sizes)
-    row = np.concatenate([np.empty(0, np.int32), *(np.arange(size, dtype=np.int32) for size in sizes)])
-    by_token = np.argsort(token, kind="stable")
-    index = Index(token[by_token], column("sequence", np.int32)[by_token], column("position", np.int32)[by_token])
-    for one in blocks:
-        one.release()
-    return _Order(block[by_token], row[by_token], index)
-
-
-def _row_groups(
+def _pieces(
     matrix: dict[str, Any], level: str, blocks: list[Block], order: _Order
 ) -> Iterable[tuple[Index, Figures, Rows | None]]:
-    """The row groups of one layer and matrix, in order."""
+    """Whole row groups of one layer and matrix, some at a time, in order."""
     name = f"L{matrix['layer']:02d}.{matrix['matrix']}"
     number = FORMATS[matrix["dtype"]]
-    read = 0
-    for start in range(0, len(order), ROW_GROUP_ROWS):
-        chosen = slice(start, start + ROW_GROUP_ROWS)
-        block, row = order.block[chosen], order.row[chosen]
-        index = Index(*(column[chosen] for column in (order.index.token, order.index.sequence, order.index.position)))
+    row_bytes = matrix["in_features"] * number.bits.itemsize
+    room = max(1, PIECE_BYTES // (row_bytes * ROW_GROUP_ROWS)) * ROW_GROUP_ROWS
+    start, read = 0, 0
+    while start < len(order):
+        place = order[start : start + room]
+        if len(place) > ROW_GROUP_ROWS and len(np.unique(place["block"])) > MAPPED_BLOCKS:
+            place = place[:ROW_GROUP_ROWS]
+        start += len(place)
+        block, row = np.ascontiguousarray(place["block"]), np.ascontiguousarray(place["row"])
+        index = Index(*(np.ascontiguousarray(place[column]) for column in ("token", "sequence", "position")))
         rows, out_mask = None, None
         if f"{name}.out_mask" in blocks[block[0]]:
             out_mask = _pick(blocks, f"{name}.out_mask", block, row)
@@ -332,7 +427,7 @@ def _row_groups(
                 out_mask,
             )
         yield index, figures, rows
-        read += matrix["in_features"] * number.bits.itemsize * len(block)
+        read += row_bytes * len(block)
         if read > RELEASE_BYTES:
             read = 0
             for used in blocks[block.min() : block.max() + 1]:
@@ -361,13 +456,17 @@ def gather(
         values, offsets = take(source[f"{name}.values"], source[f"{name}.offsets"], row[start:stop])
         lengths.append(np.diff(offsets))
         patterns.append(values)
-    offsets = offsets_of(np.concatenate(lengths))
-    return _pick(blocks, f"{name}.mask", block, row), offsets, np.concatenate(patterns, dtype=number.bits)
+    offsets = offsets_of(_joined(lengths))
+    return _pick(blocks, f"{name}.mask", block, row), offsets, _joined(patterns).astype(number.bits, copy=False)
 
 
 def _pick(blocks: list[Block], name: str, block: np.ndarray, row: np.ndarray) -> np.ndarray:
     """Rows of an array that has one line for each, in the order asked for."""
-    return np.concatenate([blocks[block[start]][name][row[start:stop]] for start, stop in runs(block)])
+    return _joined([blocks[block[start]][name][row[start:stop]] for start, stop in runs(block)])
+
+
+def _joined(pieces: list[np.ndarray]) -> np.ndarray:
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def index(

@@ -4,6 +4,7 @@ The workload format is specified in docs/format.md; the schemas here are its con
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 import numpy as np
@@ -87,9 +88,10 @@ class NumberFormat:
 
     def from_planes(self, planes: list[np.ndarray]) -> np.ndarray:
         """The inverse of `to_planes`."""
-        patterns = np.zeros(len(planes[0]), self.bits)
-        for i, plane in enumerate(planes):
-            patterns |= plane.astype(self.bits) << (8 * i)
+        patterns = planes[-1].astype(self.bits)
+        for plane in planes[-2::-1]:
+            patterns <<= 8
+            patterns |= plane
         if self.rotate_left:
             patterns = (patterns >> self.rotate_left) | (patterns << (8 * self.bits.itemsize - self.rotate_left))
         return patterns
@@ -113,6 +115,7 @@ def index_type(features: int) -> np.dtype:
     return np.dtype(np.uint16 if features <= 1 << 16 else np.uint32)
 
 
+@cache
 def data_schema(dtype: str, encoding: str = "split", level: str = "full", features: int = 1) -> pa.Schema:
     """Schema of `data/LNN/matrix/part-*.parquet`.
 

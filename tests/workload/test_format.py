@@ -147,6 +147,45 @@ def test_bytes_do_not_depend_on_threads_or_blocks(tmp_path, monkeypatch):
     assert tree(pack_all(built, "threads", threads=3)) == tree(built.workload)
 
 
+@pytest.mark.parametrize("setting", ["ORDER_ROWS", "ORDER_CELLS", "PIECE_BYTES", "MAPPED_BLOCKS", "SINK_BYTES"])
+def test_bytes_do_not_depend_on_what_is_held_at_a_time(tmp_path, monkeypatch, setting):
+    monkeypatch.setattr(packing, "ROW_GROUP_ROWS", 4)
+    built = build(tmp_path, "float16")
+    if setting == "ORDER_CELLS":
+        monkeypatch.setattr(packing, "ORDER_ROWS", 3)
+    monkeypatch.setattr(packing, setting, 2 if setting.startswith("ORDER") else 1)
+    assert tree(pack_all(built, "again")) == tree(built.workload)
+    assert not [path for path in tmp_path.rglob("*") if "tmp" in path.name]
+
+
+def test_order_of_a_long_shard_is_sorted_a_range_at_a_time(tmp_path, monkeypatch, rng):
+    """Numbers in clumps far apart, some twice: ranges of any width come out as one sort of all."""
+    from sparsetrace.dump import Block, write_block
+
+    clumps = [rng.permutation(rng.choice(300, 200)) + at for at in (-50, 10_000, 1 << 40)]
+    token = rng.permutation(np.concatenate(clumps))
+    blocks = []
+    for number, piece in enumerate([*np.array_split(token, 7), token[:0]]):
+        arrays = {"rows.token": piece, "rows.sequence": piece.astype(np.int32), "rows.position": piece.astype(np.int32)}
+        write_block(tmp_path / f"{number}", arrays)
+        blocks.append(Block(tmp_path / f"{number}"))
+    whole = packing._Order(blocks, tmp_path)
+    sizes = []
+    ranges = packing._Tokens.sorted
+    monkeypatch.setattr(packing, "ORDER_ROWS", 20)
+    monkeypatch.setattr(packing, "ORDER_CELLS", 5)
+    monkeypatch.setattr(
+        packing._Tokens, "sorted", lambda self, *span: (sizes.append(len(ranges(self, *span))), ranges(self, *span))[1]
+    )
+    order = packing._Order(blocks, tmp_path)
+    assert max(sizes) <= 20
+    assert (len(order), order.distinct, order.span()) == (600, len(np.unique(token)), (token.min(), token.max()))
+    assert np.array_equal(order[0:600], whole[0:600])
+    assert np.array_equal(order[17:31], whole[17:31])
+    assert np.array_equal(whole[0:600]["token"], np.sort(token))
+    assert len(packing._Order(blocks[7:], tmp_path)) == 0
+
+
 def test_an_interrupted_pack_goes_on(tmp_path, monkeypatch):
     built = build(tmp_path, "float16")
     dump, out = built.folder / "dump" / "00000" / "manifest.json", tmp_path / "again-parts" / "00000.json"
