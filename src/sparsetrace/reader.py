@@ -28,7 +28,7 @@ from sparsetrace.folder import Folder
 from sparsetrace.ragged import runs
 from sparsetrace.rows import Rows, decode_rows, join, no_rows, operand_columns
 from sparsetrace.schedule import Step, batches, replay
-from sparsetrace.schema import FORMATS, MATRICES, PHASES, SITE_OF, WORKLOAD_VERSION
+from sparsetrace.schema import FORMATS, MATRICES, PHASES, ROW_GROUP_ROWS, SITE_OF, WORKLOAD_VERSION
 from sparsetrace.twin import twin
 from sparsetrace.weights import Checkpoint
 
@@ -37,6 +37,8 @@ Choice = int | slice | Iterable[int] | None
 # Read row groups and file footers kept, per workload: a row is often followed by its neighbour.
 CACHED_ROW_GROUPS = 8
 CACHED_FOOTERS = 512
+# Dense bytes of the row groups that are read together: a narrow matrix pays for a call of Arrow once for many of them.
+READ_BYTES = 4 << 20
 FIGURES = ["token", "sequence", "position", "nnz", "absmax", "l2"]
 
 
@@ -95,10 +97,14 @@ class _Files:
 
     def row_group(self, path: str, group: int, columns: tuple[str, ...]) -> pa.Table:
         """Columns of one row group, in an order that may differ."""
+        return self.row_groups(path, group, group + 1, columns)
+
+    def row_groups(self, path: str, start: int, stop: int, columns: tuple[str, ...]) -> pa.Table:
+        """Columns of neighbouring row groups, in an order that may differ."""
         metadata, _, _ = self.footer(path)
         file = self.folder.parquet(path, metadata)
         try:
-            return file.read_row_group(group, columns=list(columns), use_threads=False)
+            return file.read_row_groups(range(start, stop), columns=list(columns), use_threads=False)
         except (OSError, pa.ArrowInvalid) as error:
             raise InputError(f"workload: {path} must be undamaged, got {error}: run `sparsetrace verify`") from None
 
@@ -262,7 +268,7 @@ class Workload:
         return join(pieces).take(back)
 
     def blocks(self, layer: int, matrix: str, values: bool = True, tokens: np.ndarray | None = None) -> Iterator[Rows]:
-        """Operands of one layer and matrix, ascending by token, at most one row group at a time.
+        """Operands of one layer and matrix, ascending by token, at most `READ_BYTES` or one row group at a time.
 
         Args:
             layer, matrix: which.
@@ -275,8 +281,8 @@ class Workload:
         """token, sequence, position, nnz, absmax and l2 of each row of one layer and matrix, as stored."""
         source = self._source(layer, matrix)
         pieces = []
-        for path, group, wanted in self._places(source, self.tokens):
-            table = self._files.row_group(path, group, tuple(FIGURES)).select(FIGURES)
+        for path, groups, wanted in self._places(source, self.tokens):
+            table = self._files.row_groups(path, *groups, tuple(FIGURES)).select(FIGURES)
             pieces.append(table.take(pa.array(self._found(table["token"].to_numpy(), wanted))))
         types = (pa.int64(), pa.int32(), pa.int32(), pa.int32(), pa.float32(), pa.float32())
         empty = pa.schema(list(zip(FIGURES, types, strict=True))).empty_table()
@@ -408,8 +414,10 @@ class Workload:
             )
         return at
 
-    def _places(self, source: tuple[int, str], wanted: np.ndarray) -> Iterator[tuple[str, int, np.ndarray]]:
-        """Part, row group and tokens, for ascending tokens of a stored layer and matrix."""
+    def _places(self, source: tuple[int, str], wanted: np.ndarray) -> Iterator[tuple[str, tuple[int, int], np.ndarray]]:
+        """Part, neighbouring row groups (first, last + 1) and tokens, for ascending tokens of a stored leaf."""
+        row_bytes = self.features(*source) * FORMATS[self.manifest["dtype"]].bits.itemsize
+        together = max(1, READ_BYTES // (ROW_GROUP_ROWS * row_bytes))
         parts = self._files.parts.get(source, [])
         # a part that starts after a token does not hold it
         which = np.searchsorted([part["first_token"] for part in parts], wanted, side="right") - 1
@@ -418,20 +426,25 @@ class Workload:
                 self._found(np.empty(0, np.int64), wanted[start:])
             path, chosen = parts[which[start]]["path"], wanted[start:stop]
             group = np.searchsorted(self._files.footer(path)[1], chosen, side="right") - 1
-            for first, last in runs(group):
-                yield path, int(group[first]), chosen[first:last]
+            first = 0
+            for low, high in _neighbours(group[np.r_[True, np.diff(group) > 0]].tolist(), together):
+                last = int(np.searchsorted(group, high))
+                yield path, (low, high), chosen[first:last]
+                first = last
 
     def _blocks(self, layer: int, matrix: str, wanted: np.ndarray, values: bool) -> Iterator[Rows]:
         source = self._source(layer, matrix)
         features, number = self.features(layer, matrix), FORMATS[self.manifest["dtype"]]
         if self.level == "stats":
             raise InputError("workload: operands must have been captured, got level `stats`: use figures()")
-        for path, group, chosen in self._places(source, wanted):
+        for path, (first_group, stop_group), chosen in self._places(source, wanted):
             names = self._files.footer(path)[2]
             columns = ("token", *operand_columns(names, values))
             # one row of many: the next one asked for is likely its neighbour
-            few = len(chosen) < 8
-            table = (self._files.recent if few else self._files.row_group)(path, group, columns)
+            if len(chosen) < 8 and stop_group - first_group == 1:
+                table = self._files.recent(path, first_group, columns)
+            else:
+                table = self._files.row_groups(path, first_group, stop_group, columns)
             at = self._found(table["token"].to_numpy(), chosen)
             if len(at) and at[-1] - at[0] == len(at) - 1 and (np.diff(at) == 1).all():
                 rows = decode_rows(table.slice(at[0], len(at)), layer, matrix, features, number)
@@ -491,6 +504,15 @@ class _Twin:
 def open(path: str | Path, model: str | Path | None = None, filesystem: Any = None) -> Workload:
     """Open a workload folder; the arguments are those of `Workload`. Reads as `sparsetrace.open`."""
     return Workload(path, model, filesystem)
+
+
+def _neighbours(numbers: list[int], most: int) -> Iterator[tuple[int, int]]:
+    """Ranges (first, last + 1) of ascending numbers without a gap, at most so many each."""
+    start = numbers[0]
+    for number, following in zip(numbers, [*numbers[1:], -1], strict=True):
+        if following != number + 1 or following - start == most:
+            yield start, number + 1
+            start = following
 
 
 def _names(wanted: str | Iterable[str] | None, known: tuple[str, ...], what: str) -> list[str]:

@@ -7,6 +7,7 @@ import pytest
 from workload_testing import LAYERS, WIDTHS, build
 
 import sparsetrace
+from sparsetrace import pack, reader
 from sparsetrace.schema import FORMATS, MATRICES
 
 LEAVES = [(layer, matrix) for layer in range(LAYERS) for matrix in MATRICES]
@@ -191,6 +192,23 @@ def test_threads_read_what_one_reads(half):
     for thread in threads:
         thread.join()
     assert not faults
+
+
+@pytest.mark.parametrize("read_bytes", [1, 4 << 20], ids=["one", "all"])
+def test_row_groups_are_read_one_or_many_at_a_time(tmp_path, monkeypatch, rng, read_bytes):
+    monkeypatch.setattr(pack, "ROW_GROUP_ROWS", 3)
+    monkeypatch.setattr(reader, "READ_BYTES", read_bytes)
+    built = build(tmp_path, "float16")
+    ds = sparsetrace.open(built.workload)
+    x = built.dense[1, "up"]
+    blocks = list(ds.blocks(1, "up"))
+    assert np.array_equal(patterns(built, np.concatenate([rows.dense() for rows in blocks])), x)
+    assert (max(map(len, blocks)) > 3) == (read_bytes > 1)
+    assert ds.figures(1, "up")["token"].to_pylist() == built.tokens.tolist()
+    for count in (1, 5, len(x) // 2):
+        at = np.sort(rng.choice(len(x), count, replace=False))
+        assert np.array_equal(patterns(built, ds[1, "up", built.tokens[at]]), x[at])
+    assert list(reader._neighbours([0, 1, 2, 5, 6], 2)) == [(0, 2), (2, 3), (5, 7)]
 
 
 @pytest.mark.parametrize("kind", ["file", "memory", "filesystem"])
