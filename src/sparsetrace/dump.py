@@ -161,6 +161,9 @@ class Block:
     Args:
         path: of the block.
 
+    Attributes:
+        size: bytes of the file.
+
     Raises:
         InputError: the file is shorter than its header says, or has none.
     """
@@ -169,7 +172,7 @@ class Block:
         self.path = path
         self._map: mmap.mmap | None = None
         with path.open("rb") as file:
-            size = path.stat().st_size
+            size = self.size = path.stat().st_size
             length = int.from_bytes(file.read(_PREFIX_BYTES), "little")
             if size < _PREFIX_BYTES + length:
                 raise InputError(f"dump: {path} must be a whole block, got {size} bytes: generate it again")

@@ -10,7 +10,8 @@ the shards' tables and writes the manifest, last. The format is docs/format.md.
 | `parts/00003.json` | every file with rows, nonzeros, token range and sha256 |
 
 Memory: one piece of rows of each thread (`PIECE_BYTES`, or one row group where that is more), and `ORDER_ROWS` rows
-of the index; the order of a longer shard lies in a nameless file beside `parts/`.
+of the index; the order of a longer shard lies in a nameless file beside `parts/`. What grows with a shard is the footer
+of each open file, some 40 bytes a token: cut a study of more than ten million tokens into shards.
 """
 
 import json
@@ -56,9 +57,11 @@ STATISTICS = ["layer", "matrix", "token", "sequence", "position", "nnz", "absmax
 # Of a dump's manifest: may differ among the shards of one run.
 VARYING = ("commit", "smaller_batches")
 SHARD_TABLES = {"tokens": TOKENS, "sequences": SEQUENCES}
-# Bytes of the dump that one thread reads before it gives their pages back, and blocks that it maps before that.
+# Bytes of the dump that one thread maps before it gives their pages back, and blocks that a piece may lie in.
 RELEASE_BYTES = 32 << 20
 MAPPED_BLOCKS = 64
+# What the system maps around a byte that is read; a row of an operand lies in two places, mask and values.
+FAULT_BYTES = 2 << 16
 # Dense bytes of the row groups that are encoded together: a narrow matrix pays for a call of numpy or Arrow once for
 # many of them, and what they take still lies in the processor's cache.
 PIECE_BYTES = 2 << 20
@@ -66,10 +69,13 @@ PIECE_BYTES = 2 << 20
 SINK_BYTES = 1 << 20
 # Rows of a table that are held before they are written.
 MERGED_ROWS = 1 << 17
-# What all threads' row groups may take together; a wide matrix is packed by fewer threads.
+# What all threads may take together, for row groups and for pages of the dump; a wide matrix is packed by fewer.
 MEMORY_BYTES = 768 << 20
 # Peak bytes of a thread over the dense bytes of its row group, measured: operand, planes, squares, encoded pages.
 MEMORY_FACTOR = 8
+# Of a row group, until its file is closed: what the footer will say of each column. A shard of 20 million tokens takes
+# all of `MEMORY_BYTES` for it.
+FOOTER_BYTES = 20_000
 # Rows whose order is held, and sorted at a time; they take about 100 bytes each meanwhile.
 ORDER_ROWS = 1 << 20
 # Cells that the tokens of a longer shard are counted in, to cut them into ranges of so many rows.
@@ -273,7 +279,9 @@ class _Shard:
         with _journal(self.out).open("a" if done else "w", encoding="utf-8") as journal:
             if not done:
                 _note(journal, {"dump": self.wanted})
-            for entry in _in_threads(lambda m: self._write_leaf(m, blocks, order), todo, _threads(threads, stored)):
+            for entry in _in_threads(
+                lambda m: self._write_leaf(m, blocks, order), todo, _threads(threads, stored, len(order))
+            ):
                 _note(journal, entry)
                 done[entry["path"]] = entry
                 if report is not None:
@@ -311,6 +319,7 @@ class _Shard:
         path = self.workload / self._path(matrix)
         level = self.dump.get("capture", {}).get("level", "full")
         schema = data_schema(matrix["dtype"], self.encoding, level, matrix["in_features"])
+        share = matrix["in_features"] / sum(other["in_features"] for other in self.dump["matrices"])
         nnz = 0
         with (
             write_beside(path) as partial,
@@ -326,7 +335,7 @@ class _Shard:
                 write_page_checksum=True,
             ) as writer,
         ):
-            for index, figures, rows in _pieces(matrix, level, blocks, order):
+            for index, figures, rows in _pieces(matrix, share, level, blocks, order):
                 table = encode_rows(schema, matrix["layer"], matrix["matrix"], index, figures, rows)
                 writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
                 nnz += int(figures.nnz.sum())
@@ -363,10 +372,11 @@ def _in_threads(
             pool.shutdown(cancel_futures=True)
 
 
-def _threads(threads: int, matrices: list[dict[str, Any]]) -> int:
+def _threads(threads: int, matrices: list[dict[str, Any]], rows: int) -> int:
     """As many as asked for, or as `MEMORY_BYTES` allows."""
     widest = max((m["in_features"] * FORMATS[m["dtype"]].bits.itemsize for m in matrices), default=1)
-    return max(1, min(threads, MEMORY_BYTES // (MEMORY_FACTOR * ROW_GROUP_ROWS * widest)))
+    one = MEMORY_FACTOR * ROW_GROUP_ROWS * widest + 2 * RELEASE_BYTES + FOOTER_BYTES * rows // ROW_GROUP_ROWS
+    return max(1, min(threads, MEMORY_BYTES // one))
 
 
 def _has_size(path: Path, size: int) -> bool:
@@ -381,18 +391,21 @@ def _is_whole(packed: dict[str, Any], workload: Path, parts: Path) -> bool:
 
 
 def _pieces(
-    matrix: dict[str, Any], level: str, blocks: list[Block], order: _Order
+    matrix: dict[str, Any], share: float, level: str, blocks: list[Block], order: _Order
 ) -> Iterable[tuple[Index, Figures, Rows | None]]:
-    """Whole row groups of one layer and matrix, some at a time, in order."""
+    """Whole row groups of one layer and matrix, some at a time, in order; `share` is about its share of each block."""
     name = f"L{matrix['layer']:02d}.{matrix['matrix']}"
     number = FORMATS[matrix["dtype"]]
     row_bytes = matrix["in_features"] * number.bits.itemsize
     room = max(1, PIECE_BYTES // (row_bytes * ROW_GROUP_ROWS)) * ROW_GROUP_ROWS
-    start, read = 0, 0
+    start, mapped = 0, 0
+    touched: set[int] = set()
     while start < len(order):
         place = order[start : start + room]
-        if len(place) > ROW_GROUP_ROWS and len(np.unique(place["block"])) > MAPPED_BLOCKS:
+        used = np.unique(place["block"])
+        if len(place) > ROW_GROUP_ROWS and len(used) > MAPPED_BLOCKS:
             place = place[:ROW_GROUP_ROWS]
+            used = np.unique(place["block"])
         start += len(place)
         block, row = np.ascontiguousarray(place["block"]), np.ascontiguousarray(place["row"])
         index = Index(*(np.ascontiguousarray(place[column]) for column in ("token", "sequence", "position")))
@@ -427,13 +440,13 @@ def _pieces(
                 out_mask,
             )
         yield index, figures, rows
-        read += row_bytes * len(block)
-        if read > RELEASE_BYTES:
-            read = 0
-            for used in blocks[block.min() : block.max() + 1]:
-                used.release()
-    for used in blocks:
-        used.release()
+        # rows that lie apart map what is between them
+        mapped += min(int(share * sum(blocks[at].size for at in used)), len(block) * (row_bytes + FAULT_BYTES))
+        touched.update(used.tolist())
+        if mapped > RELEASE_BYTES or start == len(order):
+            mapped = 0
+            while touched:
+                blocks[touched.pop()].release()
 
 
 def gather(
