@@ -118,6 +118,8 @@ def _differences(workload: Workload, block: Block, device: torch.device) -> Iter
         else:
             rows = workload.matrix(layer, matrix, tokens)
             pairs = [(rows.mask, block[f"{name}.mask"])]
+            if rows.out_mask is not None:
+                pairs += [(rows.out_mask, block[f"{name}.out_mask"])]
             if rows.bits is not None:
                 # with equal masks, values lie at equal places
                 whole = np.array_equal(*pairs[0])
@@ -127,7 +129,7 @@ def _differences(workload: Workload, block: Block, device: torch.device) -> Iter
                 continue
             differ = np.flatnonzero((stored != again).reshape(len(stored), -1).any(axis=1))
             row = differ[0]
-            if workload.level != "stats" and stored is not pairs[0][0]:
+            if workload.level != "stats" and stored is rows.bits:
                 row = np.searchsorted(rows.offsets, differ[0], side="right") - 1
             yield Fault(
                 f"data/L{layer:02d}/{matrix}",

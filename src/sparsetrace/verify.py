@@ -1,9 +1,20 @@
 """Checking a workload against its own manifest, format and method; every fault is named, none stops the search.
 
 Of each file: its hash; that it can be read, page checksums included; its schema; the rows that it
-should have; nnz = popcount of the mask = number of values; absmax and l2; no -0.0, Inf or NaN; every kept |x| above its
-threshold. Of the whole: the manifest's own hash, strangers in `data/`, tokens and sequences, and the counts in
-`matrices.parquet`.
+should have; nnz = popcount of the mask = number of values; absmax and l2; no -0.0, Inf or NaN; the method's rule. Of
+the whole: the manifest's own hash, strangers in `data/`, tokens and sequences, and the counts in `matrices.parquet`.
+
+What stored fields determine of a method's rule; the inputs that were dropped are not stored:
+
+| method | checked |
+|---|---|
+| `teal` | every kept abs(x) is above the threshold |
+| `topk`, `wina` with `select: topk` | no row keeps more than k; one with fewer had zeros among its k largest |
+| `wina` with `select: threshold` | nothing: the scores need the norms of the weights, `--recompute` has them |
+| `nm` | of each M neighbours at most N |
+| `cats`, `griffin` | `out_mask` is where the method has one; `down` keeps no neuron that it says is not computed |
+| `griffin` also | k neurons are computed, the same for `gate` and `up` and in every row of a sequence |
+| `dense`, `exact_zeros` | there is no threshold and no `out_mask` |
 """
 
 from __future__ import annotations
@@ -18,6 +29,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparsetrace.files import InputError, read_json, sha256_file, sha256_json
+from sparsetrace.methods import METHODS, Method
+from sparsetrace.reader import Workload
 from sparsetrace.rows import Rows, decode_rows, operand_columns, popcounts, row_figures
 from sparsetrace.schema import (
     FORMATS,
@@ -28,11 +41,10 @@ from sparsetrace.schema import (
     WORKLOAD_VERSION,
     data_schema,
     leaf,
+    mask_bytes,
 )
 
 TABLES = {"tokens.parquet": TOKENS, "sequences.parquet": SEQUENCES, "matrices.parquet": MATRIX_TABLE}
-# Methods that keep exactly the inputs with |x| above a threshold that the workload stores in the model's dtype.
-THRESHOLD_METHODS = ("teal",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +112,55 @@ def verify(folder: Path, report: Callable[[int, int], None] | None = None) -> li
             faults += _file_faults(folder, file) if "matrix" in file else []
         return faults
     faults += _table_faults(manifest, tables)
-    faults += _data_faults(folder, manifest, tables, report)
+    method = _method(manifest, faults)
+    faults += _data_faults(folder, manifest, tables, method, report)
+    if not faults and method is not None and method.out_masks:
+        # what follows compares files with each other, by the reader, which takes them for sound
+        faults += _output_faults(Workload(folder), method)
     return faults
+
+
+def _method(manifest: dict[str, Any], faults: list[Fault]) -> Method | None:
+    """The method, if it is one of ours; a data set of another is checked without its rule."""
+    if manifest["method"] not in METHODS:
+        return None
+    try:
+        return METHODS[manifest["method"]](**manifest["parameters"])
+    except (ValueError, TypeError) as error:
+        what = f"parameters must be those of method {manifest['method']}, got {_one_line(error)}"
+        faults.append(Fault("manifest.json", what))
+        return None
+
+
+def _output_faults(workload: Workload, method: Method) -> Iterator[Fault]:
+    """Outputs that are not computed: zero in what reads them, and of one sequence the same where a method says so."""
+    if workload.level == "stats":
+        return
+    sequences = workload.fed()["sequence"].to_numpy()
+    for layer in sorted({layer for layer, _ in workload.leaves}):
+        stored = [matrix for matrix in method.out_masks if (layer, matrix) in workload.leaves]
+        held: dict[int, np.ndarray] = {}
+        for first in workload.blocks(layer, stored[0], values=False) if stored else ():
+            others = [workload.matrix(layer, matrix, first.token, values=False) for matrix in stored[1:]]
+            assert first.out_mask is not None
+            for other in others:
+                if other.out_mask is None or not np.array_equal(other.out_mask, first.out_mask):
+                    yield Fault(f"data/{leaf(layer, other.matrix)}", f"out_mask must be that of {first.matrix}")
+            if (layer, "down") in workload.leaves:
+                down = workload.matrix(layer, "down", first.token, values=False)
+                if (wrong := (down.mask & first.out_mask).any(axis=1)).any():
+                    yield Fault(
+                        f"data/{leaf(layer, 'down')}",
+                        f"column mask: must keep no input that {first.matrix} did not compute, got one in token "
+                        f"{first.token[wrong][0]}",
+                    )
+            if method.outputs_by_sequence:
+                of = sequences[np.searchsorted(workload.tokens, first.token)]
+                for sequence in np.unique(of).tolist():
+                    masks = first.out_mask[of == sequence]
+                    if (masks != held.setdefault(sequence, masks[0])).any():
+                        what = f"column out_mask: must be one for all of sequence {sequence}, got several"
+                        yield Fault(f"data/{leaf(layer, first.matrix)}", what)
 
 
 def _file_faults(folder: Path, entry: dict[str, Any]) -> Iterator[Fault]:
@@ -142,7 +201,11 @@ def _table_faults(manifest: dict[str, Any], tables: dict[str, pa.Table]) -> Iter
 
 
 def _data_faults(
-    folder: Path, manifest: dict[str, Any], tables: dict[str, pa.Table], report: Callable[[int, int], None] | None
+    folder: Path,
+    manifest: dict[str, Any],
+    tables: dict[str, pa.Table],
+    method: Method | None,
+    report: Callable[[int, int], None] | None,
 ) -> Iterator[Fault]:
     tokens = tables["tokens.parquet"].filter(tables["tokens.parquet"]["captured"]).sort_by("token")
     wanted = {name: tokens[name].to_numpy() for name in ("token", "sequence", "position")}
@@ -157,7 +220,7 @@ def _data_faults(
         broken = list(_file_faults(folder, file))
         yield from broken
         if (folder / file["path"]).is_file():
-            one = _Leaf(folder, file, rows_of_leaf[key], manifest)
+            one = _Leaf(folder, file, rows_of_leaf[key], manifest, method)
             yield from one.faults(damaged=bool(broken))
             found[key].append(one)
         if report is not None:
@@ -175,7 +238,10 @@ def _data_faults(
         order = np.argsort(held["token"], kind="stable")
         yield from _completeness(where, {name: column[order] for name, column in held.items()}, wanted)
         bits = row["threshold_bits"]
-        if bits is not None and manifest["method"] in THRESHOLD_METHODS:
+        if bits is not None and method is not None and matrix not in method.thresholded:
+            what = f"threshold must be null under method {method.name}, got {row['threshold']}"
+            yield Fault("matrices.parquet", f"layer {layer} {matrix}: {what}")
+        if bits is not None and method is not None and method.score == "input":
             number = FORMATS[manifest["dtype"]]
             exact = float(number.to_float(np.array([bits], number.bits))[0])
             if row["threshold"] != exact:
@@ -217,14 +283,22 @@ class _Leaf:
         unreadable: whether some of it could not be read.
     """
 
-    def __init__(self, folder: Path, file: dict[str, Any], matrix: dict[str, Any], manifest: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        file: dict[str, Any],
+        matrix: dict[str, Any],
+        manifest: dict[str, Any],
+        method: Method | None,
+    ) -> None:
         self.folder = folder
         self.file = file
         self.matrix = matrix
         self.dtype = manifest["dtype"]
         self.level = manifest.get("capture", {}).get("level", "full")
         self.encoding = manifest.get("encoding", "split")
-        self.bound = matrix["threshold_bits"] if manifest["method"] in THRESHOLD_METHODS else None
+        self.method = method
+        self.bound = matrix["threshold_bits"] if method is not None and method.score == "input" else None
         self.index: dict[str, np.ndarray] = {}
         self.nnz = 0
         self.unreadable = False
@@ -290,8 +364,13 @@ class _Leaf:
             yield "expert", "must be null for a dense model, got a number"
         nnz = table["nnz"].to_numpy()
         self.nnz += int(nnz.sum())
+        if self.method is not None:
+            most = self.method.most_kept(self.file["matrix"], features)
+            if most is not None and (many := nnz > most).any():
+                yield "nnz", f"must be at most {most} under {self.method.label}, got {nnz[many][0]}" + _of(table, many)
         if self.level == "stats":
             return
+        yield from self._out_mask_faults(table)
         if self.encoding == "split":
             width = -(-features // 8)
             if set(_lengths(table["mask"])) - {width}:
@@ -315,6 +394,27 @@ class _Leaf:
         rows = decode_rows(table, self.file["layer"], self.file["matrix"], features, number)
         yield from self._operand_faults(rows, table, nnz)
 
+    def _out_mask_faults(self, table: pa.Table) -> Iterator[tuple[str, str]]:
+        """Whether there are masks of outputs where the method has them, and of how many."""
+        if self.method is None:
+            return
+        stated = self.file["matrix"] in self.method.out_masks
+        if table["out_mask"].null_count != (0 if stated else len(table)):
+            rule = "be there in every row" if stated else "be null"
+            yield "out_mask", f"must {rule} under method {self.method.name}, got the contrary"
+        elif stated:
+            outputs = self.matrix["out_features"]
+            if set(_lengths(table["out_mask"])) - {mask_bytes(outputs)}:
+                yield "out_mask", f"must have {mask_bytes(outputs)} bytes in every row, got others"
+                return
+            masks = np.array([list(mask) for mask in table["out_mask"].to_pylist()], np.uint8)
+            if outputs % 8 and (masks[:, -1] >> (outputs % 8)).any():
+                yield "out_mask", "bits beyond the last output must be zero, got ones"
+            dropped = self.method.dropped_outputs(outputs)
+            if dropped is not None and (other := popcounts(masks) != dropped).any():
+                what = f"must name {dropped} of {outputs} outputs under {self.method.label}, got another number"
+                yield "out_mask", what + _of(table, other)
+
     def _operand_faults(self, rows: Rows, table: pa.Table, nnz: np.ndarray) -> Iterator[tuple[str, str]]:
         number, features = FORMATS[self.dtype], rows.features
         counts = popcounts(rows.mask)
@@ -323,6 +423,12 @@ class _Leaf:
             yield "mask", f"must have nnz set bits in every row, got another number in token {token}"
         if features % 8 and (rows.mask[:, -1] >> (features % 8)).any():
             yield "mask", "bits beyond the last input must be zero, got ones"
+        neighbours = None if self.method is None else self.method.most_of_neighbours()
+        if neighbours is not None and features % neighbours[1] == 0:
+            n, m = neighbours
+            many = rows.keep().reshape(len(rows), -1, m).sum(axis=2).max(axis=1, initial=0) > n
+            if many.any():
+                yield "mask", f"must keep at most {n} of each {m} neighbours, got more" + _of(table, many)
         if rows.bits is None:
             return
         magnitudes = rows.bits & number.bits.type(number.sign - 1)
@@ -348,6 +454,10 @@ class _Leaf:
                 near = stored == value if name == "absmax" else np.isclose(stored, value, rtol=1e-6, atol=0)
                 if not near.all():
                     yield name, f"must be that of the values, got another in token {rows.token[~near][0]}"
+
+
+def _of(table: pa.Table, wrong: np.ndarray) -> str:
+    return f" in token {table['token'].to_numpy()[wrong][0]}"
 
 
 def _lengths(column: pa.ChunkedArray) -> np.ndarray:

@@ -58,6 +58,8 @@ class Method(BaseModel):
     out_masks: ClassVar[tuple[str, ...]] = ()
     # Whether `keep_outputs` must see a sequence's dense positions before it can decide.
     needs_dense_prefill: ClassVar[bool] = False
+    # Whether one set of outputs serves a whole sequence.
+    outputs_by_sequence: ClassVar[bool] = False
 
     @property
     def label(self) -> str:
@@ -124,6 +126,21 @@ class Method(BaseModel):
         Returns:
             None where there is more to the method than that; 0 where everything stays.
         """
+        return None
+
+    def most_kept(self, matrix: str, features: int) -> int | None:
+        """How many inputs a row of a matrix keeps, less those that are zero themselves; None where that varies.
+
+        This and the next two serve `verify`, which knows the operand and not what it was chosen from.
+        """
+        return None
+
+    def most_of_neighbours(self) -> tuple[int, int] | None:
+        """(N, M) where of each M neighbouring inputs at most N are kept."""
+        return None
+
+    def dropped_outputs(self, outputs: int) -> int | None:
+        """How many outputs of the matrices in `out_masks` are not computed, in every row; None where that varies."""
         return None
 
     def same_mask(self, one: MatrixRule, other: MatrixRule) -> bool:

@@ -27,6 +27,7 @@ class Griffin(Method):
     name: ClassVar[str] = "griffin"
     out_masks: ClassVar[tuple[str, ...]] = ("gate", "up")
     needs_dense_prefill: ClassVar[bool] = True
+    outputs_by_sequence: ClassVar[bool] = True
 
     sparsity: Sparsity = Field(description="fraction of feed-forward neurons dropped, rounded down, 0 <= s < 1")
 
@@ -36,6 +37,12 @@ class Griffin(Method):
 
     def target(self, layer: int, matrix: str) -> float | None:
         return self.sparsity if matrix == "down" else None
+
+    def most_kept(self, matrix: str, features: int) -> int | None:
+        return kept_count(features, self.sparsity) if matrix == "down" else None
+
+    def dropped_outputs(self, outputs: int) -> int | None:
+        return outputs - kept_count(outputs, self.sparsity)
 
     def keep_outputs(
         self,

@@ -71,6 +71,9 @@ class NM(Method):
                     f"{config.in_features(site)} at {site}"
                 )
 
+    def most_of_neighbours(self) -> tuple[int, int] | None:
+        return pattern_numbers(self.pattern)
+
     def keep(self, x: Tensor, rule: MatrixRule) -> Tensor | None:
         from sparsetrace.methods.select import keep_n_of_m
         from sparsetrace_kernels.reference import magnitude_bits

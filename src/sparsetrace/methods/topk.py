@@ -29,6 +29,9 @@ class TopK(Method):
     def target(self, layer: int, matrix: str) -> float | None:
         return self.sparsity
 
+    def most_kept(self, matrix: str, features: int) -> int | None:
+        return kept_count(features, self.sparsity)
+
     def keep(self, x: Tensor, rule: MatrixRule) -> Tensor | None:
         from sparsetrace.methods.select import keep_largest
         from sparsetrace_kernels.reference import magnitude_bits

@@ -51,6 +51,12 @@ class Wina(ThresholdMethod):
     def scale(weight_KN: Tensor) -> Tensor | None:
         return weight_KN.double().norm(dim=-1).float()
 
+    def most_kept(self, matrix: str, features: int) -> int | None:
+        if self.select == "threshold":
+            return None
+        assert self.sparsity is not None
+        return kept_count(features, self.sparsity)
+
     def keep(self, x: Tensor, rule: MatrixRule) -> Tensor | None:
         from sparsetrace.methods.select import keep_largest
         from sparsetrace_kernels.reference import keep_above, magnitude_bits
