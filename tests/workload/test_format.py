@@ -6,6 +6,7 @@ The planes were written out by hand from docs/format.md; the files of `golden_v1
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ import sparsetrace
 from sparsetrace import pack as packing
 from sparsetrace.files import InputError
 from sparsetrace.rows import Figures, Index, Rows, decode_rows, encode_rows
-from sparsetrace.schema import FORMATS, LEVELS, data_schema
+from sparsetrace.schema import ENCODINGS, FORMATS, LEVELS, MATRIX_TABLE, SEQUENCES, TOKENS, WEIGHT_MASKS, data_schema
 
 # one row of nine inputs; inputs 0, 3 and 8 are kept: 1.0, -2.5 and the smallest positive number
 KEPT = [0, 3, 8]
@@ -81,6 +82,25 @@ def test_three_lines_of_numpy():
     lo, hi = (np.frombuffer(row[name], np.uint8).astype(np.uint16) for name in ("values_lo", "values_hi"))
     x[keep] = (lo | hi << 8).view(np.float16)
     assert x.tolist() == [1.0, 0, 0, -2.5, 0, 0, 0, 0, 2.0**-24]
+
+
+def test_every_column_and_key_is_described(half):
+    """On docs/format.md, by name."""
+    from sparsetrace.quality import QUALITY
+
+    page = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
+    words = set(re.findall(r"\w+", page))
+    columns = {name for dtype in FORMATS for encoding in ENCODINGS for name in data_schema(dtype, encoding).names}
+    # values_b0 to values_b3 are named by the first and the last
+    columns -= {"values_b1", "values_b2"}
+    for table in (TOKENS, SEQUENCES, MATRIX_TABLE, WEIGHT_MASKS, QUALITY):
+        columns |= set(table.names)
+    assert columns - words == set()
+    manifest = json.loads((half.workload / "manifest.json").read_text())
+    described = set(re.findall(r"`(\w+)`", page[page.index("## Manifest") : page.index("## The rule of the method")]))
+    assert manifest.keys() - described == set()
+    assert {key for file in manifest["files"] for key in file} - words == set()
+    assert {path.name for path in half.workload.iterdir()} <= set(re.findall(r"[\w.]+", page))
 
 
 def test_golden_schema():
