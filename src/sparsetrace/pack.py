@@ -324,16 +324,7 @@ class _Shard:
         with (
             write_beside(path) as partial,
             pa.output_stream(partial, compression=None, buffer_size=SINK_BYTES) as sink,
-            pq.ParquetWriter(
-                sink,
-                schema,
-                compression="zstd",
-                compression_level=1,
-                use_dictionary=["matrix"],
-                column_encoding=column_encodings(schema),
-                write_statistics=STATISTICS,
-                write_page_checksum=True,
-            ) as writer,
+            pq.ParquetWriter(sink, schema, **writer_settings(schema)) as writer,
         ):
             for index, figures, rows in _pieces(matrix, share, level, blocks, order):
                 table = encode_rows(schema, matrix["layer"], matrix["matrix"], index, figures, rows)
@@ -351,6 +342,18 @@ class _Shard:
             "bytes": path.stat().st_size,
             "sha256": sha256_file(path),
         }
+
+
+def writer_settings(schema: pa.Schema) -> dict[str, Any]:
+    """What docs/format.md asks of the Parquet writer of a data file."""
+    return {
+        "compression": "zstd",
+        "compression_level": 1,
+        "use_dictionary": ["matrix"],
+        "column_encoding": column_encodings(schema),
+        "write_statistics": STATISTICS,
+        "write_page_checksum": True,
+    }
 
 
 def _note(journal: TextIO, entry: dict[str, Any]) -> None:

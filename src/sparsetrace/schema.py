@@ -164,9 +164,11 @@ def data_schema(dtype: str, encoding: str = "split", level: str = "full", featur
 def column_encodings(schema: pa.Schema) -> dict[str, str]:
     """Parquet encoding of each column of `data_schema`; a column that is not named is PLAIN, `matrix` a dictionary.
 
-    Lengths and ascending integers as differences: two bytes a row instead of twenty, and bytes that lie together.
+    Lengths and ascending integers as differences: two bytes a row instead of twenty, and bytes that lie together. Row
+    figures as byte planes: their exponents hardly vary, which takes two thirds of a byte a row off.
     """
     encodings = dict.fromkeys(("layer", "token", "sequence", "position", "expert", "nnz"), "DELTA_BINARY_PACKED")
+    encodings |= dict.fromkeys(("absmax", "l2"), "BYTE_STREAM_SPLIT")
     for field in schema:
         if pa.types.is_binary(field.type):
             encodings[field.name] = "DELTA_LENGTH_BYTE_ARRAY"
