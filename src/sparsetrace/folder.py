@@ -55,7 +55,10 @@ class Folder:
         if self.local:
             return read_json(Path(self.path(name)), "open")
         with self.open(name) as file:
-            content: dict[str, Any] = json.loads(file.read())
+            try:
+                content: dict[str, Any] = json.loads(file.read())
+            except (OSError, ValueError) as error:
+                raise InputError(f"open: {self.where}/{name} must be JSON that can be read, got {error}") from None
         return content
 
     def read_table(self, name: str) -> pa.Table:
@@ -70,7 +73,8 @@ class Folder:
         """A Parquet file; given its metadata, opening one costs some 20 us, so that threads need share none."""
         try:
             return pq.ParquetFile(self.open(name), metadata=metadata)
-        except (OSError, pa.ArrowInvalid) as error:
+        # fsspec says in a plain ValueError that a web server cannot read at any place
+        except (OSError, ValueError) as error:
             raise InputError(f"workload: {self.where}/{name} must be a whole Parquet file, got {error}") from None
 
 

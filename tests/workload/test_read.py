@@ -1,6 +1,10 @@
 """Reading a packed workload against the dense operands that it was made from: every bit must be equal."""
 
+import re
 import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +12,7 @@ from workload_testing import LAYERS, WIDTHS, build
 
 import sparsetrace
 from sparsetrace import pack, reader
+from sparsetrace.files import InputError
 from sparsetrace.schema import FORMATS, MATRICES
 
 LEAVES = [(layer, matrix) for layer in range(LAYERS) for matrix in MATRICES]
@@ -225,6 +230,52 @@ def test_urls_and_file_systems(half, kind):
         memory.put(str(half.workload), "/moved", recursive=True)
         ds = sparsetrace.open("memory://moved")
     assert np.array_equal(patterns(half, ds.matrix(1, "gate").dense()), half.dense[1, "gate"])
+
+
+class Ranges(SimpleHTTPRequestHandler):
+    """Serves parts of files, which Python's own handler does not."""
+
+    def do_GET(self):
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if wanted is None:
+            return super().do_GET()
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            return self.send_error(404)
+        first, last = int(wanted[1]), min(int(wanted[2]), path.stat().st_size - 1)
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{last}/{path.stat().st_size}")
+        self.send_header("Content-Length", str(last + 1 - first))
+        self.end_headers()
+        self.wfile.write(path.read_bytes()[first : last + 1])
+
+    def end_headers(self):
+        self.send_header("Accept-Ranges", "bytes")
+        super().end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def served(half):
+    """URL of the workload on a web server of this machine."""
+    pytest.importorskip("aiohttp", reason="fsspec reads http with aiohttp")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(half.folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/workload"
+        server.shutdown()
+
+
+def test_a_web_server(half, served):
+    ds = sparsetrace.open(served)
+    assert np.array_equal(patterns(half, ds.matrix(1, "gate").dense()), half.dense[1, "gate"])
+    assert np.array_equal(patterns(half, ds[0, "q", half.tokens[3]]), half.dense[0, "q"][3])
+
+
+def test_a_web_server_without_the_file(served):
+    with pytest.raises(InputError, match="none/manifest.json must be a file, got nothing there"):
+        sparsetrace.open(served.replace("workload", "none"))
 
 
 def test_a_moved_folder_reads_the_same(half, tmp_path):
