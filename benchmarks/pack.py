@@ -8,9 +8,10 @@ its dump is then packed and read back to dense by one thread, several times in a
 | `demo` | the embedded demonstration model, trained by `sparsetrace demo-checkpoint`: 192 inputs wide |
 | `random-<hidden>` | a Llama of two layers with random weights, of realistic width |
 | a folder given by `--checkpoint` | under its folder's name |
+| `<narrow model>-long` | the same over all prompts and 192 sampled tokens each: longer files, other text |
 | `synthetic-4096` | not captured: 16,384 rows of one matrix, for the speed of files of ordinary length |
 
-Appends rows to a CSV:
+Appends rows to three CSV files. `pack.csv`:
 
 | column | what |
 |---|---|
@@ -19,6 +20,11 @@ Appends rows to a CSV:
 | bytes_per_nonzero | of all data files, index columns and footers included |
 | entropy_limit | bytes: empirical entropy of the kept patterns, plus that of the mask per kept value, by matrix |
 | write_gbps_per_core, read_gbps_per_core | dense bytes (rows x inputs x bytes a value) per second of CPU time, median |
+
+`pack_bytes.csv` says where the bytes of encoding `split` go, in bytes per nonzero: values, mask, figures (nnz, absmax,
+l2), index (the other columns) and footer; page headers are counted with their column. `pack_floor.csv` says what the
+speed of `split` could be at most: arrow_write_gbps is that of pyarrow's writer alone, into memory, from columns that
+are ready, and zstd_gbps that of level 1 on the planes and masks alone; medians of the same run.
 """
 
 import argparse
@@ -29,20 +35,29 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from synthetic import commit, make_dump
 
 import sparsetrace
-from sparsetrace.pack import index, pack
+from sparsetrace.pack import index, pack, writer_settings
+from sparsetrace.rows import operand_columns
+from sparsetrace.schema import ROW_GROUP_ROWS
 
-RESULTS = Path(__file__).parent / "results" / "pack.csv"
-COLUMNS = [
-    *("commit", "source", "encoding", "dtype", "sparsity"),
-    *("bytes_per_nonzero", "entropy_limit", "write_gbps_per_core", "read_gbps_per_core"),
-]
+RESULTS = Path(__file__).parent / "results"
+SETTING = ("commit", "source", "dtype", "sparsity", "tokens")
+COLUMNS = {
+    "pack.csv": [
+        *("commit", "source", "encoding", "dtype", "sparsity"),
+        *("bytes_per_nonzero", "entropy_limit", "write_gbps_per_core", "read_gbps_per_core"),
+    ],
+    "pack_bytes.csv": [*SETTING, "entropy_limit", "values", "mask", "figures", "index", "footer"],
+    "pack_floor.csv": [*SETTING, "write_gbps", "arrow_write_gbps", "zstd_gbps"],
+}
 REPEATS = 5
 
 
@@ -84,18 +99,27 @@ def random_llama(demo: Path, folder: Path, hidden: int) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def capture(checkpoint: Path, texts: Path, folder: Path, dtype: str, sparsity: float, limit: int) -> Path:
+def prepare(checkpoint: Path, texts: Path, folder: Path, dtype: str) -> None:
+    """The runtime model and its histograms."""
+    step("convert", checkpoint, "--out", folder / "model", "--dtype", dtype)
+    arguments = ("--text", texts / "calibration.txt", "--tokens", 1024, "--sequence-length", 256)
+    step("calibrate", folder / "model", *arguments, "--out", folder / "histograms.safetensors")
+
+
+def capture(folder: Path, texts: Path, sparsity: float, limit: int, long: bool) -> Path:
     """The dump of one run, prompts captured whole; returns its folder."""
-    model, counts, table = folder / "model", folder / "histograms.safetensors", folder / "thresholds.parquet"
-    step("convert", checkpoint, "--out", model, "--dtype", dtype)
-    text, prompts = texts / "calibration.txt", folder / "prompts.parquet"
-    step("calibrate", model, "--text", text, "--out", counts, "--tokens", 1024, "--sequence-length", 256)
-    step("thresholds", counts, "--method", "teal", "--set", f"sparsity={sparsity}", "--out", table)
-    batching = ("--max-new-tokens", 33, "--batch-size", 8)
-    step(*("split", model, "--prompts", texts / "prompts.jsonl", "--out", prompts, "--limit", limit), *batching)
-    dump = folder / "dump" / "00000"
+    model, own = folder / "model", folder / f"{sparsity}{'-long' if long else ''}"
+    own.mkdir(exist_ok=True)
+    table, prompts, dump = own / "thresholds.parquet", own / "prompts.parquet", own / "dump" / "00000"
+    method = ("--method", "teal", "--set", f"sparsity={sparsity}")
+    step("thresholds", folder / "histograms.safetensors", *method, "--out", table)
+    batching = ("--max-new-tokens", 193 if long else 33, "--batch-size", 16 if long else 8)
+    chosen = () if long else ("--limit", limit)
+    step("split", model, "--prompts", texts / "prompts.jsonl", "--out", prompts, *chosen, *batching)
     arguments = ("--thresholds", table, "--prompts", prompts, "--shard", 0, "--out", dump / "manifest.json")
-    step("generate", model, *arguments, *batching, "--prefill", "all", "--ignore-eos")
+    # a greedy one of such length would repeat itself
+    sampled = ("--temperature", 1) if long else ()
+    step("generate", model, *arguments, *batching, "--prefill", "all", "--ignore-eos", *sampled)
     return dump
 
 
@@ -113,10 +137,55 @@ def entropy_limit(workload: sparsetrace.Workload) -> float:
     return bits / 8 / nnz
 
 
+def parts(workload: Path, files: list[dict[str, object]]) -> dict[str, float]:
+    """Bytes of all data files by what they are for."""
+    found = dict.fromkeys(("values", "mask", "figures", "index", "footer"), 0)
+    for file in files:
+        metadata = pq.read_metadata(workload / str(file["path"]))
+        columns = 0
+        for group in range(metadata.num_row_groups):
+            for i in range(metadata.num_columns):
+                column = metadata.row_group(group).column(i)
+                name = column.path_in_schema.split(".")[0]
+                kind = "figures" if name in ("nnz", "absmax", "l2") else "mask" if name == "mask" else "index"
+                kind = "values" if name.startswith("values") else kind
+                found[kind] += column.total_compressed_size
+                columns += column.total_compressed_size
+        found["footer"] += int(str(file["bytes"])) - columns
+    return found
+
+
+def floor(workload: Path, files: list[dict[str, object]]) -> tuple[float, float]:
+    """Seconds of CPU time: pyarrow's writer alone, and zstd alone, on what the data files hold."""
+    tables = [pq.read_table(workload / str(file["path"]), partitioning=None).combine_chunks() for file in files]
+    codec = pa.Codec("zstd", compression_level=1)
+    planes = []
+    for table in tables:
+        for name in operand_columns(table.column_names):
+            column = table[name].chunk(0)
+            if column.null_count:
+                continue
+            offsets = np.frombuffer(column.buffers()[1], np.int32)[: len(column) + 1]
+            edges = [*offsets[::ROW_GROUP_ROWS].tolist(), int(offsets[-1])]
+            planes += [column.buffers()[2].slice(a, b - a) for a, b in pairwise(edges) if b > a]
+    write, compress = [], []
+    for _ in range(REPEATS):
+        began = time.process_time()
+        for table in tables:
+            with pq.ParquetWriter(pa.BufferOutputStream(), table.schema, **writer_settings(table.schema)) as writer:
+                writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+        write.append(time.process_time() - began)
+        began = time.process_time()
+        for plane in planes:
+            codec.compress(plane)
+        compress.append(time.process_time() - began)
+    return statistics.median(write), statistics.median(compress)
+
+
 def measure(dump: Path, folder: Path, encoding: str) -> dict[str, float]:
     """Pack and read back with one thread; dense bytes per second of CPU time."""
     pa.set_cpu_count(1)
-    write, read, limits = [], [], []
+    write, read = [], []
     for repeat in range(REPEATS):
         copy = folder / "copy"
         shutil.copytree(dump, copy)
@@ -137,21 +206,29 @@ def measure(dump: Path, folder: Path, encoding: str) -> dict[str, float]:
         read.append(time.process_time() - began)
         size = sum(file["bytes"] for file in packed["files"])
         nnz = sum(file["nnz"] for file in packed["files"])
-        limits.append(entropy_limit(workload))
-        shutil.rmtree(out)
-    return {
+        if repeat < REPEATS - 1:
+            shutil.rmtree(out)
+    found = {
         "bytes_per_nonzero": size / nnz,
-        "entropy_limit": limits[0],
+        "entropy_limit": entropy_limit(workload),
         "write_gbps_per_core": dense_bytes / 1e9 / statistics.median(write),
         "read_gbps_per_core": dense_bytes / 1e9 / statistics.median(read),
+        "tokens": len(workload.tokens),
     }
+    if encoding == "split":
+        alone = zip(("arrow_write_gbps", "zstd_gbps"), floor(out / "workload", packed["files"]), strict=True)
+        found |= {name: dense_bytes / 1e9 / seconds for name, seconds in alone}
+        found |= {name: count / nnz for name, count in parts(out / "workload", packed["files"]).items()}
+        found["write_gbps"] = found["write_gbps_per_core"]
+    shutil.rmtree(out)
+    return found
 
 
 def row(source: str, dtype: str, sparsity: float, encoding: str, dump: Path, folder: Path) -> dict[str, object]:
     """Measure one setting and print its row."""
     found = measure(dump, folder, encoding)
     line = {"commit": commit(), "source": source, "encoding": encoding, "dtype": dtype, "sparsity": sparsity}
-    line |= {name: f"{value:.4g}" for name, value in found.items()}
+    line |= {name: value if isinstance(value, int) else f"{value:.4g}" for name, value in found.items()}
     ratio = found["bytes_per_nonzero"] / found["entropy_limit"]
     print(*line.values(), f"({ratio:.3f} of the limit)", flush=True)
     return line
@@ -161,7 +238,7 @@ def main() -> None:
     """Run everything and append to the CSV."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and dumps, a few GB")
-    parser.add_argument("--hidden", type=int, nargs="*", default=[1024, 2048], help="widths of the random models")
+    parser.add_argument("--hidden", type=int, nargs="*", default=[1024, 2048, 4096], help="widths of the random models")
     parser.add_argument("--checkpoint", type=Path, nargs="*", default=[], help="more checkpoints")
     parser.add_argument("--limit", type=int, default=16, help="prompts")
     arguments = parser.parse_args()
@@ -176,26 +253,30 @@ def main() -> None:
             random_llama(demo, sources[f"random-{hidden}"], hidden)
     rows = []
     for source, checkpoint in sources.items():
-        settings = [("float16", 0.5), ("bfloat16", 0.5)]
-        # a processor without float16 units takes minutes for each setting of a wide model
-        settings += [] if source.startswith("random") else [("float16", 0.25), ("float16", 0.75)]
-        for dtype, sparsity in settings:
-            folder = arguments.work / f"{source}-{dtype}-{sparsity}"
-            dump = folder / "dump" / "00000"
-            if not (dump / "manifest.json").is_file():
-                dump = capture(checkpoint, demo, folder, dtype, sparsity, arguments.limit)
-            for encoding in ("split", "open") if sparsity == 0.5 else ("split",):
-                rows.append(row(source, dtype, sparsity, encoding, dump, folder))
+        for dtype in ("float16", "bfloat16"):
+            folder = arguments.work / f"{source}-{dtype}"
+            if not (folder / "histograms.safetensors").is_file():
+                prepare(checkpoint, demo, folder, dtype)
+            # a processor without float16 units takes minutes for each setting of a wide model
+            for sparsity in (0.5, 0.75):
+                for long in (False,) if source.startswith("random") else (False, True):
+                    dump = folder / f"{sparsity}{'-long' if long else ''}" / "dump" / "00000"
+                    if not (dump / "manifest.json").is_file():
+                        dump = capture(folder, demo, sparsity, arguments.limit, long)
+                    name = f"{source}-long" if long else source
+                    for encoding in ("split", "open") if sparsity == 0.5 and not long else ("split",):
+                        rows.append(row(name, dtype, sparsity, encoding, dump, folder))
     folder = arguments.work / "synthetic-4096"
     if not (folder / "dump" / "manifest.json").is_file():
         make_dump(folder / "dump", {(0, "q"): 4096}, sequences=8, tokens=2048)
     rows += [row("synthetic-4096", "float16", 0.5, encoding, folder / "dump", folder) for encoding in ("split", "open")]
-    new = not RESULTS.is_file()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    for name, columns in COLUMNS.items():
+        new = not (RESULTS / name).is_file()
+        with (RESULTS / name).open("a", newline="") as file:
+            writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerows(line for line in rows if name == "pack.csv" or line["encoding"] == "split")
 
 
 if __name__ == "__main__":
