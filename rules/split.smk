@@ -17,9 +17,10 @@ rule split:
     params:
         options=lambda wildcards: options(STUDY.runs[wildcards.run].prompt_set),
         batching=lambda wildcards: options(STUDY.runs[wildcards.run].batching),
+        texts=lambda wildcards: STUDY.texts(wildcards.run),
         source=source_hash("prompts"),
     message:
         "Splitting the prompts of run {wildcards.run} for {wildcards.model}"
     shell:
         "sparsetrace split {input.model:q} --prompts {input.prompts:q} --out {output:q}"
-        " {params.options} {params.batching} > {log:q} 2>&1"
+        " {params.options} {params.batching} {params.texts} > {log:q} 2>&1"

@@ -123,6 +123,8 @@ def test_errors_are_one_line_each(run, tiny, tmp_path, rng):
         run("pack", tmp_path / "d", "--workload", tmp_path / "w", "--out", tmp_path / "part.json"), "such as 00000.json"
     )
     shard = ["--prompts", tmp_path / "absent.parquet", "--out", tmp_path / "d" / "manifest.json"]
+    words = ["--thresholds", tmp_path / "t", *shard, "--tokens-from", "text"]
+    fails(run("generate", model, *words), "decoding: prefill must be half or all with tokens_from text, got none")
     fails(run("generate", model, "--thresholds", tmp_path / "absent.parquet", *shard), "absent.parquet")
 
 

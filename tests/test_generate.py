@@ -339,6 +339,27 @@ def test_batch_of_the_split_is_demanded(inputs, tmp_path, machine):
 
 
 @pytest.mark.parametrize(
+    ("lengths", "texts", "new_tokens", "room"),
+    [
+        pytest.param([3, 5], False, 7, 6, id="more-new-tokens-than-the-split"),
+        pytest.param([3, 5], True, 1, 0, id="a-split-of-texts"),
+        pytest.param([121], False, 7, 6, id="beyond-the-context"),
+    ],
+)
+def test_a_split_that_leaves_too_little_room_is_refused(
+    inputs, tiny, tmp_path, rng, machine, lengths, texts, new_tokens, room
+):
+    """Otherwise two sequences would share token numbers."""
+    model, thresholds, _ = inputs
+    prompts = tiny.prompts(tmp_path / "prompts.jsonl", rng, lengths)
+    groups, _ = split(prompts, model.tokenizer(), 128, PromptSet(), Batching(max_new_tokens=6), texts=texts)
+    write_split(groups, 1, tmp_path / "split.parquet")
+    batching = Batching(max_new_tokens=new_tokens)
+    with pytest.raises(InputError, match=f"room for {new_tokens} new tokens .* got room for {room} behind sequence 0"):
+        make((model, thresholds, tmp_path / "split.parquet"), tmp_path / "dump", machine, batching=batching)
+
+
+@pytest.mark.parametrize(
     ("ids", "share"), [([], 0.0), ([1, 2, 3], 0.0), ([1, 2, 3, 4], 0.0), ([5] * 7, 0.75), ([1, 2] * 4, 0.6)]
 )
 def test_repeated_share(ids, share):

@@ -139,6 +139,17 @@ def test_prompts_longer_than_the_context(tokenizer, tiny, tmp_path, rng):
         split(path, tokenizer, 8, PromptSet(longer="skip"), batching)
 
 
+def test_texts_need_no_room_for_new_tokens(tokenizer, tiny, tmp_path, rng):
+    """A text of exactly the context's length is taken; token numbers have no gaps."""
+    path = tiny.prompts(tmp_path / "p.jsonl", rng, [9, 15, 2])
+    batching = Batching(max_new_tokens=50, batch_size=2)
+    groups, skipped = split(path, tokenizer, 16, PromptSet(), batching, texts=True)
+    sequences = [sequence for group in groups for sequence in group]
+    assert [(s.base, len(s.prompt_ids)) for s in sequences] == [(0, 3), (3, 10), (13, 16)] and skipped == 0
+    with pytest.raises(InputError, match="with 0 new tokens, got 16 tokens: shorten it, or set `longer: skip`"):
+        split(path, tokenizer, 15, PromptSet(), batching, texts=True)
+
+
 def test_an_empty_prompt_is_its_begin_token_or_refused(tiny, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": ""}\n')
     folder = tiny.tokenizer(tmp_path / "tokenizer")

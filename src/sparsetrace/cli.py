@@ -149,6 +149,8 @@ def checked(section: type[SectionType], values: dict[str, Any]) -> SectionType:
     except ValidationError as error:
         lines = [
             f"--{str(item['loc'][0]).replace('_', '-')} must be valid, got {item['input']!r}: {item['msg']}"
+            if item["loc"]
+            else f"{_snake(section.__name__)}: {item['ctx']['error']}"
             for item in error.errors()
         ]
         raise InputError("\n".join(lines)) from None
@@ -472,15 +474,17 @@ def thresholds(
 @path_argument("model")
 @path_option("--prompts", "prompt set: .jsonl, .json, .txt, or gzipped")
 @path_option("--out", "the split prompt set (Parquet)")
+@click.option("--texts", is_flag=True, help="for tokens_from text: leave no room behind a prompt for new tokens")
 @settings(PromptSet, Batching)
-def split(model: Path, prompts: Path, out: Path, prompt_set: PromptSet, batching: Batching) -> None:
+def split(model: Path, prompts: Path, out: Path, texts: bool, prompt_set: PromptSet, batching: Batching) -> None:
     """Number a prompt set for MODEL and split it into groups and shards."""
     from sparsetrace.prompts import split as run
     from sparsetrace.prompts import write_split
     from sparsetrace.runtime import open_model
 
     opened = open_model(model)
-    groups, skipped = run(prompts, opened.tokenizer(), opened.config.max_position_embeddings, prompt_set, batching)
+    context = opened.config.max_position_embeddings
+    groups, skipped = run(prompts, opened.tokenizer(), context, prompt_set, batching, texts=texts)
     write_split(groups, batching.shards, out)
     sequences = sum(len(group) for group in groups)
     click.echo(f"{prompts}: {sequences} sequences in {len(groups)} groups and {batching.shards} shards")

@@ -238,6 +238,10 @@ class Study(Section):
         prompts = self.runs[run].prompts
         return f"{self.checkpoint(model)}/prompts.jsonl" if prompts == EMBEDDED else prompts
 
+    def texts(self, run: str) -> str:
+        """Option of the split where a run's prompts are texts, behind which nothing is generated."""
+        return "--texts" if self.runs[run].decoding.tokens_from == "text" else ""
+
     def runtime_model(self, model: str) -> str:
         """Description of the runtime model that a model's runs use: the pruned one, where there is one."""
         return f"{self.results}/{model}/{'pruned' if self.models[model].prune else 'model'}/config.json"

@@ -72,10 +72,13 @@ def generate(
     groups = read_shard(prompts, shard)
     if any(len(group) > batching.batch_size for group in groups):
         raise InputError(f"generate: batch_size must be that of the split of {prompts}, got {batching.batch_size}")
+    # a text is fed as it is
+    new_tokens = 0 if decoding.tokens_from == "text" else batching.max_new_tokens
+    _refuse_too_long(prompts, groups, new_tokens, model.config.max_position_embeddings)
     device = use(machine)
     capture = capture or Capture()
     kind = choose_kind(machine.engine, device, model.config, thresholds.method, thresholds.rules)
-    given = _given(tokens, decoding, model, groups)
+    given = _given(tokens, decoding, model, groups, new_tokens)
     identity = {
         "version": DUMP_VERSION,
         "sparsetrace": __version__,
@@ -126,7 +129,7 @@ def generate(
                 longest = max(len(sequence.prompt_ids) for sequences in groups for sequence in sequences)
                 runner = Runner(
                     decoder, patch, decoding, batching, model.eos, None if tokens_only else capture, kind,
-                    longest + batching.max_new_tokens,
+                    longest + new_tokens,
                 )  # fmt: skip
             runner.run(group, folder, seal_group, given)
         if runner is not None:
@@ -154,8 +157,25 @@ def generate(
     return manifest
 
 
+def _refuse_too_long(prompts: Path, groups: list[list[Sequence]], new_tokens: int, context: int) -> None:
+    """Refuse a split that leaves less room behind a prompt than may be fed: token numbers would meet."""
+    sequences = [sequence for group in groups for sequence in group]
+    ends = [*(sequence.base for sequence in sequences[1:]), sequences[-1].base + context]
+    for sequence, end in zip(sequences, ends, strict=True):
+        room = min(end - sequence.base, context) - len(sequence.prompt_ids)
+        if room < new_tokens:
+            raise InputError(
+                f"generate: {prompts} must leave room for {new_tokens} new tokens behind each prompt, got room for "
+                f"{room} behind sequence {sequence.sequence}: split it with the same max_new_tokens and tokens_from"
+            )
+
+
 def _given(
-    tokens: Path | None, decoding: Decoding, model: RuntimeModel, groups: list[list[Sequence]]
+    tokens: Path | None,
+    decoding: Decoding,
+    model: RuntimeModel,
+    groups: list[list[Sequence]],
+    new_tokens: int,
 ) -> dict[int, list[int]]:
     """What the dense model wrote after each prompt, by sequence; empty where tokens come from elsewhere."""
     if (tokens is not None) != (decoding.tokens_from == "dense"):
@@ -169,19 +189,27 @@ def _given(
             f"generate: tokens must be a dump of the same model under method dense, got {tokens} of "
             f"{manifest.get('source')} under {manifest.get('method')}"
         )
-    given: dict[int, list[int]] = {}
-    prompts: dict[int, list[int]] = {}
-    for group in manifest["groups"]:
-        table = pq.read_table(tokens.parent / f"{group_name(group)}.sequences.parquet")
-        given |= dict(zip(table["sequence"].to_pylist(), table["output_ids"].to_pylist(), strict=True))
-        prompts |= dict(zip(table["sequence"].to_pylist(), table["prompt_ids"].to_pylist(), strict=True))
+    columns = ["sequence", "prompt_ids", "output_ids"]
+    rows: list[dict[str, Any]] = []
+    for file in [tokens.parent / f"{group_name(group)}.sequences.parquet" for group in manifest["groups"]]:
+        try:
+            rows += pq.read_table(file, columns=columns).to_pylist()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise InputError(f"generate: tokens must be a whole dump, got {' '.join(str(error).split())}") from None
+    found = {row["sequence"]: row for row in rows}
     for sequence in (sequence for group in groups for sequence in group):
-        if prompts.get(sequence.sequence) != sequence.prompt_ids:
+        row = found.get(sequence.sequence)
+        if row is None or row["prompt_ids"] != sequence.prompt_ids:
             raise InputError(
                 f"generate: tokens must be those of the same split, got another prompt for sequence "
                 f"{sequence.sequence} in {tokens}"
             )
-    return {sequence.sequence: given[sequence.sequence] for group in groups for sequence in group}
+        if not 1 <= len(row["output_ids"]) <= new_tokens:
+            raise InputError(
+                f"generate: tokens must be 1 to max_new_tokens ({new_tokens}) behind each prompt, got "
+                f"{len(row['output_ids'])} behind sequence {sequence.sequence} in {tokens}"
+            )
+    return {sequence.sequence: found[sequence.sequence]["output_ids"] for group in groups for sequence in group}
 
 
 # Called once a group is on disk, with the group, its result, the batch size, and its blocks and rows.

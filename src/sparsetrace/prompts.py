@@ -79,7 +79,14 @@ def read_documents(path: Path, field: str | None, where: str) -> list[str]:
 
 
 def split(
-    path: Path, tokenizer: Tokenizer, context: int, prompt_set: PromptSet, batching: Batching, source: str | None = None
+    path: Path,
+    tokenizer: Tokenizer,
+    context: int,
+    prompt_set: PromptSet,
+    batching: Batching,
+    source: str | None = None,
+    *,
+    texts: bool = False,
 ) -> tuple[list[list[Sequence]], int]:
     """Number the prompts and form groups of equal batch size.
 
@@ -93,12 +100,14 @@ def split(
         prompt_set: what is read.
         batching: how it is grouped.
         source: what `Sequence.source` says; the file's name if not given.
+        texts: the prompts are texts to be captured as they are, behind which no room for new tokens is needed.
 
     Returns:
         The groups, and the number of prompts skipped because they were longer than the context.
     """
     documents = read_documents(path, prompt_set.field, "prompts")[: prompt_set.limit]
-    room = context - batching.max_new_tokens
+    new_tokens = 0 if texts else batching.max_new_tokens
+    room = context - new_tokens
     encoded = []
     skipped = 0
     for index, text in enumerate(documents):
@@ -111,8 +120,8 @@ def split(
             skipped += 1
         else:
             raise InputError(
-                f"prompts: {path}: prompt {index} must fit the context of {context} with {batching.max_new_tokens} new "
-                f"tokens, got {len(ids)} tokens: shorten it, lower max_new_tokens, or set `longer: skip`"
+                f"prompts: {path}: prompt {index} must fit the context of {context} with {new_tokens} new tokens, got "
+                f"{len(ids)} tokens: shorten it{', lower max_new_tokens' * (not texts)}, or set `longer: skip`"
             )
     if not encoded:
         raise InputError(f"prompts: {path} must hold a prompt of at most {room} tokens, got none of {len(documents)}")
@@ -124,7 +133,7 @@ def split(
         if slot == 0:
             groups.append([])
         groups[-1].append(Sequence(number, base, group, slot, source or path.name, index, text, ids))
-        base += length + batching.max_new_tokens
+        base += length + new_tokens
     if batching.shards > len(groups):
         raise InputError(
             f"prompts: shards must be at most the number of groups, {len(groups)} ({len(encoded)} prompts in batches "
