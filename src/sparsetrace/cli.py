@@ -37,6 +37,7 @@ from sparsetrace.settings import (
     Packing,
     PromptSet,
     Quality,
+    Sampling,
 )
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -250,6 +251,7 @@ def cli() -> None:
       thresholds        histograms, a method     ->  threshold table
       quality           model, thresholds, text  ->  perplexity beside the dense model's (where a text is named)
       split             prompt set               ->  shards of groups of sequences
+      dense-tokens      model, shard             ->  what the dense model writes (only for `tokens_from: dense`)
       generate          model, thresholds, shard ->  dump of every operand
       pack              dump                     ->  Parquet parts
       index             parts                    ->  workload
@@ -497,6 +499,9 @@ def split(model: Path, prompts: Path, out: Path, texts: bool, prompt_set: Prompt
 @path_option("--thresholds", "threshold table of the method setting")
 @path_option("--prompts", "the split prompt set")
 @click.option("--shard", type=click.IntRange(min=0), default=0, show_default=True, help="which part of it")
+@click.option(
+    "--tokens", type=click.Path(path_type=Path), help="manifest.json of dense-tokens, with tokens_from dense alone"
+)
 @path_option("--out", "manifest.json of the dump; the blocks are written beside it")
 @settings(Decoding, Batching, Capture, Machine)
 @on_gpu
@@ -505,6 +510,7 @@ def generate(
     thresholds: Path,
     prompts: Path,
     shard: int,
+    tokens: Path | None,
     out: Path,
     decoding: Decoding,
     batching: Batching,
@@ -535,11 +541,45 @@ def generate(
             machine,
             lambda done, total, rows: report(done, total, f"{rows:,} tokens captured"),
             capture,
+            tokens,
         )
     rows = manifest["rows"] * len(manifest["matrices"])
     click.echo(
         f"{out.parent}: {manifest['rows']:,} tokens captured, {rows:,} rows, in {len(manifest['groups'])} groups"
     )
+
+
+@cli.command("dense-tokens")
+@path_argument("model")
+@path_option("--prompts", "the split prompt set")
+@click.option("--shard", type=click.IntRange(min=0), default=0, show_default=True, help="which part of it")
+@path_option("--out", "manifest.json; the tokens are written beside it")
+@settings(Sampling, Batching, Machine)
+@on_gpu
+def dense_tokens(
+    model: Path, prompts: Path, shard: int, out: Path, sampling: Sampling, batching: Batching, machine: Machine
+) -> None:
+    """Let MODEL as it is continue one shard's prompts, for `generate --tokens` under several settings.
+
+    Nothing is captured. The same command after an interruption starts at the first group that is not sealed.
+
+    \b
+    Example:
+      sparsetrace dense-tokens results/llama/model --prompts split.parquet --out dense_tokens/00000/manifest.json
+      sparsetrace generate results/llama/model --thresholds t.parquet --prompts split.parquet --tokens-from dense \
+        --tokens dense_tokens/00000/manifest.json --out dump/00000/manifest.json
+    """
+    from sparsetrace.generate import generate as run
+    from sparsetrace.runtime import open_model
+
+    decoding = Decoding(**sampling.model_dump())
+    with progress("generating", "groups") as report:
+        manifest = run(
+            *(open_model(model), None, prompts, shard, out, decoding, batching, machine),
+            lambda done, total, _: report(done, total),
+            tokens_only=True,
+        )
+    click.echo(f"{out.parent}: tokens of {len(manifest['groups'])} groups")
 
 
 @cli.command()

@@ -55,7 +55,7 @@ from sparsetrace.schema import (
 # Statistics on the index and the row figures only: on masks and planes they would cost space and select nothing.
 STATISTICS = ["layer", "matrix", "token", "sequence", "position", "nnz", "absmax", "l2"]
 # Of a dump's manifest: may differ among the shards of one run.
-VARYING = ("commit", "smaller_batches")
+VARYING = ("commit", "smaller_batches", "given")
 SHARD_TABLES = {"tokens": TOKENS, "sequences": SEQUENCES}
 # Bytes of the dump that one thread maps before it gives their pages back, and blocks that a piece may lie in.
 RELEASE_BYTES = 32 << 20
@@ -223,6 +223,11 @@ def pack(
     dump = read_json(dump_manifest, "pack")
     if dump["version"] != DUMP_VERSION:
         raise InputError(f"pack: {dump_manifest} must have version {DUMP_VERSION}, got {dump['version']}")
+    if dump.get("capture", {}) is None:
+        raise InputError(
+            f"pack: {dump_manifest} must be a dump of operands, got tokens alone: give them to `generate --tokens`, "
+            "and pack what that writes"
+        )
     # The workflow may delete `out` after a kill; this record it does not know.
     record = out.with_name(f".{out.name}.record")
     packed = read_json(record, "pack") if record.is_file() else None
@@ -518,6 +523,9 @@ def index(
         with write_beside(workload / f"{table}.parquet") as partial:
             count = _merge([shard["at"].with_suffix(f".{table}.parquet") for shard in shards], partial, schema)
         tables.append(_table_entry(workload, f"{table}.parquet", count))
+    given = None
+    if first.get("given") is not None:
+        given = given_hash(pq.read_table(workload / "sequences.parquet", partitioning=None))
     rows = sum(shard["manifest"]["rows"] for shard in shards)
     matrices = _matrices(shards, rows)
     with write_beside(workload / "matrices.parquet") as partial:
@@ -539,6 +547,8 @@ def index(
         "capture": first.get("capture", {"level": "full"}),
         "encoding": shards[0]["encoding"],
         "share_inputs": bool(shards[0]["shared"]),
+        "given": given,
+        "engine": first.get("engine", "torch"),
         "device": first["device"],
         "threads": first["threads"],
         "versions": {**first["versions"], "pyarrow": pa.__version__, "sparsetrace": __version__},
@@ -557,6 +567,13 @@ def index(
             partial.write_text(text, encoding="utf-8")
     write_json(workload / "manifest.json", manifest | {"sha256": sha256_json(manifest)})
     return manifest
+
+
+def given_hash(sequences: pa.Table) -> str:
+    """Hash of every prompt and what stands behind it; workloads that were given the same tokens share it."""
+    columns = ["sequence", "prompt_ids", "output_ids"]
+    rows = sequences.select(columns).sort_by("sequence").to_pylist()
+    return sha256_json([[row[name] for name in columns] for row in rows])
 
 
 def _matrices(shards: list[dict[str, Any]], rows: int) -> pa.Table:

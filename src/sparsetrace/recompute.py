@@ -69,7 +69,7 @@ def recompute(
     if decoding.tokens_from == "dense":
         given = dict(zip(table["sequence"].to_pylist(), table["output_ids"].to_pylist(), strict=True))
     kind: Kind = manifest["engine"] if device.type == "cuda" else "torch"
-    positions = opened.config.max_position_embeddings
+    positions = max(map(len, table["prompt_ids"].to_pylist())) + batching.max_new_tokens
     runner = Runner(decoder, patch, decoding, batching, opened.eos, capture, kind, positions)
     groups = list(dict.fromkeys(table["group"].to_pylist()[:sequences]))
     faults: list[Fault] = []
@@ -85,9 +85,7 @@ def recompute(
         scratch = Path(tempfile.mkdtemp(prefix="sparsetrace-"))
         try:
             size = manifest.get("smaller_batches", {}).get(str(group))
-            runner.run(
-                batch, scratch, lambda _, result, size, blocks, rows: again.append((result, blocks)), given, size
-            )
+            runner.run(batch, scratch, keep, given, size)
             runner.wait()
             result, blocks = again.pop()
             for sequence, row, ids in zip(batch, rows, result.output_ids, strict=True):

@@ -113,7 +113,8 @@ def located(study: dict[str, Any], base: Path, folder: Path) -> dict[str, Any]:
 
 def changes(manifest: dict[str, Any], again: dict[str, Any]) -> list[str]:
     """What is not as it was: sources, versions, device, code."""
-    names = ["source_hash", "model_hash", "device", "threads", "tuning", "commits", "smaller_batches"]
+    sources, machine = ("source_hash", "model_hash", "given"), ("device", "engine", "threads", "tuning")
+    names = (*sources, *machine, "commits", "smaller_batches")
     pairs = [(name, manifest.get(name), again.get(name)) for name in names]
     pairs += [(name, was, again["versions"].get(name)) for name, was in manifest["versions"].items()]
     return [f"{name} was {was}, is {now}" for name, was, now in pairs if was != now]

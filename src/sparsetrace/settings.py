@@ -71,12 +71,23 @@ class PromptSet(Section):
 class Batching(Section):
     """How sequences are multiplied together; fixed by config, so that it is the same on every run."""
 
-    max_new_tokens: int = Field(64, ge=1, description="tokens generated per sequence, at most")
+    max_new_tokens: int = Field(
+        64, ge=1, description="tokens generated per sequence, at most; none with tokens_from text"
+    )
     batch_size: int = Field(8, ge=1, description="sequences per group, run at fixed shapes")
     shards: int = Field(1, ge=1, description="parts of the prompt set, one generate and one pack job each")
 
 
-class Decoding(Section):
+class Sampling(Section):
+    """How the next token is chosen."""
+
+    temperature: float = Field(0.0, ge=0, description="0 is greedy; otherwise logits are divided by it")
+    top_k: int = Field(0, ge=0, description="sample from the k likeliest tokens; 0 is all")
+    seed: int = Field(0, ge=0, description="of the random draws, keyed by (seed, sequence, position)")
+    ignore_eos: bool = Field(False, description="keep generating after the end-of-sequence token")
+
+
+class Decoding(Sampling):
     """Where tokens come from and which positions are sparsified."""
 
     tokens_from: Literal["own", "dense", "text"] = Field(
@@ -91,10 +102,11 @@ class Decoding(Section):
         "none",
         description="part of each prompt, or text, sparsified and captured: none, half (last floor(T/2)) or all",
     )
-    temperature: float = Field(0.0, ge=0, description="0 is greedy; otherwise logits are divided by it")
-    top_k: int = Field(0, ge=0, description="sample from the k likeliest tokens; 0 is all")
-    seed: int = Field(0, ge=0, description="of the random draws, keyed by (seed, sequence, position)")
-    ignore_eos: bool = Field(False, description="keep generating after the end-of-sequence token")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the next token is chosen, whatever model chooses it."""
+        return Sampling(**self.model_dump(include=set(Sampling.model_fields)))
 
     @model_validator(mode="after")
     def _text_is_captured(self) -> Self:

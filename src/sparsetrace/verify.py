@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 from sparsetrace.files import InputError, read_json, sha256_file, sha256_json
 from sparsetrace.methods import METHODS, Method
+from sparsetrace.pack import given_hash
 from sparsetrace.reader import Workload
 from sparsetrace.rows import Rows, decode_rows, operand_columns, popcounts, row_figures
 from sparsetrace.schema import (
@@ -198,6 +199,9 @@ def _table_faults(manifest: dict[str, Any], tables: dict[str, pa.Table]) -> Iter
     captured = int(np.count_nonzero(tokens["captured"].to_numpy(zero_copy_only=False)))
     if captured != manifest["tokens"]:
         yield Fault("tokens.parquet", f"must name {manifest['tokens']} captured tokens, got {captured}")
+    given = manifest.get("given")
+    if given is not None and (held := given_hash(tables["sequences.parquet"])) != given:
+        yield Fault("sequences.parquet", f"must hold the tokens given, of hash {given[:12]}, got {held[:12]}")
 
 
 def _data_faults(
