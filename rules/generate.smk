@@ -4,6 +4,12 @@ rule generate:
         model=lambda wildcards: STUDY.runtime_model(wildcards.model),
         thresholds=rules.thresholds.output[0],
         prompts=rules.split.output[0],
+        tokens=lambda wildcards: expand(
+            rules.dense_tokens.output[0],
+            shard=STUDY.dense_tokens(wildcards.run, wildcards.shard),
+            model=wildcards.model,
+            run=wildcards.run,
+        ),
     output:
         # The blocks lie beside it, undeclared: Snakemake would delete them after a kill, and with them sealed groups.
         # Temporary because packing removes the blocks; without them the manifest stands for nothing.
@@ -25,6 +31,7 @@ rule generate:
         ),
     params:
         shard=lambda wildcards: int(wildcards.shard),
+        tokens=lambda wildcards, input: repeated("--tokens", input.tokens),
         decoding=lambda wildcards: options(STUDY.runs[wildcards.run].decoding),
         batching=lambda wildcards: options(STUDY.runs[wildcards.run].batching),
         capture=lambda wildcards: options(STUDY.runs[wildcards.run].capture),
@@ -34,5 +41,5 @@ rule generate:
         "Generating shard {wildcards.shard} of {wildcards.model}, run {wildcards.run}, under {wildcards.label}"
     shell:
         "sparsetrace generate {input.model:q} --thresholds {input.thresholds:q} --prompts {input.prompts:q}"
-        " --shard {params.shard} --out {output:q} {params.decoding} {params.batching} {params.capture}"
-        " {params.machine} > {log:q} 2>&1"
+        " --shard {params.shard} {params.tokens} --out {output:q} {params.decoding} {params.batching}"
+        " {params.capture} {params.machine} > {log:q} 2>&1"

@@ -36,6 +36,7 @@ from sparsetrace.config import (
 )
 from sparsetrace.files import InputError
 from sparsetrace.methods import METHODS, Dense, Method, Teal
+from sparsetrace.settings import Sampling
 
 MODEL = {"checkpoint": "/models/tiny", "calibration_text": "wiki.txt"}
 RUN = {"prompts": "prompts.jsonl", "methods": [{"name": "teal", "sparsity": 0.5}]}
@@ -119,6 +120,18 @@ WRONG = [
         run(batching={"max_new_tokens": 1}),
         "max_new_tokens must be at least 2 with decoding.prefill",
     ),
+    (
+        "nothing-captured-of-dense-tokens",
+        run(batching={"max_new_tokens": 1}, decoding={"tokens_from": "dense"}),
+        "max_new_tokens must be at least 2 with decoding.prefill",
+    ),
+    (
+        "nothing-captured-of-text",
+        run(decoding={"tokens_from": "text"}),
+        "decoding: prefill must be half or all with tokens_from text, got none",
+    ),
+    ("tokens-from", run(decoding={"tokens_from": "file"}), "decoding.tokens_from must be valid, got 'file'"),
+    ("replay", run(decoding={"replay": "batches"}), "decoding.replay must be valid, got 'batches'"),
     ("unknown-model", run(models=["tiny", "huge"]), "runs.default.models must be among tiny, got huge"),
     ("run-name", study(runs={"model": RUN}), "runs: a name must not be one of checkpoint, model, .*got model"),
     ("model-name", study(models={"logs": MODEL}), "models: a name must not be one of logs, got logs"),
@@ -140,6 +153,8 @@ def test_every_fault_has_its_line():
 
 def test_a_single_token_is_enough_with_captured_prefill():
     parse_study(run(batching={"max_new_tokens": 1}, decoding={"prefill": "half"}), "x")
+    # a text needs none
+    parse_study(run(batching={"max_new_tokens": 1}, decoding={"prefill": "all", "tokens_from": "text"}), "x")
 
 
 LABELS = [
@@ -155,6 +170,12 @@ LABELS = [
     ("rounded", [{"name": "teal", "sparsity": [0.1234567, 0.1234568]}], "labels must be unique"),
     ("shared", [{"name": "dense", "label": "a"}, {"name": "teal", "sparsity": 0.1, "label": "a"}], "got a twice"),
     ("folder", [{"name": "dense", "label": "a/b"}], "label"),
+    (
+        "taken",
+        [{"name": "dense", "label": "dense_tokens"}],
+        "runs.default: a label must not be one of prompts.parquet, dense_tokens, got dense_tokens",
+    ),
+    ("taken-file", [{"name": "dense", "label": "prompts.parquet"}], "got prompts.parquet"),
 ]
 
 
@@ -211,6 +232,24 @@ def test_reads_a_file_or_says_why_not(tmp_path):
         load_study(path)
 
 
+def test_the_file_that_comes_with_it_names_every_key():
+    """config.yaml is the reference of the keys: none may be missing in it, with its range or choices beside it."""
+    path = Path(config_module.__file__).parents[2] / "config.yaml"
+    content = yaml.safe_load(path.read_text())
+    found = load_study(path)
+    model, chosen = found.models["demo"], found.runs["default"]
+    for place, section, value in (
+        ("", Study, content),
+        ("machine", Machine, content["machine"]),
+        ("models.demo", type(model), content["models"]["demo"]),
+        ("runs.default", type(chosen), content["runs"]["default"]),
+        *((f"models.demo.{k}", type(getattr(model, k)), v) for k, v in content["models"]["demo"].items()),
+        *((f"runs.default.{k}", type(getattr(chosen, k)), v) for k, v in content["runs"]["default"].items()),
+    ):
+        if isinstance(value, dict):
+            assert set(value) == set(section.model_fields), place
+
+
 def test_sections_are_frozen_and_described():
     with pytest.raises(ValueError, match="frozen"):
         Decoding().seed = 3
@@ -246,7 +285,10 @@ SECTIONS = [
         top_k=st.integers(0, 10**6),
         seed=st.integers(0, 2**63),
         ignore_eos=st.booleans(),
+        tokens_from=st.sampled_from(["own", "dense"]),
+        replay=st.sampled_from(["forced", "steps"]),
     ),
+    st.builds(Sampling, temperature=st.floats(0, 1e300), seed=st.integers(0, 2**63), ignore_eos=st.booleans()),
     st.builds(Packing, encoding=st.sampled_from(["split", "open"]), share_inputs=st.booleans()),
     st.builds(Machine, device=st.sampled_from(["auto", "cpu", "cuda"]), threads=st.integers(1, 512)),
 ]

@@ -125,6 +125,95 @@ def test_a_decoding_change_runs_generation_and_what_follows(study):
         write_study(study)
 
 
+REPLAYS = {
+    "own": {"methods": [{"name": "dense"}]},
+    "forced": {
+        "decoding": {"ignore_eos": True, "tokens_from": "dense"},
+        "methods": [{"name": "teal", "sparsity": [0.3, 0.6]}],
+    },
+    "steps": {
+        "decoding": {"ignore_eos": True, "tokens_from": "dense", "replay": "steps"},
+        "methods": [{"name": "teal", "sparsity": 0}],
+    },
+    "text": {"decoding": {"tokens_from": "text", "prefill": "all"}},
+}
+
+
+def write_replays(folder: Path, **forced) -> None:
+    """`my.yaml` with a run for each way that tokens come, `forced` changed."""
+    model = STUDY["models"]["tiny"] | {"checkpoint": "checkpoint", "calibration_text": "text.txt"}
+    runs = {name: STUDY["runs"]["first"] | {"prompts": "prompts.jsonl"} | run for name, run in REPLAYS.items()}
+    runs["forced"] |= forced
+    (folder / "my.yaml").write_text(yaml.safe_dump(STUDY | {"results": "out", "models": {"tiny": model}, "runs": runs}))
+
+
+@pytest.fixture(scope="module")
+def replays(study, tmp_path_factory):
+    """A folder in which the workflow has run with tokens of each kind."""
+    folder = tmp_path_factory.mktemp("replays")
+    for name in ("checkpoint", "text.txt", "prompts.jsonl"):
+        (folder / name).symlink_to(study / name)
+    write_replays(folder)
+    snakemake(folder, "--cores", "2", "--configfile", "my.yaml")
+    return folder
+
+
+def fed(folder: Path, run: str, label: str) -> tuple[list[int], list[int], set[str]]:
+    """Token numbers, ids and phases of a workload."""
+    table = sparsetrace.open(folder / "out/tiny" / run / label / "workload").token_table
+    return table["token"].to_pylist(), table["token_id"].to_pylist(), set(table["phase"].to_pylist())
+
+
+def test_several_sparsities_see_the_tokens_of_the_dense_model(replays):
+    own = fed(replays, "own", "dense")
+    assert own[2] == {"prefill", "decode"}
+    for run, label, phase in (
+        ("forced", "teal-0.3", "forced"),
+        ("forced", "teal-0.6", "forced"),
+        ("steps", "teal-0", "decode"),
+    ):
+        assert fed(replays, run, label) == (*own[:2], {"prefill", phase})
+    # the text of the tokens stays, for settings that are added later
+    assert len(list((replays / "out/tiny/forced/dense_tokens").rglob("group-*.sequences.parquet"))) == 2
+    assert not (replays / "out/tiny/own/dense_tokens").exists()
+    assert planned(replays) == {}
+
+
+def test_steps_at_sparsity_0_are_the_dense_models_own_run(replays):
+    own, steps = (
+        sparsetrace.open(replays / "out/tiny" / place / "workload") for place in ("own/dense", "steps/teal-0")
+    )
+    for leaf in own.leaves:
+        assert (own.matrix(*leaf).dense().view("uint32") == steps.matrix(*leaf).dense().view("uint32")).all()
+
+
+def test_a_text_is_captured_and_nothing_behind_it(replays):
+    token, _, phases = fed(replays, "text", "teal-0.5")
+    ds = sparsetrace.open(replays / "out/tiny/text/teal-0.5/workload")
+    lengths = [len(ids) for ids in ds.sequence_table["prompt_ids"].to_pylist()]
+    # a begin token comes on top of each
+    assert sorted(lengths) == [4, 6, 8, 10]
+    assert token == list(range(sum(lengths))) == ds.tokens.tolist() and phases == {"forced"}
+
+
+@pytest.mark.parametrize(
+    ("change", "jobs"),
+    [
+        pytest.param({"methods": [{"name": "teal", "sparsity": [0.3, 0.6, 0.9]}]}, {"thresholds": 1}, id="sparsity"),
+        pytest.param({"decoding": {**REPLAYS["forced"]["decoding"], "prefill": "half"}}, {}, id="prefill"),
+        pytest.param({"decoding": {**REPLAYS["forced"]["decoding"], "seed": 1}}, {"dense_tokens": 2}, id="seed"),
+    ],
+)
+def test_only_what_changes_their_choice_makes_dense_tokens_again(replays, change, jobs):
+    write_replays(replays, **change)
+    try:
+        settings = 1 if "methods" in change else 2
+        rest = {"generate": 2 * settings, "pack": 2 * settings, "index": settings, "all": 1}
+        assert planned(replays) == jobs | rest
+    finally:
+        write_replays(replays)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -43,6 +43,8 @@ AUTO_SHARDS = "SPARSETRACE_AUTO_SHARDS"
 # Names of what lies beside the runs of a model and beside the models.
 RESERVED_RUNS = ("checkpoint", "model", "pruned", "histograms", "greedy")
 RESERVED_MODELS = ("logs",)
+# And beside the settings of a run.
+RESERVED_LABELS = ("prompts.parquet", "dense_tokens")
 
 # Labels and names become folders.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -134,10 +136,12 @@ class Run(Section):
         return tuple(setting for entry in entries for setting in _settings(entry))
 
     @model_validator(mode="after")
-    def _labels_differ(self) -> Self:
+    def _labels_are_folders_of_their_own(self) -> Self:
         labels = [setting.label for setting in self.methods]
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"labels must be unique, got {', '.join(twice)} twice: give one of them a `label`")
+        if taken := sorted(set(labels) & set(RESERVED_LABELS)):
+            raise ValueError(f"a label must not be one of {', '.join(RESERVED_LABELS)}, got {', '.join(taken)}")
         return self
 
     @model_validator(mode="after")
@@ -284,6 +288,10 @@ class Study(Section):
     def shards(self, run: str) -> list[str]:
         """Names of a run's shards."""
         return [f"{shard:05d}" for shard in range(self.runs[run].batching.shards)]
+
+    def dense_tokens(self, run: str, shard: str) -> list[str]:
+        """Names of the shards whose dense tokens a shard of a run is given: its own, or none."""
+        return [shard] if self.runs[run].decoding.tokens_from == "dense" else []
 
     def weight_bytes(self, model: str, converted: str = "") -> int:
         """Size of a model.
