@@ -83,6 +83,7 @@ def estimate(study: Study, machine: Machine) -> list[Estimate]:
         InputError: a checkpoint or a prompt set that cannot be read.
     """
     found = []
+    dense_tokens: set[tuple[str, str]] = set()
     for model, run, label in study.workloads():
         checkpoint = study.models[model].checkpoint
         shape = read_shape(checkpoint, study.models[model].conversion.dtype)
@@ -92,7 +93,13 @@ def estimate(study: Study, machine: Machine) -> list[Estimate]:
         made = sizes(shape, lengths, new, one.decoding, one.capture, one.packing, method.target)
         warning = too_small(Path(study.results), made.dump_bytes + made.workload_bytes)
         notes = notes if warning is None else [*notes, warning]
-        seconds = _seconds(shape, lengths, one, machine, made.dense_bytes)
+        ways = [one.decoding]
+        if one.decoding.tokens_from == "dense" and (model, run) not in dense_tokens:
+            dense_tokens.add((model, run))
+            ways.append(Decoding())
+            notes = [*notes, "time includes the dense model's own run, whose tokens every setting is given"]
+        seconds = _model_seconds(shape, lengths, one.batching, ways, machine)
+        seconds += made.dense_bytes / PACK_BYTES_PER_SECOND
         found.append(Estimate(f"{model}/{run}/{label}", made, seconds, notes))
     return found
 
@@ -134,7 +141,7 @@ def prompt_lengths(run: Run, checkpoint: str) -> tuple[list[int], list[str]]:
 def captured_positions(length: int, new: int, decoding: Decoding, capture: Capture) -> int:
     """Positions captured of one sequence that does not end early."""
     first = {"none": length, "half": length - length // 2, "all": 0}[decoding.prefill]
-    last = length + new - 1
+    last = length if decoding.tokens_from == "text" else length + new - 1
     return len(range(-(-first // capture.every) * capture.every, last, capture.every))
 
 
@@ -206,20 +213,28 @@ def shard_warning(
     return too_small(out, need.dump_bytes)
 
 
-def _seconds(shape: Shape, lengths: list[int], run: Run, machine: Machine, dense_bytes: int) -> float:
-    """Time of the model's passes and of packing."""
-    return _model_seconds(shape, lengths, run, machine) + dense_bytes / PACK_BYTES_PER_SECOND
-
-
-def _model_seconds(shape: Shape, lengths: list[int], run: Run, machine: Machine) -> float:
-    """Time in the weights: prefill and decode passes of every group."""
-    size = run.batching.batch_size
+def _model_seconds(
+    shape: Shape, lengths: list[int], batching: Batching, ways: list[Decoding], machine: Machine
+) -> float:
+    """Time in the weights: the passes of every group, in each of the ways that it is run."""
+    size = batching.batch_size
     ordered = sorted(lengths)
-    groups = [ordered[at : at + size] for at in range(0, len(ordered), size)]
-    decode = _layer_seconds(shape, size, machine)
-    prefill = {longest: _layer_seconds(shape, size * longest, machine) for longest in {_round(g[-1]) for g in groups}}
-    passes = sum(prefill[_round(g[-1])] + decode * (run.batching.max_new_tokens - 1) for g in groups)
-    return passes * shape.layers
+    longest = [ordered[min(at + size, len(ordered)) - 1] for at in range(0, len(ordered), size)]
+    passes = [_passes(length, batching.max_new_tokens, way) for way in ways for length in longest]
+    step = _layer_seconds(shape, size, machine)
+    at_once = {n: _layer_seconds(shape, size * n, machine) for n in {_round(n) for n, _ in passes if n}}
+    return shape.layers * sum((at_once[_round(n)] if n else 0) + steps * step for n, steps in passes)
+
+
+def _passes(length: int, new: int, decoding: Decoding) -> tuple[int, int]:
+    """Positions that a sequence is fed at once, and one by one."""
+    if decoding.tokens_from == "text":
+        one_by_one = {"none": 0, "half": length // 2, "all": length}[decoding.prefill]
+    else:
+        one_by_one, length = new - 1, length + new - 1
+    if decoding.tokens_from != "own" and decoding.replay == "forced":
+        one_by_one = 0
+    return length - one_by_one, one_by_one
 
 
 def _round(length: int) -> int:

@@ -158,14 +158,22 @@ def test_recompute_refuses_another_model(run, tiny, tmp_path):
         recompute(run("sample", Capture(every=2, layers=(1,))), run.model.folder, 1, CPU)
 
 
-@pytest.mark.parametrize("prefill", ["none", "half", "all"])
+@pytest.mark.parametrize(
+    ("tokens_from", "prefill"),
+    [
+        *((kind, part) for kind in ("own", "dense") for part in ("none", "half", "all")),
+        ("text", "half"),
+        ("text", "all"),
+    ],
+)
 @pytest.mark.parametrize("every", [1, 2, 5])
-def test_captured_positions(prefill, every):
+def test_captured_positions(tokens_from, prefill, every):
     for length in range(1, 12):
         first = {"none": length, "half": length - length // 2, "all": 0}[prefill]
-        wanted = [p for p in range(first, length + 5) if p % every == 0]
-        found = captured_positions(length, 6, Decoding(prefill=prefill), Capture(every=every))
-        assert found == len(wanted)
+        # behind a text there is nothing
+        wanted = [p for p in range(first, length + (0 if tokens_from == "text" else 5)) if p % every == 0]
+        decoding = Decoding(prefill=prefill, tokens_from=tokens_from)
+        assert captured_positions(length, 6, decoding, Capture(every=every)) == len(wanted)
 
 
 def study(run, tmp_path, **changes):
@@ -201,6 +209,34 @@ def test_estimate_is_near_what_is_written(run, tmp_path, monkeypatch):
     (sample,) = estimate(study(run, tmp_path, capture={"level": "stats", "layers": [1]})[0], CPU)
     assert sample.sizes.rows == found.sizes.rows // 2
     assert sample.sizes.workload_bytes < found.sizes.workload_bytes / 4
+
+
+TIMES = [
+    # id, decoding, rows of each pass of a group of one prompt of 8 tokens, with 4 new ones
+    ("own", {}, [8, 1, 1, 1]),
+    ("forced", {"tokens_from": "dense"}, [16, 8, 1, 1, 1]),
+    ("steps", {"tokens_from": "dense", "replay": "steps"}, [8, 1, 1, 1] * 2),
+    ("text", {"tokens_from": "text", "prefill": "half"}, [8]),
+    ("text-steps", {"tokens_from": "text", "prefill": "half", "replay": "steps"}, [4, 1, 1, 1, 1]),
+    ("text-steps-all", {"tokens_from": "text", "prefill": "all", "replay": "steps"}, [1] * 8),
+]
+
+
+@pytest.mark.parametrize(("decoding", "passes"), [pytest.param(*case[1:], id=case[0]) for case in TIMES])
+def test_estimated_time_is_that_of_the_passes(run, tmp_path, monkeypatch, decoding, passes):
+    """A row takes a second; what is fed at once counts up to a power of two. The dense run counts once."""
+    monkeypatch.setattr("sparsetrace.estimate._layer_seconds", lambda shape, rows, machine: rows)
+    monkeypatch.setattr("sparsetrace.estimate.prompt_lengths", lambda one, checkpoint: ([8] * 6, []))
+    monkeypatch.setattr("sparsetrace.estimate.PACK_BYTES_PER_SECOND", float("inf"))
+    methods = [{"name": "teal", "sparsity": [0.3, 0.6]}]
+    batching = {"max_new_tokens": 4, "batch_size": 3}
+    first, second = estimate(study(run, tmp_path, decoding=decoding, batching=batching, methods=methods)[0], CPU)
+    layers, groups, batch = 2, 2, 3
+    assert first.seconds == layers * groups * batch * sum(passes)
+    dense = layers * groups * batch * sum([8, 1, 1, 1]) if decoding.get("tokens_from") == "dense" else 0
+    assert second.seconds == first.seconds - dense
+    told = [any("dense model's own run" in note for note in one.notes) for one in (first, second)]
+    assert told == [bool(dense), False]
 
 
 def test_estimate_says_when_the_disk_is_too_small(run, tmp_path, monkeypatch):
