@@ -25,6 +25,7 @@ from sparsetrace.generate import generate
 from sparsetrace.pack import index, pack
 from sparsetrace.prompts import split, write_split
 from sparsetrace.recompute import recompute
+from sparsetrace.stats import statistics
 from sparsetrace.verify import verify
 
 LENGTHS = [3, 9, 1, 6, 4, 12, 2]
@@ -171,6 +172,22 @@ def test_texts_are_captured_as_they_are(run, tiny, tmp_path, rng):
     # the same positions are masked; they are added up in another order
     for leaf, x in operands[0].items():
         assert (np.abs(x - operands[1][leaf]) <= 1e-3 * np.abs(x).max()).mean() > 0.99
+
+
+@pytest.mark.parametrize("tokens_from", ["dense", "text"])
+def test_statistics_and_schedules_know_forced_tokens(run, tmp_path, tokens_from):
+    """Unions over a batch are of decode tokens, of which there are none."""
+    decoding = Decoding(tokens_from=tokens_from, prefill="half", **OWN.sampling.model_dump())
+    tokens = run.tokens if tokens_from == "dense" else None
+    ds = sparsetrace.open(run(f"statistics-{tokens_from}", 0.3, decoding, tokens))
+    tables = statistics(ds, tmp_path)
+    rows = tables["sparsity"].to_pylist()
+    counted = {phase: sum(row["rows"] for row in rows if row["phase"] == phase) for phase in ("prefill", "forced")}
+    captured = ds.fed()["phase"].to_pylist()
+    assert counted == {phase: 14 * 2 * captured.count(phase) for phase in ("prefill", "forced")}
+    assert {row["over"] for row in tables["unions"].to_pylist()} == {"window"}
+    assert sorted(token for batch in ds.batches(3) for token in batch) == ds.tokens.tolist()
+    assert sorted(token for step in ds.replay() for token in step.token) == ds.tokens.tolist()
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(run, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import sparsetrace
+from sparsetrace.reproduce import reproduce
 
 ROOT = Path(__file__).parents[1]
 STUDY = {
@@ -194,6 +195,12 @@ def test_a_text_is_captured_and_nothing_behind_it(replays):
     # a begin token comes on top of each
     assert sorted(lengths) == [4, 6, 8, 10]
     assert token == list(range(sum(lengths))) == ds.tokens.tolist() and phases == {"forced"}
+
+
+def test_a_replay_is_reproduced(replays, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([f"{ROOT}/src", f"{ROOT}/kernels"]))
+    again = reproduce(replays / "out/tiny/forced/teal-0.6/workload", tmp_path, replays)
+    assert again.different == [] and again.notes == [] and again.equal
 
 
 @pytest.mark.parametrize(

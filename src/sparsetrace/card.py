@@ -18,6 +18,7 @@ def data_card(manifest: dict[str, Any], matrices: pa.Table) -> str:
         "rows (layer x matrix x token)": f"{manifest['rows']:,}",
         "nonzeros": f"{manifest['nnz']:,}",
         "decoding": ", ".join(f"{key} {value}" for key, value in decoding.items()),
+        **({"tokens given": f"hash `{manifest['given'][:12]}`"} if manifest.get("given") else {}),
         "batching": ", ".join(f"{key} {value}" for key, value in batching.items()),
         "captured": ", ".join(f"{key} {value}" for key, value in manifest["capture"].items() if value),
         "written": f"encoding {manifest['encoding']}, shared inputs {'once' if manifest['share_inputs'] else 'each'}",

@@ -196,12 +196,28 @@ def _table_faults(manifest: dict[str, Any], tables: dict[str, pa.Table]) -> Iter
         if of not in bases or token != bases[of] + at:
             yield Fault("tokens.parquet", f"token {token} must be base + position of its sequence {of}, got {at}")
             break
+    yield from _fed_faults(tokens, tables["sequences.parquet"])
     captured = int(np.count_nonzero(tokens["captured"].to_numpy(zero_copy_only=False)))
     if captured != manifest["tokens"]:
         yield Fault("tokens.parquet", f"must name {manifest['tokens']} captured tokens, got {captured}")
     given = manifest.get("given")
     if given is not None and (held := given_hash(tables["sequences.parquet"])) != given:
         yield Fault("sequences.parquet", f"must hold the tokens given, of hash {given[:12]}, got {held[:12]}")
+
+
+def _fed_faults(tokens: pa.Table, sequences: pa.Table) -> Iterator[Fault]:
+    """What was fed of each sequence: its prompt, then what stands behind it but for the last."""
+    fed = tokens.sort_by([("sequence", "ascending"), ("position", "ascending")])
+    numbers, ids = fed["sequence"].to_numpy(), fed["token_id"].to_numpy()
+    for row in sequences.select(["sequence", "prompt_ids", "output_ids"]).to_pylist():
+        start, stop = np.searchsorted(numbers, [row["sequence"], row["sequence"] + 1])
+        if ids[start:stop].tolist() != row["prompt_ids"] + row["output_ids"][:-1]:
+            yield Fault(
+                "tokens.parquet",
+                f"token ids of sequence {row['sequence']} must be its prompt and its output without the last, got "
+                "others",
+            )
+            return
 
 
 def _data_faults(

@@ -141,6 +141,21 @@ def test_swapped_files(folder):
     )
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_token_that_is_not_of_its_sequence(folder, place):
+    """The first position and the last."""
+
+    def other(rows):
+        rows[place]["token_id"] += 1
+        return rows
+
+    edited_table(folder, "tokens.parquet", other)
+    resign(folder)
+    sequence = pq.read_table(folder / "tokens.parquet")["sequence"].to_pylist()[place]
+    wanted = f"tokens.parquet: token ids of sequence {sequence} must be its prompt and its output without the last"
+    assert said(folder) == [f"{wanted}, got others"]
+
+
 def edited_table(folder, name, change):
     table = pq.read_table(folder / name, partitioning=None)
     pq.write_table(pa.Table.from_pylist(change(table.to_pylist()), schema=table.schema), folder / name)

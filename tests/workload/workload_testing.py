@@ -133,13 +133,15 @@ def _write_shard(folder, shard, fed, captured, dense, table, dtype, level):
         arrays = {name: pa.array(columns[name], TOKENS.field(name).type) for name in TOKENS.names}
         stem = folder / group_name(group)
         pq.write_table(pa.table(arrays, schema=TOKENS).sort_by("token"), stem.with_suffix(".tokens.parquet"))
+        phases = {s: [row["phase"] for row in own if row["sequence"] == s] for s in {row["sequence"] for row in own}}
         sequences = [
             {
                 **{"sequence": s, "base": 100 * s, "group": group, "slot": 0, "source": "test", "source_index": s},
-                **{"prompt": "a", "output": "b", "prompt_ids": [1], "output_ids": [2], "stopped": False},
-                "repeated_4gram_share": 0.0,
+                **{"prompt": "a", "output": "b", "stopped": False, "repeated_4gram_share": 0.0},
+                # the last id is never fed
+                **{"prompt_ids": [7] * phases[s].count("prefill"), "output_ids": [7] * phases[s].count("decode") + [2]},
             }
-            for s in sorted({row["sequence"] for row in own})
+            for s in sorted(phases)
         ]
         pq.write_table(pa.Table.from_pylist(sequences, schema=SEQUENCES), stem.with_suffix(".sequences.parquet"))
         stem.with_suffix(".json").write_text(json.dumps({"key": "k", "blocks": names, "rows": len(mine)}))
