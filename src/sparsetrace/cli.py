@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import click
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -908,7 +909,7 @@ def doctor(results: Path) -> None:
     findings = []
     for finding in examine(results):
         findings.append(finding)
-        table.add_row(finding.what, finding.found, finding.missing or "")
+        table.add_row(finding.what, escape(finding.found), escape(finding.missing or ""))
     Console().print(table)
     if wrong := [f"doctor: {f.what}: {f.missing}" for f in findings if f.missing and f.needed]:
         fail("\n".join(wrong))

@@ -354,8 +354,10 @@ MINUTES = {
     "quality": (30, 6),
     "generate": (120, 15),
 }
-# The interpreter with torch, the blocks of a group, and the pinned memory of a GPU.
+# The interpreter with torch, and the blocks of a group.
 STEP_MB = 4000
+# Two blocks on their way from a GPU to the disk.
+PINNED_MB = 3000
 # `convert` holds two of its output files, or the whole of a smaller model twice.
 CONVERTED_MB = 2 * 2200
 
@@ -373,6 +375,7 @@ def needs(step: str, weight_bytes: int, attempt: int = 1) -> Need:
     twice_mb = 2 * weight_bytes // 1_000_000
     minutes, minutes_per_gb = MINUTES[step]
     mem_mb = STEP_MB + (min(twice_mb, CONVERTED_MB) if step == "convert" else twice_mb)
+    mem_mb += PINNED_MB if step == "generate" else 0
     return Need(attempt * mem_mb, attempt * (minutes + minutes_per_gb * weight_bytes // 1_000_000_000))
 
 
