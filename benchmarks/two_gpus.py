@@ -9,14 +9,14 @@ met on one GPU or were less than `LEAST` times as fast as one.
 """
 
 import argparse
-import csv
 import importlib.util
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from record import WHERE, append, environment, where
 
 ROOT = Path(__file__).parents[1]
 LEAST = 1.8
@@ -31,11 +31,6 @@ SHAPE = {
     "torch_dtype": "bfloat16",
 }
 SMALL = {"torch_dtype": "bfloat16"}
-
-
-def environment() -> dict[str, str]:
-    paths = [f"{ROOT}/src", f"{ROOT}/kernels", *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def sparsetrace(folder: Path, *words: object) -> subprocess.Popen:
@@ -96,7 +91,7 @@ def generate(folder: Path, name: str, shards: list[int], batch: int, new: int) -
     Returns:
         Tokens a second while all were at work, tokens a second of wall time, and the GPUs seen.
     """
-    settings = ("--max-new-tokens", new, "--batch-size", batch, "--ignore-eos", "--level", "stats")
+    settings = ("--max-new-tokens", new, "--batch-size", batch, "--ignore-eos")
     started = time.time()
     dumps = [folder / name / f"{shard:05d}" for shard in shards]
     inputs = ("model", "--thresholds", "t.parquet", "--prompts", "split.parquet")
@@ -121,9 +116,9 @@ def generate(folder: Path, name: str, shards: list[int], batch: int, new: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", type=int, default=12, help="of each shard")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--new", type=int, default=128, help="tokens of each sequence")
+    parser.add_argument("--groups", type=int, default=40, help="of each shard")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--new", type=int, default=256, help="tokens of each sequence")
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the script where there is no GPU")
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
@@ -135,18 +130,19 @@ def main() -> None:
         one = generate(folder, "one", [0], batch, new)
         two = generate(folder, "two", [0, 1], batch, new)
     ratio = two[0] / one[0]
+    columns = (*WHERE, "shards_at_a_time", "gpus_seen", "tokens_per_s", "tokens_per_s_wall")
     rows = [
-        ["shards at a time", "GPUs seen", "tokens/s", "tokens/s of wall time"],
-        [1, len(one[2]), round(one[0], 1), round(one[1], 1)],
-        [2, len(two[2]), round(two[0], 1), round(two[1], 1)],
-        ["ratio", "", round(ratio, 3), round(two[1] / one[1], 3)],
+        {**where(), **dict(zip(columns[len(WHERE) :], values, strict=True))}
+        for values in (
+            (1, len(one[2]), round(one[0], 1), round(one[1], 1)),
+            (2, len(two[2]), round(two[0], 1), round(two[1], 1)),
+        )
     ]
     if arguments.csv:
-        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.csv.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+        append(arguments.csv, columns, rows)
     for row in rows:
-        print(*row, sep=", ")
+        print(*(f"{name}={row[name]}" for name in columns), flush=True)
+    print(f"ratio {ratio:.3f}, of wall time {two[1] / one[1]:.3f}")
     if not arguments.small and (len(two[2]) != 2 or ratio < LEAST):
         sys.exit(f"two_gpus: two shards must take two GPUs and be {LEAST} times as fast, got {two[2]} and {ratio:.3f}")
 

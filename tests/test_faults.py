@@ -18,10 +18,11 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+import sparsetrace.capture
 import sparsetrace.cli
 import sparsetrace.runtime
 from sparsetrace.calibrate import calibrate
-from sparsetrace.config import Batching, Calibration, Conversion, Decoding, Machine, PromptSet
+from sparsetrace.config import Batching, Calibration, Capture, Conversion, Decoding, Machine, PromptSet
 from sparsetrace.convert import convert
 from sparsetrace.engine import Engine
 from sparsetrace.generate import generate
@@ -373,6 +374,29 @@ def test_a_group_that_does_not_fit_the_gpu_starts_again_at_half_its_batch(whole,
     # and what is run again is run at the batch that the manifest names
     assert recompute(tmp_path / "halved" / "workload", whole / "model", 7, Machine(device="cpu")) == []
     assert tried[8:] == [2, 2, 2, 2]
+
+
+@pytest.mark.gpu
+def test_a_real_lack_of_memory_halves_the_batch(tiny, tmp_path, rng, monkeypatch):
+    """A cache of 525 MB at batch 64 where torch may take 450 MB more: the group runs in smaller batches, whole."""
+    monkeypatch.setattr(sparsetrace.capture, "GPU_BLOCK_BYTES", 1 << 20)
+    shape = {"head_dim": 64, "num_key_value_heads": 4, "max_position_embeddings": 4096, "torch_dtype": "float16"}
+    model = tiny.model(tmp_path, rng, **shape)
+    prompts = tiny.prompts(tmp_path / "prompts.jsonl", rng, [3] * 64)
+    batching = Batching(max_new_tokens=4000, batch_size=64)
+    groups, _ = split(prompts, model.tokenizer(), 4096, PromptSet(), batching)
+    write_split(groups, 1, tmp_path / "split.parquet")
+    words = (model, None, tmp_path / "split.parquet", 0)
+    settings = (Decoding(ignore_eos=True), batching, Machine(device="cuda"))
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (450 << 20)) / total)
+    try:
+        manifest = generate(*words, tmp_path / "dump" / "manifest.json", *settings, capture=Capture(every=1000))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert manifest["smaller_batches"]["0"] in (8, 16, 32) and manifest["engine"] == "triton"
+    assert manifest["rows"] == 64 * 4
 
 
 def test_a_group_that_does_not_fit_at_batch_1_is_refused(whole, tmp_path, command, small_gpu, untouched):
