@@ -115,16 +115,7 @@ def test_every_sparsity_sees_the_dense_models_tokens(run, mode, prefill):
     assert own.manifest["given"] is None
 
 
-@pytest.mark.parametrize(
-    "ignore_eos",
-    [
-        True,
-        pytest.param(
-            False,
-            marks=pytest.mark.xfail(reason="the torch engine's cache is as long as the longest continuation given"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("ignore_eos", [True, False])
 def test_steps_at_sparsity_0_have_the_operands_of_the_dense_models_own_run(run, ignore_eos):
     decoding = OWN.model_copy(update={"ignore_eos": ignore_eos})
     own = sparsetrace.open(run(f"own-{ignore_eos}", None, decoding))

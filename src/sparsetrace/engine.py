@@ -184,7 +184,8 @@ class Engine:
                 if forced:
                     whole = [ids + more[:-1] for ids, more in zip(prompts, given, strict=True)]
                     return _Plan(whole, first_B, lengths_B, 0, outputs=given)
-                return _Plan(prompts, first_B, lengths_B, max(map(len, given)) - 1, given)
+                # as many as the dense model had room for, so that the cache is as long as its was
+                return _Plan(prompts, first_B, lengths_B, self.batching.max_new_tokens - 1, given)
             case "text":
                 nothing: list[list[int]] = [[] for _ in group]
                 if forced:
@@ -281,8 +282,9 @@ class Engine:
 
     def _chunks(self, longest: int) -> Iterator[tuple[int, int]]:
         """Positions fed at once: all where none is captured, else what one block holds."""
-        none = self.decoding.prefill == "none" and self.decoding.tokens_from == "own"
-        width = longest if none else max(1, self.block_rows // self.batching.batch_size)
+        source, steps = self.decoding.tokens_from, self.decoding.replay == "steps"
+        dense = (self.decoding.prefill == "none" and (source == "own" or steps)) or (source == "text" and steps)
+        width = longest if dense else max(1, self.block_rows // self.batching.batch_size)
         for start in range(0, longest, width):
             yield start, min(start + width, longest)
 
