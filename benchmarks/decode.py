@@ -298,9 +298,9 @@ def main() -> None:
             )
             rows = max(1, int(arguments.gigabytes * 1e9 / row_bytes))
             if "one" in arguments.parts:
-                bench.run(1, arguments.new, 12, rounds=2)
+                bench.run(1, arguments.new, 12)
             if "cost" in arguments.parts:
-                bench.capture_cost(1, arguments.new, 12, 4)
+                bench.capture_cost(1, arguments.new, 8, 3)
             if "many" in arguments.parts:
                 bench.run(64, max(2, rows // 64 + 1), 1)
             if "forced" in arguments.parts:
