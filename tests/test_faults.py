@@ -284,13 +284,13 @@ def test_dump_that_lost_a_block(whole, tmp_path, command):
 def test_a_journal_cut_off_by_a_full_disk_is_taken_up_twice(whole, tmp_path, monkeypatch):
     plain, calls = _Shard._write_leaf, []
 
-    def failing(shard, matrix, blocks, order):
+    def failing(shard, matrix, cut, blocks, order):
         calls.append(matrix)
         if len(calls) in (4, 7):
             with (tmp_path / "again" / ".00000.json.journal").open("a") as journal:
                 journal.write('{"path": "da')
             raise OSError(28, "No space left on device")
-        return plain(shard, matrix, blocks, order)
+        return plain(shard, matrix, cut, blocks, order)
 
     def run(name: str) -> None:
         # the blocks go with the first packing that ends

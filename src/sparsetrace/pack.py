@@ -10,8 +10,8 @@ the shards' tables and writes the manifest, last. The format is docs/format.md.
 | `parts/00003.json` | every file with rows, nonzeros, token range and sha256 |
 
 Memory: one piece of rows of each thread (`PIECE_BYTES`, or one row group where that is more), and `ORDER_ROWS` rows
-of the index; the order of a longer shard lies in a nameless file beside `parts/`. What grows with a shard is the footer
-of each open file, some 40 bytes a token: cut a study of more than ten million tokens into shards.
+of the index; the order of a longer shard lies in a nameless file beside `parts/`, and its files are cut at `FILE_ROWS`,
+since the footer of each open file takes some 40 bytes a row until it is closed.
 """
 
 import json
@@ -21,6 +21,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TextIO
@@ -73,9 +74,9 @@ MERGED_ROWS = 1 << 17
 MEMORY_BYTES = 768 << 20
 # Peak bytes of a thread over the dense bytes of its row group, measured: operand, planes, squares, encoded pages.
 MEMORY_FACTOR = 8
-# Of a row group, until its file is closed: what the footer will say of each column. A shard of 20 million tokens takes
-# all of `MEMORY_BYTES` for it.
+# Of a row group, until its file is closed: what the footer will say of each column; and rows of a file, which bound it.
 FOOTER_BYTES = 20_000
+FILE_ROWS = 1 << 22
 # Rows whose order is held, and sorted at a time; they take about 100 bytes each meanwhile.
 ORDER_ROWS = 1 << 20
 # Cells that the tokens of a longer shard are counted in, to cut them into ranges of so many rows.
@@ -97,7 +98,7 @@ class _Order:
     def __init__(self, blocks: list[Block], folder: Path) -> None:
         tokens = _Tokens(blocks)
         self.distinct = 0
-        self._rows = tokens.rows
+        self._first, self._rows = 0, tokens.rows
         self._held = np.empty(0, ORDER)
         self._file: IO[bytes] | None = None
         if self._rows > ORDER_ROWS:
@@ -113,14 +114,22 @@ class _Order:
         if self._file is not None:
             self._file.flush()
 
+    def part(self, chosen: slice) -> "_Order":
+        """Some rows in a row, of the same memory or file."""
+        part = copy(self)
+        start, stop, _ = chosen.indices(self._rows)
+        part._first, part._rows = self._first + start, stop - start
+        return part
+
     def __len__(self) -> int:
         return self._rows
 
     def __getitem__(self, chosen: slice) -> np.ndarray:
         """Records of `ORDER`; from several threads at once."""
-        if self._file is None:
-            return self._held[chosen]
         start, stop, _ = chosen.indices(self._rows)
+        start, stop = self._first + start, self._first + stop
+        if self._file is None:
+            return self._held[start:stop]
         size = ORDER.itemsize
         return np.frombuffer(os.pread(self._file.fileno(), (stop - start) * size, start * size), ORDER)
 
@@ -246,6 +255,10 @@ def pack(
     return packed
 
 
+# A matrix of the dump, and which of its files.
+_File = tuple[dict[str, Any], int | None]
+
+
 def _journal(out: Path) -> Path:
     """One JSON line for each finished file, after a line that names the dump."""
     return out.with_name(f".{out.name}.journal")
@@ -278,19 +291,20 @@ class _Shard:
             same = ((matrix, matrix.get("same_input_as")) for matrix in self.dump["matrices"])
             shared = {leaf(matrix["layer"], matrix["matrix"]): other for matrix, other in same if other}
         stored = [m for m in self.dump["matrices"] if leaf(m["layer"], m["matrix"]) not in shared]
+        files = [(matrix, cut) for matrix in stored for cut in _cuts(len(order))]
         done = self._finished()
-        todo = [matrix for matrix in stored if self._path(matrix) not in done]
+        todo = [file for file in files if self._path(*file) not in done]
         _journal(self.out).parent.mkdir(parents=True, exist_ok=True)
         with _journal(self.out).open("a" if done else "w", encoding="utf-8") as journal:
             if not done:
                 _note(journal, {"dump": self.wanted})
             for entry in _in_threads(
-                lambda m: self._write_leaf(m, blocks, order), todo, _threads(threads, stored, len(order))
+                lambda file: self._write_leaf(*file, blocks, order), todo, _threads(threads, stored, len(order))
             ):
                 _note(journal, entry)
                 done[entry["path"]] = entry
                 if report is not None:
-                    report(len(done), len(stored))
+                    report(len(done), len(files))
         for table, schema in SHARD_TABLES.items():
             with write_beside(self.out.with_suffix(f".{table}.parquet")) as partial:
                 _merge([self.folder / f"{name}.{table}.parquet" for name in names], partial, schema)
@@ -300,11 +314,11 @@ class _Shard:
             "encoding": self.encoding,
             "shared": shared,
             "manifest": self.dump,
-            "files": [done[self._path(matrix)] for matrix in stored],
+            "files": [done[self._path(*file)] for file in files],
         }
 
-    def _path(self, matrix: dict[str, Any]) -> str:
-        return f"data/{leaf(matrix['layer'], matrix['matrix'])}/{part_name(int(self.out.stem))}"
+    def _path(self, matrix: dict[str, Any], cut: int | None) -> str:
+        return f"data/{leaf(matrix['layer'], matrix['matrix'])}/{part_name(int(self.out.stem), cut)}"
 
     def _finished(self) -> dict[str, dict[str, Any]]:
         """Files that an interrupted run of the same dump left whole, by path."""
@@ -319,9 +333,13 @@ class _Shard:
             return {}
         return {e["path"]: e for e in entries[1:] if _has_size(self.workload / e["path"], e["bytes"])}
 
-    def _write_leaf(self, matrix: dict[str, Any], blocks: list[Block], order: _Order) -> dict[str, Any]:
-        """Write one layer and matrix, a piece of some row groups at a time; returns its entry in the manifest."""
-        path = self.workload / self._path(matrix)
+    def _write_leaf(
+        self, matrix: dict[str, Any], cut: int | None, blocks: list[Block], order: _Order
+    ) -> dict[str, Any]:
+        """Write a file, a piece of some row groups at a time; returns its entry in the manifest."""
+        path = self.workload / self._path(matrix, cut)
+        if cut is not None:
+            order = order.part(slice(cut * FILE_ROWS, (cut + 1) * FILE_ROWS))
         level = self.dump.get("capture", {}).get("level", "full")
         schema = data_schema(matrix["dtype"], self.encoding, level, matrix["in_features"])
         share = matrix["in_features"] / sum(other["in_features"] for other in self.dump["matrices"])
@@ -337,7 +355,7 @@ class _Shard:
                 nnz += int(figures.nnz.sum())
         first, last = order.span()
         return {
-            "path": self._path(matrix),
+            "path": self._path(matrix, cut),
             "layer": matrix["layer"],
             "matrix": matrix["matrix"],
             "rows": len(order),
@@ -347,6 +365,11 @@ class _Shard:
             "bytes": path.stat().st_size,
             "sha256": sha256_file(path),
         }
+
+
+def _cuts(rows: int) -> list[int | None]:
+    """Numbers of the files of one layer and matrix; None for the only one."""
+    return [None] if rows <= FILE_ROWS else list(range(-(-rows // FILE_ROWS)))
 
 
 def writer_settings(schema: pa.Schema) -> dict[str, Any]:
@@ -366,9 +389,7 @@ def _note(journal: TextIO, entry: dict[str, Any]) -> None:
     journal.flush()
 
 
-def _in_threads(
-    work: Callable[[dict[str, Any]], dict[str, Any]], items: list[dict[str, Any]], threads: int
-) -> Iterable[dict[str, Any]]:
+def _in_threads(work: Callable[[_File], dict[str, Any]], items: list[_File], threads: int) -> Iterable[dict[str, Any]]:
     """Results in the order of the items; after an error or an interrupt nothing more is begun."""
     if threads == 1:
         yield from map(work, items)
@@ -383,7 +404,8 @@ def _in_threads(
 def _threads(threads: int, matrices: list[dict[str, Any]], rows: int) -> int:
     """As many as asked for, or as `MEMORY_BYTES` allows."""
     widest = max((m["in_features"] * FORMATS[m["dtype"]].bits.itemsize for m in matrices), default=1)
-    one = MEMORY_FACTOR * ROW_GROUP_ROWS * widest + 2 * RELEASE_BYTES + FOOTER_BYTES * rows // ROW_GROUP_ROWS
+    footer = FOOTER_BYTES * min(rows, FILE_ROWS) // ROW_GROUP_ROWS
+    one = MEMORY_FACTOR * ROW_GROUP_ROWS * widest + 2 * RELEASE_BYTES + footer
     return max(1, min(threads, MEMORY_BYTES // one))
 
 

@@ -287,6 +287,6 @@ def leaf(layer: int, matrix: str) -> str:
     return f"L{layer:02d}/{matrix}"
 
 
-def part_name(shard: int) -> str:
-    """File name of one shard's rows."""
-    return f"part-{shard:05d}.parquet"
+def part_name(shard: int, cut: int | None = None) -> str:
+    """File name of one shard's rows, or of one cut of a long shard's; names ascend as the tokens do."""
+    return f"part-{shard:05d}.parquet" if cut is None else f"part-{shard:05d}-{cut:03d}.parquet"

@@ -22,6 +22,7 @@ from sparsetrace import pack as packing
 from sparsetrace.files import InputError
 from sparsetrace.rows import Figures, Index, Rows, decode_rows, encode_rows
 from sparsetrace.schema import ENCODINGS, FORMATS, LEVELS, MATRIX_TABLE, SEQUENCES, TOKENS, WEIGHT_MASKS, data_schema
+from sparsetrace.verify import verify
 
 # one row of nine inputs; inputs 0, 3 and 8 are kept: 1.0, -2.5 and the smallest positive number
 KEPT = [0, 3, 8]
@@ -204,6 +205,45 @@ def test_order_of_a_long_shard_is_sorted_a_range_at_a_time(tmp_path, monkeypatch
     assert np.array_equal(order[17:31], whole[17:31])
     assert np.array_equal(whole[0:600]["token"], np.sort(token))
     assert len(packing._Order(blocks[7:], tmp_path)) == 0
+
+
+@pytest.mark.parametrize("spilled", [False, True])
+def test_a_long_shard_is_cut_into_files(tmp_path, monkeypatch, spilled):
+    """The rows of whole files, in their order, by every reader; and an interrupted pack goes on at the first cut."""
+    built = build(tmp_path, "float16")
+    dump = built.folder / "dump" / "00000" / "manifest.json"
+    whole = sparsetrace.open(built.workload)
+    rows = next(file["rows"] for file in whole.manifest["files"] if "matrix" in file)
+    monkeypatch.setattr(packing, "FILE_ROWS", 7)
+    if spilled:
+        monkeypatch.setattr(packing, "ORDER_ROWS", 5)
+    written, write = [], packing._Shard._write_leaf
+
+    def dies(self, matrix, cut, *rest):
+        if len(written) == 9:
+            raise KeyboardInterrupt
+        written.append(cut)
+        return write(self, matrix, cut, *rest)
+
+    monkeypatch.setattr(packing._Shard, "_write_leaf", dies)
+    with pytest.raises(KeyboardInterrupt):
+        packing.pack(dump, tmp_path / "cut", tmp_path / "parts" / "00000.json")
+    monkeypatch.setattr(packing._Shard, "_write_leaf", write)
+    packed = packing.pack(dump, tmp_path / "cut", tmp_path / "parts" / "00000.json")
+    cuts = -(-rows // 7)
+    assert cuts > 2 and len(packed["files"]) == 14 * cuts
+    for leaf in whole.leaves:
+        files = sorted((tmp_path / "cut" / "data" / f"L{leaf[0]:02d}" / leaf[1]).iterdir())
+        assert [file.name for file in files] == [f"part-00000-{cut:03d}.parquet" for cut in range(cuts)]
+        tables = [pq.read_table(file) for file in files]
+        assert [len(table) for table in tables] == [7] * (cuts - 1) + [rows - 7 * (cuts - 1)]
+        one = pq.read_table(built.workload / "data" / f"L{leaf[0]:02d}" / leaf[1] / "part-00000.parquet")
+        assert pa.concat_tables(tables).equals(one)
+    packing.index([tmp_path / "parts" / "00000.json"], tmp_path / "cut")
+    ds = sparsetrace.open(tmp_path / "cut")
+    for leaf in whole.leaves:
+        assert np.array_equal(ds.matrix(*leaf).dense(), whole.matrix(*leaf, ds.tokens).dense())
+    assert [str(fault) for fault in verify(tmp_path / "cut")] == []
 
 
 def test_an_interrupted_pack_goes_on(tmp_path, monkeypatch):
