@@ -32,6 +32,8 @@ from sparsetrace_kernels.reference import DENSE, advance_ref
 
 Kind = Literal["torch", "triton"]
 
+# Caches are a multiple of so many positions long: attention with a bias pads others.
+ALIGNED_POSITIONS = 8
 # Decoding steps between two looks at whether any sequence still runs, and looks that the device may be behind.
 GPU_BURST, GPU_BEHIND = 8, 1
 
@@ -73,7 +75,8 @@ class _Plan:
 
     def positions(self) -> int:
         """Positions of the longest sequence that is fed, up to a multiple that attention needs no padding for."""
-        return max(1, -(-(max(map(len, self.at_once)) + self.steps) // 8)) * 8
+        longest = max(map(len, self.at_once)) + self.steps
+        return max(1, -(-longest // ALIGNED_POSITIONS)) * ALIGNED_POSITIONS
 
     def limits(self, max_new_tokens: int) -> list[int]:
         """How many tokens are chosen for each sequence, at most."""
@@ -185,7 +188,8 @@ class Engine:
                     whole = [ids + more[:-1] for ids, more in zip(prompts, given, strict=True)]
                     return _Plan(whole, first_B, lengths_B, 0, outputs=given)
                 # as many as the dense model had room for, so that the cache is as long as its was
-                return _Plan(prompts, first_B, lengths_B, self.batching.max_new_tokens - 1, given)
+                steps = max(self.batching.max_new_tokens, *map(len, given)) - 1
+                return _Plan(prompts, first_B, lengths_B, steps, given)
             case "text":
                 nothing: list[list[int]] = [[] for _ in group]
                 if forced:
@@ -284,7 +288,7 @@ class Engine:
         """Positions fed at once: all where none is captured, else what one block holds."""
         source, steps = self.decoding.tokens_from, self.decoding.replay == "steps"
         dense = (self.decoding.prefill == "none" and (source == "own" or steps)) or (source == "text" and steps)
-        width = longest if dense else max(1, self.block_rows // self.batching.batch_size)
+        width = max(1, longest if dense else self.block_rows // self.batching.batch_size)
         for start in range(0, longest, width):
             yield start, min(start + width, longest)
 
@@ -529,8 +533,9 @@ class _Fused:
         self.device = model.embedding.device
         self.graphs = self.device.type == "cuda"
         table = active_table(torch.cuda.get_device_name(self.device)) if self.graphs else None
-        self.decoder = FusedDecoder(model, patch, positions, table)
-        self.positions = positions
+        # as `_Plan.positions` rounds, so that the longest group fits
+        self.positions = -(-positions // ALIGNED_POSITIONS) * ALIGNED_POSITIONS
+        self.decoder = FusedDecoder(model, patch, self.positions, table)
         self.cache: KVCache
         self.loop: _Loop
         self._laid_out = 0
