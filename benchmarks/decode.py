@@ -34,7 +34,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from calibrate import random_decoder
 from limits import copy_bandwidth, disk_bandwidth
+from random_checkpoint import SHAPES
 from record import append, where
 
 from sparsetrace.bench import PROMPT_TOKENS, observed_rules, random_groups, time_groups
@@ -42,7 +44,6 @@ from sparsetrace.capture import Recorder
 from sparsetrace.dump import write_block
 from sparsetrace.engine import Engine
 from sparsetrace.methods import Teal
-from sparsetrace.model import Decoder, ModelConfig
 from sparsetrace.patch import install
 from sparsetrace.settings import Batching, Decoding
 
@@ -55,51 +56,6 @@ RATIO_COLUMNS = ("gpu", "torch", "triton", "commit", "model", "dtype", "batch", 
 PROFILE_COLUMNS = (
     *("gpu", "torch", "triton", "commit", "model", "dtype", "batch", "kernel", "calls", "us_per_step", "share"),
 )
-SHAPES = {
-    "llama-2-7b": ModelConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        head_dim=128,
-        vocab_size=32000,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        rope_scaling=None,
-        sliding_window=None,
-        tie_word_embeddings=False,
-        dtype="float16",
-    ),
-}
-SHAPES["llama-3-8b"] = replace(
-    SHAPES["llama-2-7b"],
-    intermediate_size=14336,
-    num_key_value_heads=8,
-    vocab_size=128256,
-    max_position_embeddings=8192,
-    rope_theta=500000.0,
-)
-# a trial on any machine
-SHAPES["tiny"] = replace(
-    SHAPES["llama-2-7b"], hidden_size=256, intermediate_size=688, num_hidden_layers=2, num_attention_heads=8,
-    num_key_value_heads=8, head_dim=32, vocab_size=512,
-)  # fmt: skip
-
-
-def random_decoder(config: ModelConfig, device: torch.device) -> Decoder:
-    """A decoder whose activations have ordinary scales: normal weights over the root of their inputs."""
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    decoder = decoder.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    for parameter in decoder.parameters():
-        if parameter.dim() == 1:
-            parameter.data.fill_(1).mul_(torch.randn(parameter.shape, generator=generator, device=device).exp())
-        else:
-            parameter.data.normal_(0, parameter.shape[0] ** -0.5, generator=generator)
-    return decoder.requires_grad_(False).eval()
 
 
 def drop(_path: Path, _arrays: dict[str, np.ndarray]) -> None:
