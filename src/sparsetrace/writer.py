@@ -49,7 +49,6 @@ class BlockWriter:
         self._check()
         group, self._group = self._group, []
         if then is None:
-            self._pending.clear()
             return _written(group)
         self._sealing.append(self._seals.submit(lambda: then(*_written(group))))
         return [], 0
@@ -57,10 +56,12 @@ class BlockWriter:
     def abandon(self) -> list[str]:
         """Forget the open group, once no task of it runs any more; returns the names of its blocks."""
         group, self._group = self._group, []
-        for _, future in group:
+        futures = [future for _, future in group]
+        for future in futures:
             future.cancel()
-        wait([future for _, future in group])
-        self._pending.clear()
+        wait(futures)
+        # those of earlier groups are still under way
+        self._pending = deque(future for future in self._pending if future not in futures)
         return [name for name, _ in group]
 
     def wait(self) -> None:
