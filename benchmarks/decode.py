@@ -45,6 +45,7 @@ from sparsetrace.dump import write_block
 from sparsetrace.engine import Engine
 from sparsetrace.methods import Teal
 from sparsetrace.patch import install
+from sparsetrace.schema import MATRICES, SITE_OF
 from sparsetrace.settings import Batching, Decoding
 
 RESULTS = Path(__file__).parent / "results"
@@ -65,9 +66,11 @@ def drop(_path: Path, _arrays: dict[str, np.ndarray]) -> None:
 class Bench:
     """One model and dtype: engines for its batches, and where rows go."""
 
-    def __init__(self, name: str, dtype: str, sparsity: float, scratch: Path, limits: dict[str, float]) -> None:
+    def __init__(
+        self, name: str, dtype: str, sparsity: float, scratch: Path, limits: dict[str, float], out: Path
+    ) -> None:
         self.name, self.dtype, self.sparsity = name, dtype, sparsity
-        self.scratch, self.limits = scratch, limits
+        self.scratch, self.limits, self.out = scratch, limits, out
         self.config = replace(SHAPES[name], dtype=dtype)
         device = torch.device("cuda")
         self.decoder = random_decoder(self.config, device)
@@ -141,7 +144,7 @@ class Bench:
             "impl": "triton",
             **values,
         }
-        append(RESULTS / "decode.csv", COLUMNS, [row])
+        append(self.out / "decode.csv", COLUMNS, [row])
         print(*(f"{name}={row[name]}" for name in COLUMNS[4:]), flush=True)
 
     def capture_cost(self, batch: int, new: int, groups: int, pairs: int) -> None:
@@ -166,7 +169,7 @@ class Bench:
         p20, _, _, p80 = statistics.quantiles(ratios, n=5)
         row = {**self.where, "model": self.name, "dtype": self.dtype, "batch": batch, "metric": "capture_cost"}
         row |= {"p20": round(p20, 4), "p50": round(statistics.median(ratios), 4), "p80": round(p80, 4)}
-        append(RESULTS / "decode_ratio.csv", RATIO_COLUMNS, [row])
+        append(self.out / "decode_ratio.csv", RATIO_COLUMNS, [row])
         print("capture_cost", batch, row["p20"], row["p50"], row["p80"], flush=True)
         del engines, recorder
         gc.collect()
@@ -211,7 +214,7 @@ class Bench:
         for name, count, us in rows:
             row = {**self.where, "model": self.name, "dtype": self.dtype, "batch": batch, "kernel": name}
             row |= {"calls": round(count, 2), "us_per_step": round(us, 2), "share": round(us / whole, 4)}
-            append(RESULTS / "profile.csv", PROFILE_COLUMNS, [row])
+            append(self.out / "profile.csv", PROFILE_COLUMNS, [row])
             print(f"{us:9.1f} us {us / whole:6.1%} {count:6.1f} x {name}", flush=True)
         recorder.shutdown()
         del engine, recorder, fused
@@ -231,7 +234,6 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["one", "cost", "many", "forced", "profile"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    globals()["RESULTS"] = arguments.out
     arguments.scratch.mkdir(parents=True, exist_ok=True)
     limits = {"copy": 0.0, "disk": 0.0}
     if {"many", "forced"} & set(arguments.parts):
@@ -242,16 +244,10 @@ def main() -> None:
         print(f"copy {limits['copy']:.1f} GB/s, disk", {way: round(rate, 2) for way, rate in found.items()}, flush=True)
     for name in arguments.models:
         for dtype in arguments.dtypes:
-            bench = Bench(name, dtype, arguments.sparsity, arguments.scratch, limits)
-            row_bytes = (
-                sum(
-                    bench.config.in_features(site) * count
-                    for site, count in (("attn_in", 3), ("attn_out", 1), ("mlp_in", 2), ("mlp_mid", 1))
-                )
-                * bench.config.num_hidden_layers
-                * 2
-                * (1 - arguments.sparsity + 1 / 16)
-            )
+            bench = Bench(name, dtype, arguments.sparsity, arguments.scratch, limits, arguments.out)
+            inputs = sum(bench.config.in_features(SITE_OF[m]) for m in MATRICES) * bench.config.num_hidden_layers
+            # two bytes of each kept input, and a bit of the mask of each
+            row_bytes = inputs * (2 * (1 - arguments.sparsity) + 1 / 8)
             rows = max(1, int(arguments.gigabytes * 1e9 / row_bytes))
             if "one" in arguments.parts:
                 bench.run(1, arguments.new, 12)

@@ -116,6 +116,9 @@ class Recorder:
     def close(self, then):
         self.pending.append((self.group, self.rows, then))
 
+    def shutdown(self):
+        pass
+
     def wait(self):
         for group, rows, then in self.pending:
             (self.folder / f"block-{group}").write_bytes(bytes(BLOCK_BYTES))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsetrace import prompts
 from sparsetrace.capture import Recorder
-from sparsetrace.engine import Engine
+from sparsetrace.engine import Engine, choose_kind
 from sparsetrace.files import InputError
 from sparsetrace.methods import Dense, MatrixRule, Method, Teal
 from sparsetrace.model import Decoder, ModelConfig
@@ -179,7 +179,7 @@ def decode_rows(
             batching = Batching(max_new_tokens=new, batch_size=batch)
             engine = make_engine(
                 *(decoder, patch, Decoding(ignore_eos=True), batching, model.eos),
-                kind="triton" if device.type == "cuda" else "torch",
+                kind=choose_kind("auto", device, config, method, rules),
                 positions=PROMPT_TOKENS + new,
             )
             groups = random_groups(config, 1 + num_groups, batch, new)
@@ -187,9 +187,11 @@ def decode_rows(
                 recorder = None if sink == "none" else make_recorder(config, engine.block_rows, engine.device)
                 seconds, written, rows = time_groups(engine, recorder, groups, folder)
                 rate = num_groups * batch * new / seconds
+                if recorder is not None:
+                    recorder.shutdown()
                 yield DecodeRow(batch, method.label, sink, rate, written / rows if rows else 0.0)
-            # its caches and graphs, before the next takes as much again
-            del engine
+            # caches, graphs and rings, before the next take as much again
+            del engine, recorder
         patch.put(decoder, sparse=False)
 
 

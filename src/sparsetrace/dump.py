@@ -87,8 +87,8 @@ def _runs(arrays: dict[str, np.ndarray]) -> Iterator[tuple[list[str], np.ndarray
     run = np.empty(0, np.uint8)
     for name, array in arrays.items():
         piece = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        if names and _address(run) + len(run) == _address(piece) and run.base is not None and len(piece):
-            # both are views of one buffer, which this view keeps alive with the first
+        if names and _address(run) + len(run) == _address(piece) and len(piece):
+            # `arrays` keeps the memory of both
             run = np.lib.stride_tricks.as_strided(run, (len(run) + len(piece),), (1,))
             names.append(name)
             continue

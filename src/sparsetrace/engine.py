@@ -75,8 +75,7 @@ class _Plan:
 
     def positions(self) -> int:
         """Positions of the longest sequence that is fed, up to a multiple that attention needs no padding for."""
-        longest = max(map(len, self.at_once)) + self.steps
-        return max(1, -(-longest // ALIGNED_POSITIONS)) * ALIGNED_POSITIONS
+        return _aligned(max(map(len, self.at_once)) + self.steps)
 
     def limits(self, max_new_tokens: int) -> list[int]:
         """How many tokens are chosen for each sequence, at most."""
@@ -129,7 +128,7 @@ class Engine:
         self._fused: _Fused | None = None
         if kind == "triton":
             assert patch is not None
-            self._fused = _Fused(model, patch, batching.batch_size, positions)
+            self._fused = _Fused(model, patch, batching.batch_size, positions, self._ending)
 
     @torch.inference_mode()
     def run(
@@ -150,11 +149,9 @@ class Engine:
         if self.patch is not None:
             self.patch.begin()
         if self._fused is not None:
-            # before anything is captured: laying memory out runs a step
-            self._fused.prepare(self, plan.positions(), recorder)
+            # before anything is captured: this may run a step
+            self._fused.prepare(self, plan, recorder)
             cache, loop = self._fused.cache, self._fused.loop
-            cache.k_LBSGD.zero_()
-            cache.v_LBSGD.zero_()
         else:
             cache = KVCache(self.model.config, B, plan.positions(), self.device)
             loop = _Loop(B, plan.positions(), self._ending, self.device)
@@ -265,19 +262,12 @@ class Engine:
                     )
                 )
             # with all of the prompt sparsified, padding is too: its rows are nobody's
-            everything = self.decoding.prefill == "all"
+            masked_BT = None if self.decoding.prefill == "all" else sparsified_BT
             if self._fused is not None and not reference:
-                hidden_BTC = self._fused.rows(tokens, positions, cache, rows_n, sparsified_BT, everything)
+                hidden_BTC = self._fused.rows(tokens, positions, cache, rows_n, masked_BT)
             else:
-                hidden_BTC = self._run_model(
-                    tokens,
-                    positions,
-                    cache,
-                    recorder if rows_n is not None else None,
-                    real_BT,
-                    sparsified_BT,
-                    everything,
-                )
+                taken = recorder if rows_n is not None else None
+                hidden_BTC = self._run_model(tokens, positions, cache, taken, masked_BT, real_BT & ~sparsified_BT)
             last_B = torch.from_numpy(np.clip(lengths_B - 1 - start, 0, stop - start - 1)).to(self.device)
             chunk_BC = hidden_BTC[torch.arange(B, device=self.device), last_B]
             ends_here_B = torch.from_numpy((lengths_B > start) & (lengths_B <= stop)).to(self.device)
@@ -298,24 +288,25 @@ class Engine:
         positions_BT: Tensor,
         cache: KVCache,
         recorder: Recorder | None,
-        real_BT: np.ndarray | None = None,
-        sparsified_BT: np.ndarray | None = None,
-        everything: bool = True,
+        masked_BT: np.ndarray | None = None,
+        dense_BT: np.ndarray | None = None,
     ) -> Tensor:
         """One pass of the model itself, the reference: hidden states [B, T, C].
 
         Args:
             recorder: takes the operands of the rows that were placed; None where none was.
-            real_BT, sparsified_BT: bool, positions of sequences, and those that the method applies to.
-            everything: the method applies to all.
+            masked_BT: bool, the positions that the method applies to; None for all.
+            dense_BT: bool, positions of sequences that it does not apply to; None for none.
         """
+
+        def flags(chosen_BT: np.ndarray | None) -> Tensor | None:
+            some = chosen_BT is not None and chosen_BT.any()
+            return torch.from_numpy(chosen_BT).to(self.device) if some else None
+
         if self.patch is not None:
-            none = sparsified_BT is not None and not sparsified_BT.any()
-            some = False if sparsified_BT is None or none else torch.from_numpy(sparsified_BT).to(self.device)
-            self.patch.sparsified_BT = True if everything else some
-            self.patch.dense_BT = None
-            if real_BT is not None and sparsified_BT is not None and (real_BT & ~sparsified_BT).any():
-                self.patch.dense_BT = torch.from_numpy(real_BT & ~sparsified_BT).to(self.device)
+            masked = flags(masked_BT)
+            self.patch.sparsified_BT = masked_BT is None if masked is None else masked
+            self.patch.dense_BT = flags(dense_BT)
             self.patch.record = recorder.record if recorder is not None else None
             self.patch.record_outputs = recorder.record_outputs if recorder is not None else None
         else:
@@ -468,6 +459,11 @@ class _Loop:
                 given_PB[: len(ids), slot] = ids
             self.given_PB.copy_(torch.from_numpy(given_PB))
 
+    def rest(self) -> None:
+        """Run no slot, so that a step captures nothing and stays within the tables."""
+        for tensor in (self.running_B, self.position_B, self.count):
+            tensor.zero_()
+
     def choose(self, next_B: Tensor, finite_B: Tensor) -> None:
         """Set the token that each slot is fed next.
 
@@ -523,41 +519,43 @@ class _Loop:
 class _Fused:
     """The kernels' decoder with what a CUDA graph of a step points to; laid out once for all groups."""
 
-    def __init__(self, model: Decoder, patch: Patch, batch: int, positions: int) -> None:
+    def __init__(self, model: Decoder, patch: Patch, batch: int, positions: int, eos: frozenset[int]) -> None:
         # imported late: the torch engine also runs where Triton is not installed
         from sparsetrace.fused import FusedDecoder
         from sparsetrace_kernels.configs import active_table
 
-        self._model = model
         self._batch = batch
+        self._eos = eos
         self.device = model.embedding.device
         self.graphs = self.device.type == "cuda"
         table = active_table(torch.cuda.get_device_name(self.device)) if self.graphs else None
-        # as `_Plan.positions` rounds, so that the longest group fits
-        self.positions = -(-positions // ALIGNED_POSITIONS) * ALIGNED_POSITIONS
-        self.decoder = FusedDecoder(model, patch, self.positions, table)
-        self.cache: KVCache
-        self.loop: _Loop
-        self._laid_out = 0
+        # as a plan's are, so that the longest group fits
+        self.decoder = FusedDecoder(model, patch, _aligned(positions), table)
+        self._lay_out(_aligned(positions))
+
+    def _lay_out(self, positions: int) -> None:
+        self.positions = positions
+        self.cache = KVCache(self.decoder.config, self._batch, positions, self.device)
+        self.loop = _Loop(self._batch, positions, self._eos, self.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorder: Recorder | None = None
 
-    def prepare(self, engine: Engine, positions: int, recorder: Recorder | None) -> None:
-        """Lay memory out for sequences of `positions` and capture a step with `recorder`, unless that is done."""
-        if positions > self._laid_out:
-            self._graph = None
-            self.positions = max(positions, self.positions)
-            self.decoder.extend(self.positions)
-            self.cache = KVCache(self._model.config, self._batch, self.positions, self.device)
-            self.loop = _Loop(self._batch, self.positions, engine._ending, self.device)
-            self._laid_out = self.positions
+    def prepare(self, engine: Engine, plan: _Plan, recorder: Recorder | None) -> None:
+        """Begin a group: enough memory, an empty cache, and a captured step if it takes any."""
+        if plan.positions() > self.positions:
+            self.decoder.extend(plan.positions())
+            self._lay_out(plan.positions())
         if recorder is not self._recorder or self._graph is None:
             self._graph, self._recorder = None, recorder
             self.decoder.use(recorder)
-            if self.graphs:
+            if self.graphs and plan.steps:
                 self._capture(engine, recorder)
+        used = self.cache.first(plan.positions())
+        used.k_LBSGD.zero_()
+        used.v_LBSGD.zero_()
 
     def _capture(self, engine: Engine, recorder: Recorder | None) -> None:
+        self.loop.rest()
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -586,19 +584,23 @@ class _Fused:
         positions_BT: Tensor,
         cache: KVCache,
         rows_n: Tensor | None,
-        sparsified_BT: np.ndarray,
-        everything: bool,
+        masked_BT: np.ndarray | None,
     ) -> Tensor:
-        """Hidden states [B, T, C] of what is fed at once; rows that are not sparsified stay as they are."""
+        """Hidden states [B, T, C] of what is fed at once; rows that are not masked stay as they are, None masks all."""
         rows_n = self._nowhere(tokens_BT.numel()) if rows_n is None else rows_n
-        if not everything:
-            sparsified_n = torch.from_numpy(sparsified_BT.reshape(-1)).to(self.device)
-            rows_n = torch.where(sparsified_n, rows_n, DENSE)
+        if masked_BT is not None:
+            masked_n = torch.from_numpy(masked_BT.reshape(-1)).to(self.device)
+            rows_n = torch.where(masked_n, rows_n, DENSE)
         return self.decoder(tokens_BT, positions_BT, cache, rows_n, one=False)
 
     def _nowhere(self, rows: int) -> Tensor:
         """Masked and not captured."""
         return torch.full((rows,), -1, dtype=torch.int64, device=self.device)
+
+
+def _aligned(positions: int) -> int:
+    """Positions of a cache that holds so many."""
+    return max(1, -(-positions // ALIGNED_POSITIONS)) * ALIGNED_POSITIONS
 
 
 def _labels(group: list[Sequence], batch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -621,17 +623,8 @@ def _note(
 ) -> dict[str, np.ndarray]:
     """What one pass fed, as columns."""
     slots, columns = np.nonzero(real_BT)
-    return {
-        "sequence": np.array([sequence.sequence for sequence in group], dtype=np.int32)[slots],
-        "position": positions_BT[slots, columns].astype(np.int32),
-        "token_id": tokens_BT[slots, columns].astype(np.int32),
-        "phase": phase_BT[slots, columns],
-        "captured": captured_BT[slots, columns],
-        "sparsified": sparsified_BT[slots, columns],
-        "group": np.full(len(slots), group[0].group, dtype=np.int32),
-        "step": np.full(len(slots), step, dtype=np.int32),
-        "slot": slots.astype(np.int32),
-    }
+    parts = (positions_BT, tokens_BT, phase_BT, captured_BT, sparsified_BT)
+    return _columns(group, slots, np.full(len(slots), step), *(part_BT[slots, columns] for part_BT in parts))
 
 
 def _note_steps(
@@ -642,16 +635,32 @@ def _note_steps(
     fed_TB = np.arange(max(int(counts.max()), 0))[:, None] < counts
     steps, slots = np.nonzero(fed_TB)
     position = np.array([len(ids) for ids in plan.at_once])[slots] + steps
+    token_id = np.array([chosen[slot][step] for step, slot in zip(steps, slots, strict=True)])
     captured = recorder.samples(position) if recorder is not None else np.zeros(len(position), dtype=bool)
+    every = np.ones(len(position), dtype=bool)
+    return _columns(group, slots, first + steps, position, token_id, np.full(len(steps), "decode"), captured, every)
+
+
+def _columns(
+    group: list[Sequence],
+    slots: np.ndarray,
+    step: np.ndarray,
+    position: np.ndarray,
+    token_id: np.ndarray,
+    phase: np.ndarray,
+    captured: np.ndarray,
+    sparsified: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Columns of `GroupResult.fed`, from one entry for each position fed."""
     return {
         "sequence": np.array([sequence.sequence for sequence in group], dtype=np.int32)[slots],
         "position": position.astype(np.int32),
-        "token_id": np.array([chosen[slot][step] for step, slot in zip(steps, slots, strict=True)], dtype=np.int32),
-        "phase": np.full(len(steps), "decode"),
+        "token_id": token_id.astype(np.int32),
+        "phase": phase,
         "captured": captured,
-        "sparsified": np.ones(len(steps), dtype=bool),
-        "group": np.full(len(steps), group[0].group, dtype=np.int32),
-        "step": (first + steps).astype(np.int32),
+        "sparsified": sparsified,
+        "group": np.full(len(slots), group[0].group, dtype=np.int32),
+        "step": step.astype(np.int32),
         "slot": slots.astype(np.int32),
     }
 

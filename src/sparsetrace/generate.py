@@ -282,9 +282,7 @@ class Runner:
             # not in the handler, whose traceback keeps the tensors
             if self._recorder is not None:
                 self._recorder.abandon()
-                self.wait()
-                self.shutdown()
-            self._engine = self._recorder = None
+            self._dismantle()
             torch.cuda.empty_cache()
             batch_size = -(-batch_size // 2)
         if self._recorder is None:
@@ -302,14 +300,19 @@ class Runner:
         if self._recorder is not None:
             self._recorder.shutdown()
 
+    def _dismantle(self) -> None:
+        """Let the engine and the recorder go, once all that they made is sealed."""
+        self.wait()
+        self.shutdown()
+        self._engine = self._recorder = None
+
     def _attempt(
         self, group: list[Sequence], batch_size: int, folder: Path, given: dict[int, list[int]] | None
     ) -> GroupResult:
         if self._engine is None or self._engine.batching.batch_size != batch_size:
-            self.wait()
-            self.shutdown()
+            # before the next takes as much again
+            self._dismantle()
             self._engine = engine = self._make(batch_size)
-            self._recorder = None
             if self._capture is not None:
                 self._recorder = Recorder(
                     self._config, engine.block_rows, engine.device, self._out_masks, self._capture
