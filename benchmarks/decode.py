@@ -45,7 +45,6 @@ from sparsetrace.dump import write_block
 from sparsetrace.engine import Engine
 from sparsetrace.methods import Teal
 from sparsetrace.patch import install
-from sparsetrace.schema import MATRICES, SITE_OF
 from sparsetrace.settings import Batching, Decoding
 
 RESULTS = Path(__file__).parent / "results"
@@ -102,7 +101,7 @@ class Bench:
             for sink, write in sinks.items():
                 recorder = None
                 if write is not None:
-                    recorder = Recorder(self.config, engine.block_rows, engine.device, write=write)
+                    recorder = Recorder(self.config, engine.block_rows, engine.device, self.patch.parts, write=write)
                 folder = Path(tempfile.mkdtemp(dir=self.scratch))
                 seconds, written, rows = time_groups(engine, recorder, made, folder)
                 shutil.rmtree(folder)
@@ -156,7 +155,7 @@ class Bench:
             Engine(self.decoder, self.patch, Decoding(ignore_eos=True), batching, frozenset(), "triton", positions)
             for _ in range(2)
         ]
-        recorder = Recorder(self.config, engines[0].block_rows, engines[0].device)
+        recorder = Recorder(self.config, engines[0].block_rows, engines[0].device, self.patch.parts)
         ratios = []
         for pair in range(pairs + 1):
             folder = Path(tempfile.mkdtemp(dir=self.scratch))
@@ -182,7 +181,7 @@ class Bench:
         made = random_groups(self.config, 1, batch, new)
         positions = len(made[0][0].prompt_ids) + new
         engine = Engine(self.decoder, self.patch, Decoding(ignore_eos=True), batching, frozenset(), "triton", positions)
-        recorder = Recorder(self.config, engine.block_rows, engine.device, write=drop)
+        recorder = Recorder(self.config, engine.block_rows, engine.device, self.patch.parts, write=drop)
         time_groups(engine, recorder, [made[0], made[0]], self.scratch)
         fused = engine._fused
         recorder.open(self.scratch, 0)
@@ -245,8 +244,8 @@ def main() -> None:
     for name in arguments.models:
         for dtype in arguments.dtypes:
             bench = Bench(name, dtype, arguments.sparsity, arguments.scratch, limits, arguments.out)
-            inputs = sum(bench.config.in_features(SITE_OF[m]) for m in MATRICES) * bench.config.num_hidden_layers
-            # two bytes of each kept input, and a bit of the mask of each
+            inputs = sum(bench.config.in_features(site) * len(parts) for (_, site), parts in bench.patch.parts.items())
+            # two bytes of each kept input, and a bit of the mask of each; what several matrices read counts once
             row_bytes = inputs * (2 * (1 - arguments.sparsity) + 1 / 8)
             rows = max(1, int(arguments.gigabytes * 1e9 / row_bytes))
             if "one" in arguments.parts:

@@ -67,15 +67,13 @@ def producer_calls(K: int, dtype: torch.dtype, sparsity: float, device: torch.de
     """Make calls of the producers, each with capture."""
     x_K, delta_K, weight_K = (torch.randn(K, device=device, dtype=dtype) for _ in range(3))
     gate_up_K2 = torch.randn(2 * K, device=device, dtype=dtype)
-    values_RSK = torch.zeros(4, 3, K, dtype=dtype, device=device)
-    mask_RSM = torch.zeros(4, 3, K // 8, dtype=torch.uint8, device=device)
-    slot = torch.ones(1, dtype=torch.int64, device=device)
-    bits_S = threshold_bits_for(x_K, sparsity).repeat(3)
-    three, one = (None, values_RSK, mask_RSM, slot), (None, values_RSK[:, :1], mask_RSM[:, :1], slot)
+    values_RSK = torch.zeros(4, 1, K, dtype=dtype, device=device)
+    bits_S = threshold_bits_for(x_K, sparsity)
+    ring = (None, values_RSK, None, torch.ones(1, dtype=torch.int64, device=device))
     return {
-        "add_rmsnorm": [lambda: add_rmsnorm(x_K, delta_K, weight_K, 1e-5, bits_S, *three)],
-        "silu_mul": [lambda: silu_mul(gate_up_K2, bits_S[:1], *one)],
-        "compact": [lambda: compact(x_K, bits_S[:1], *one)],
+        "add_rmsnorm": [lambda: add_rmsnorm(x_K, delta_K, weight_K, 1e-5, bits_S, *ring)],
+        "silu_mul": [lambda: silu_mul(gate_up_K2, bits_S, *ring)],
+        "compact": [lambda: compact(x_K, bits_S, *ring)],
     }
 
 
@@ -109,18 +107,17 @@ def ring_calls(K: int, dtype: torch.dtype, sparsity: float, device: torch.device
 
 
 def row_calls(K: int, dtype: torch.dtype, sparsity: float, device: torch.device) -> dict:
-    """Make calls of the producers of rows: one operand for three matrices, as q, k and v read it."""
+    """Make calls of the producers of rows: one operand, as q, k and v read it."""
     x_TK, delta_TK = (torch.randn(PREFILL_ROWS, K, device=device, dtype=dtype) for _ in range(2))
     gate_up_T2K = torch.randn(PREFILL_ROWS, 2 * K, device=device, dtype=dtype)
-    values_RSK = torch.zeros(NUM_PROMPTS, 3, K, dtype=dtype, device=device)
+    values_RSK = torch.zeros(NUM_PROMPTS, 1, K, dtype=dtype, device=device)
     dest_T = torch.full((PREFILL_ROWS,), -1, device=device)
     dest_T[PREFILL_ROWS // NUM_PROMPTS - 1 :: PREFILL_ROWS // NUM_PROMPTS] = torch.arange(NUM_PROMPTS, device=device)
-    bits_S = threshold_bits_for(x_TK[0], sparsity).repeat(3)
-    rest = (bits_S, None, [0, 0, 0], dest_T, values_RSK)
+    rest = (threshold_bits_for(x_TK[0], sparsity), None, dest_T, values_RSK)
     return {
         "mask_rows": [lambda: mask_rows(x_TK, *rest)],
         "add_rmsnorm_rows": [lambda: add_rmsnorm_rows(x_TK, delta_TK, x_TK[0], 1e-5, *rest)],
-        "silu_mul_rows": [lambda: silu_mul_rows(gate_up_T2K, bits_S[:1], None, dest_T, values_RSK[:, :1])],
+        "silu_mul_rows": [lambda: silu_mul_rows(gate_up_T2K, *rest)],
     }
 
 

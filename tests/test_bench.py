@@ -7,7 +7,7 @@ import torch
 from sparsetrace import bench
 from sparsetrace.files import InputError
 from sparsetrace.patch import install, observe
-from sparsetrace.schema import MATRICES, SITE_OF
+from sparsetrace.schema import MATRICES, SITE_OF, SITES
 
 NEW, GROUPS = 5, 3
 BLOCK_BYTES = 300
@@ -106,8 +106,9 @@ class Engine:
 class Recorder:
     """Stands for the recorder: blocks are on the disk only once it was waited for."""
 
-    def __init__(self, config, rows, device):
+    def __init__(self, config, rows, device, parts):
         assert rows == Engine.block_rows
+        assert len(parts) == config.num_hidden_layers * len(SITES)
         self.pending = []
 
     def open(self, folder, group):

@@ -14,8 +14,8 @@ import torch
 from safetensors.numpy import load_file
 
 from sparsetrace import capture
-from sparsetrace.capture import Recorder, block_rows
-from sparsetrace.config import Batching, Conversion, Decoding
+from sparsetrace.capture import Recorder, block_rows, captured_matrices, holders
+from sparsetrace.config import Batching, Capture, Conversion, Decoding
 from sparsetrace.convert import convert
 from sparsetrace.dump import Block
 from sparsetrace.engine import Engine
@@ -24,7 +24,7 @@ from sparsetrace.methods import METHODS, Dense, MatrixRule, Teal
 from sparsetrace.model import Projection
 from sparsetrace.patch import SparseProjection, install, observe
 from sparsetrace.prompts import Sequence
-from sparsetrace.schema import MATRICES
+from sparsetrace.schema import MATRICES, SITES
 
 TOLERANCE = 1e-5
 MODULES = {matrix: f"self_attn.{matrix}_proj" for matrix in "qkvo"} | {
@@ -73,8 +73,14 @@ def group_of(rng, lengths, group=0, vocabulary=96) -> list[Sequence]:
     return sequences
 
 
+def apart(config):
+    """Parts of a model whose matrices read operands of their own."""
+    layers = range(config.num_hidden_layers)
+    return {(layer, site): [[matrix] for matrix in matrices] for layer in layers for site, matrices in SITES.items()}
+
+
 def operands(folder, blocks, features) -> dict[tuple[int, str, int], np.ndarray]:
-    """Dense operands of dump blocks by (layer, matrix, token), as bit patterns."""
+    """Dense operands of dump blocks by (layer, matrix, token), as bit patterns, for matrices that have arrays."""
     found = {}
     for name in blocks:
         arrays = load_file(folder / name)
@@ -93,7 +99,7 @@ def operands(folder, blocks, features) -> dict[tuple[int, str, int], np.ndarray]
 
 def record_group(engine, group, folder, number=0):
     """Run a group and write its operands: the result, names of the blocks, and the number of rows."""
-    recorder = Recorder(engine.model.config, engine.block_rows, engine.device)
+    recorder = Recorder(engine.model.config, engine.block_rows, engine.device, apart(engine.model.config))
     recorder.open(folder, number)
     result = engine.run(group, recorder)
     return result, *recorder.close()
@@ -308,7 +314,7 @@ def test_signed_zeros_and_denormals(rng):
 def test_block_holds_the_operands(tiny, tmp_path, rng, dtype, device):
     """The recorder alone: rows picked from a pass, rows with nothing and with everything kept, several blocks."""
     config = tiny.model(tmp_path, rng, torch_dtype=dtype).config
-    recorder = Recorder(config, 5, torch.device(device))
+    recorder = Recorder(config, 5, torch.device(device), apart(config))
     recorder.open(tmp_path, 7)
     expected = {}
     widths = features_of(config)
@@ -341,10 +347,44 @@ def test_block_holds_the_operands(tiny, tmp_path, rng, dtype, device):
     assert sum(len(arrays["rows.token"]) for arrays in rows) == total
 
 
+@pytest.mark.parametrize(
+    ("matrices", "expected"),
+    [
+        ((), {"q": "q", "k": "q", "v": "v", "o": "o", "gate": "gate", "up": "gate", "down": "down"}),
+        (("k", "v", "up"), {"k": "k", "v": "v", "up": "up"}),
+    ],
+    ids=["all", "some"],
+)
+def test_an_operand_that_several_read_is_held_once(tiny, tmp_path, rng, device, matrices, expected):
+    """Under the name of the first captured matrix that reads it; the others' arrays are not there."""
+    config = tiny.model(tmp_path, rng, torch_dtype="float16").config
+    parts = apart(config) | {(0, "attn_in"): [["q", "k"], ["v"]], (0, "mlp_in"): [["gate", "up"]]}
+    chosen = Capture(layers=(0,), matrices=matrices)
+    assert holders(captured_matrices(config, chosen), parts) == {(0, m): holder for m, holder in expected.items()}
+    recorder = Recorder(config, 4, torch.device(device), parts, capture=chosen)
+    recorder.open(tmp_path, 0)
+    index = np.arange(3)
+    place(recorder, 3, index, index, index, index)
+    fed = {}
+    for layer in range(2):
+        for key, site_parts in ((key, parts[key]) for key in parts if key[0] == layer):
+            for part in site_parts:
+                x = torch.randn(3, 1, config.in_features(key[1])).half()
+                for matrix in part:
+                    fed[layer, matrix] = x
+                    recorder.record(layer, matrix, x.to(device))
+    blocks, rows = recorder.close()
+    found = operands(tmp_path, blocks, features_of(config))
+    assert rows == 3
+    assert {key[:2] for key in found} == {(0, holder) for holder in expected.values()}
+    for (layer, matrix, token), patterns in found.items():
+        assert np.array_equal(patterns, fed[layer, matrix][token, 0].view(torch.int16).numpy().view(np.uint16))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_names_what_is_not_finite(tiny, tmp_path, rng, value):
     config = tiny.model(tmp_path, rng, torch_dtype="float16").config
-    recorder = Recorder(config, 8, torch.device("cpu"))
+    recorder = Recorder(config, 8, torch.device("cpu"), apart(config))
     recorder.open(tmp_path / "dump", 0)
     index = np.arange(3)
     place(recorder, 3, index, index + 40, index + 5, index + 9)
@@ -428,7 +468,7 @@ def test_install_refuses_what_does_not_fit(tiny, tmp_path, rng):
 
 def test_block_reader_agrees_with_safetensors(tiny, tmp_path, rng):
     config = tiny.model(tmp_path, rng).config
-    recorder = Recorder(config, 4, torch.device("cpu"))
+    recorder = Recorder(config, 4, torch.device("cpu"), apart(config))
     recorder.open(tmp_path, 0)
     index = np.arange(4)
     place(recorder, 4, index, index, index, index)

@@ -16,6 +16,7 @@ from sparsetrace.capture import Recorder
 from sparsetrace.dump import Block, block_name, group_name, write_block
 from sparsetrace.files import InputError
 from sparsetrace.model import ModelConfig
+from sparsetrace.schema import SITES
 
 # A block of two rows of one layer: K = 2 everywhere, bfloat16; q keeps (1.0, -2.0) and nothing, the rest as q.
 GOLDEN_HEADER = (
@@ -57,7 +58,8 @@ def test_golden_bytes(tmp_path):
         tie_word_embeddings=False,
         dtype="bfloat16",
     )
-    recorder = Recorder(config, 8, torch.device("cpu"))
+    apart = {(0, site): [[matrix] for matrix in matrices] for site, matrices in SITES.items()}
+    recorder = Recorder(config, 8, torch.device("cpu"), apart)
     recorder.open(tmp_path, 3)
     recorder.reserve(2)
     recorder.place(torch.tensor([True, True]), torch.tensor([3, 4]), torch.tensor([2, 5]), torch.tensor([1, 2]))

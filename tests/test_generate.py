@@ -139,7 +139,7 @@ def run_group(model, group, machine, batching, folder, decoding=None):
     rules = middle_rules()
     patch = install(decoder, Teal(sparsity=0.5), rules)
     engine = Engine(decoder, patch, decoding or Decoding(prefill="all", ignore_eos=True), batching, model.eos)
-    recorder = Recorder(model.config, engine.block_rows, engine.device)
+    recorder = Recorder(model.config, engine.block_rows, engine.device, patch.parts)
     recorder.open(folder, group[0].group)
     result = engine.run(group, recorder)
     rows = {}

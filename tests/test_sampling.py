@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from sparsetrace.engine import sample, uniforms
+from sparsetrace.engine import uniforms
 from sparsetrace.prompts import Sequence
+from sparsetrace_kernels.reference import sample
 
 
 def by_hand(logits: list[float], u: float, temperature: float, top_k: int) -> int:

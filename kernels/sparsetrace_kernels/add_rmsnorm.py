@@ -5,7 +5,8 @@ its dtype before the next step, as Llama does.  The mask is taken on `normed` as
 Oracles: `reference.add_rmsnorm_ref` for the sums, `reference.compact_ref` on the returned `normed_K` for the rest.
 """
 
-# Shape suffixes: K = features, S = column segments (1 to 3), R = ring slots, M = ceil(K / 8) bitmask bytes.
+# Shape suffixes: K = features, S = column segments (1 to 3), I = sections of a list, L = inputs of a section,
+# R = ring slots, M = ceil(K / 8) bitmask bytes.
 
 import torch
 import triton
@@ -13,8 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsetrace_kernels import checks
-from sparsetrace_kernels.compact import check_producer, chunk_grid, empty_lists
-from sparsetrace_kernels.primitives import finish_chunk, keep_entries, load_threshold, wait_for_producer
+from sparsetrace_kernels.compact import check_producer, empty_lists, section_grid
+from sparsetrace_kernels.primitives import finish_section, wait_for_producer
+
+# every program sums the squares of the whole vector: 8 entries a thread at K = 4096
+NUM_WARPS = 16
 
 
 @triton.jit
@@ -28,10 +32,9 @@ def load_total(residual_ptr, delta_ptr, o_k, m_k):
 
 
 @triton.jit
-def normalize(b_total, b_rms, weight_ptr, o_k, m_k):
+def normalize(b_total, b_rms, b_weight):
     """Scale by the reciprocal of the root mean square, round, multiply by the weight, round."""
     dtype: tl.constexpr = b_total.dtype
-    b_weight = tl.load(weight_ptr + o_k, mask=m_k, other=0.0)
     b_unit = (b_total.to(tl.float32) * b_rms).to(dtype)
     return (b_unit.to(tl.float32) * b_weight.to(tl.float32)).to(dtype)
 
@@ -46,8 +49,8 @@ def _add_rmsnorm_kernel(
     scale_ptr,  # [S, K] float32 or None
     total_ptr,  # [K]; not residual_ptr: every program reads all of that
     normed_ptr,  # [K]
-    lists_ptr,  # [S, K] int32
-    counts_ptr,  # [S] int32
+    lists_ptr,  # [S, I, L] int32
+    counts_ptr,  # [S, I] int32
     values_ptr,  # [R, S, K] or None
     mask_ptr,  # [R, S, M] or None
     slot_ptr,  # [1] int64 or None
@@ -58,50 +61,46 @@ def _add_rmsnorm_kernel(
     mask_segment_stride,
     K,
     NUM_SEGMENTS: tl.constexpr,
-    NUM_CHUNKS: tl.constexpr,
+    LENGTH: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    i_chunk = tl.program_id(0)
-    wait_for_producer(PDL)
-    o_all = tl.arange(0, NUM_CHUNKS)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    m_all = o_all < K
-    m_before = o_all < i_chunk * BLOCK_K
-    b_all = load_total(residual_ptr, delta_ptr, o_all, m_all)
-    b_square = b_all.to(tl.float32) * b_all.to(tl.float32)
-    b_mean = tl.sum(tl.sum(b_square, axis=1), axis=0) / K
-    b_rms = tl.rsqrt(b_mean + eps)
-    b_all = normalize(b_all, b_rms, weight_ptr, o_all, m_all)
-    o_k = i_chunk * BLOCK_K + tl.arange(0, BLOCK_K)
+    i_section = tl.program_id(0)
+    o_k = i_section * LENGTH + tl.arange(0, LENGTH)
     m_k = o_k < K
+    # the kernel before does not make it, so it is fetched while that one still runs
+    b_weight = tl.load(weight_ptr + o_k, mask=m_k, other=0.0)
+    wait_for_producer(PDL)
+    o_all = tl.arange(0, BLOCK_K)
+    b_all = load_total(residual_ptr, delta_ptr, o_all, o_all < K).to(tl.float32)
+    b_mean = tl.sum(b_all * b_all, axis=0) / K
     b_total = load_total(residual_ptr, delta_ptr, o_k, m_k)
-    b_x = normalize(b_total, b_rms, weight_ptr, o_k, m_k)
+    b_x = normalize(b_total, tl.rsqrt(b_mean + eps), b_weight)
     tl.store(total_ptr + o_k, b_total, mask=m_k)
     tl.store(normed_ptr + o_k, b_x, mask=m_k)
-    for i_segment in tl.static_range(NUM_SEGMENTS):
-        b_t = load_threshold(threshold_ptr, i_segment)
-        b_before = keep_entries(b_all, b_t, scale_ptr, i_segment, o_all, m_before, K)
-        b_num_before = tl.sum(tl.sum(b_before.to(tl.int32), axis=1), axis=0)
-        b_keep = keep_entries(b_x, b_t, scale_ptr, i_segment, o_k, m_k, K)
-        finish_chunk(
-            b_x,
-            b_num_before,
-            b_keep,
-            lists_ptr,
-            counts_ptr,
-            values_ptr,
-            mask_ptr,
-            slot_ptr,
-            num_slots,
-            values_slot_stride,
-            values_segment_stride,
-            mask_slot_stride,
-            mask_segment_stride,
-            i_segment,
-            i_chunk,
-            K,
-            BLOCK_K,
-        )
+    finish_section(
+        b_x,
+        o_k,
+        m_k,
+        threshold_ptr,
+        scale_ptr,
+        lists_ptr,
+        counts_ptr,
+        values_ptr,
+        mask_ptr,
+        slot_ptr,
+        num_slots,
+        values_slot_stride,
+        values_segment_stride,
+        mask_slot_stride,
+        mask_segment_stride,
+        i_section,
+        tl.num_programs(0),
+        K,
+        NUM_SEGMENTS,
+        LENGTH,
+        LENGTH,
+    )
 
 
 # no default for a written argument: torch 2.11 counts its version by position and fails if it was left out
@@ -135,7 +134,7 @@ def add_rmsnorm(
     Returns:
         total_K: the new residual stream.
         normed_K: the normalised vector as thresholded, before masking; error within 2x that of torch.
-        list_SK, counts_S: as `compact` returns them for `normed_K`.
+        list_SIL, counts_SI: as `compact` returns them for `normed_K`.
     """
     op = "add_rmsnorm"
     checks.require_half_vector(op, "residual_K", residual_K)
@@ -146,14 +145,15 @@ def add_rmsnorm(
     checks.require(op, "norm_weight_K", norm_weight_K, (K,), residual_K.dtype, device)
     S = check_producer(op, residual_K, K, threshold_bits_S, scale_SK, values_RSK, mask_RSM, slot)
     total_K, normed_K = torch.empty_like(residual_K), torch.empty_like(residual_K)
-    list_SK, counts_S = empty_lists(S, K, device)
-    grid, meta = chunk_grid(K)
+    list_SIL, counts_SI = empty_lists(S, K, device)
+    grid, meta = section_grid(list_SIL)
+    meta |= {"BLOCK_K": triton.next_power_of_2(K), "num_warps": NUM_WARPS}
     _add_rmsnorm_kernel[grid](
-        residual_K, delta_K, norm_weight_K, eps, threshold_bits_S, scale_SK, total_K, normed_K, list_SK, counts_S,
+        residual_K, delta_K, norm_weight_K, eps, threshold_bits_S, scale_SK, total_K, normed_K, list_SIL, counts_SI,
         *checks.ring_arguments(values_RSK, mask_RSM, slot), K,
-        NUM_SEGMENTS=S, PDL=use_pdl, **meta, **({"launch_pdl": True} if use_pdl else {}),
+        PDL=use_pdl, **meta, **({"launch_pdl": True} if use_pdl else {}),
     )  # fmt: skip
-    return total_K, normed_K, list_SK, counts_S
+    return total_K, normed_K, list_SIL, counts_SI
 
 
 @add_rmsnorm.register_fake
@@ -161,10 +161,8 @@ def _(
     residual_K, delta_K, norm_weight_K, eps, threshold_bits_S,
     scale_SK, values_RSK, mask_RSM, slot, use_pdl=False,
 ):  # fmt: skip
-    S = threshold_bits_S.shape[0]
     return (
         torch.empty_like(residual_K),
         torch.empty_like(residual_K),
-        threshold_bits_S.new_empty(S, residual_K.shape[0]),
-        threshold_bits_S.new_empty(S),
+        *empty_lists(threshold_bits_S.shape[0], residual_K.shape[0], residual_K.device),
     )

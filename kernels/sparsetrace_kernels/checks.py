@@ -84,6 +84,14 @@ def require_thresholds(
         require(op, "scale_SK", scale_SK, (S, K), torch.float32, device)
 
 
+def count_thresholds(op: str, name: str, threshold_bits: Tensor) -> int:
+    """How many thresholds there are, 1 to 3: one for each vector that is made of the input."""
+    count = threshold_bits.shape[0] if threshold_bits.ndim == 1 else 0
+    if not 1 <= count <= 3:
+        raise ValueError(f"{op}: {name} must hold 1 to 3 thresholds, got {tuple(threshold_bits.shape)}")
+    return count
+
+
 def require_slots(
     op: str, name: str, ring: Tensor, S: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> None:

@@ -1,10 +1,11 @@
-"""Threshold, list and capture a vector that is already in memory, such as the attention output.
+"""Threshold, list and capture a vector that is already in memory.
 
-Every program counts the kept entries before its chunk anew instead of waiting for the others, so one launch lists
-all rows in ascending order, bitwise repeatably.  Oracle: `reference.compact_ref`.
+A list is left in sections, each of the inputs of one program: entries at its beginning, their count beside it, so that
+no program waits for another or does its work again.  Oracle: `reference.compact_ref`.
 """
 
-# Shape suffixes: K = input features, S = column segments (1 to 3), R = ring slots, M = ceil(K / 8) bitmask bytes.
+# Shape suffixes: K = input features, S = column segments (1 to 3), I = sections of a list, L = inputs of a section,
+# R = ring slots, M = ceil(K / 8) bitmask bytes.
 
 import torch
 import triton
@@ -12,10 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsetrace_kernels import checks
-from sparsetrace_kernels.primitives import finish_chunk, keep_entries, load_threshold, wait_for_producer
+from sparsetrace_kernels.primitives import finish_section, wait_for_producer
 
-# inputs listed by one program
-CHUNK_K = 512
+# inputs of a section: at least so many, and for wide inputs as many as make so few sections
+MIN_SECTION, FEW_SECTIONS = 512, 16
+
+# of the inputs that one program handles
+ENTRIES_PER_WARP = 128
 
 
 @triton.jit
@@ -23,8 +27,8 @@ def _compact_kernel(
     x_ptr,  # [K]
     threshold_ptr,  # [S] int32
     scale_ptr,  # [S, K] float32 or None
-    lists_ptr,  # [S, K] int32
-    counts_ptr,  # [S] int32
+    lists_ptr,  # [S, I, L] int32
+    counts_ptr,  # [S, I] int32
     values_ptr,  # [R, S, K] or None
     mask_ptr,  # [R, S, M] or None
     slot_ptr,  # [1] int64 or None
@@ -35,49 +39,48 @@ def _compact_kernel(
     mask_segment_stride,
     K,
     NUM_SEGMENTS: tl.constexpr,
-    NUM_CHUNKS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    LENGTH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    i_chunk = tl.program_id(0)
+    i_section = tl.program_id(0)
     wait_for_producer(PDL)
-    o_all = tl.arange(0, NUM_CHUNKS)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    m_before = o_all < i_chunk * BLOCK_K
-    b_all = tl.load(x_ptr + o_all, mask=m_before, other=0.0)
-    o_k = i_chunk * BLOCK_K + tl.arange(0, BLOCK_K)
+    o_k = i_section * LENGTH + tl.arange(0, LENGTH)
     m_k = o_k < K
-    b_x = tl.load(x_ptr + o_k, mask=m_k, other=0.0)
-    for i_segment in tl.static_range(NUM_SEGMENTS):
-        b_t = load_threshold(threshold_ptr, i_segment)
-        b_before = keep_entries(b_all, b_t, scale_ptr, i_segment, o_all, m_before, K)
-        b_num_before = tl.sum(tl.sum(b_before.to(tl.int32), axis=1), axis=0)
-        b_keep = keep_entries(b_x, b_t, scale_ptr, i_segment, o_k, m_k, K)
-        finish_chunk(
-            b_x,
-            b_num_before,
-            b_keep,
-            lists_ptr,
-            counts_ptr,
-            values_ptr,
-            mask_ptr,
-            slot_ptr,
-            num_slots,
-            values_slot_stride,
-            values_segment_stride,
-            mask_slot_stride,
-            mask_segment_stride,
-            i_segment,
-            i_chunk,
-            K,
-            BLOCK_K,
-        )
+    finish_section(
+        tl.load(x_ptr + o_k, mask=m_k, other=0.0),
+        o_k,
+        m_k,
+        threshold_ptr,
+        scale_ptr,
+        lists_ptr,
+        counts_ptr,
+        values_ptr,
+        mask_ptr,
+        slot_ptr,
+        num_slots,
+        values_slot_stride,
+        values_segment_stride,
+        mask_slot_stride,
+        mask_segment_stride,
+        i_section,
+        tl.num_programs(0),
+        K,
+        NUM_SEGMENTS,
+        LENGTH,
+        LENGTH,
+    )
 
 
-def chunk_grid(K: int) -> tuple[tuple[int], dict[str, int]]:
-    """Cut K into chunks: the grid and block sizes that all producers take."""
-    num_chunks = triton.cdiv(K, CHUNK_K)
-    meta = {"NUM_CHUNKS": triton.next_power_of_2(num_chunks), "BLOCK_K": CHUNK_K}
-    return (num_chunks,), {**meta, "num_warps": 4 if num_chunks <= 16 else 8}
+def section_length(K: int) -> int:
+    """Inputs of a section, a power of two."""
+    return max(MIN_SECTION, triton.next_power_of_2(triton.cdiv(K, FEW_SECTIONS)))
+
+
+def section_grid(list_SIL: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """Give every section a program: the grid and the sizes that producers take."""
+    S, num_sections, length = list_SIL.shape
+    meta = {"NUM_SEGMENTS": S, "LENGTH": length, "num_warps": min(8, length // ENTRIES_PER_WARP)}
+    return (num_sections,), meta
 
 
 def check_producer(
@@ -96,19 +99,19 @@ def check_producer(
             f"{op}: K must be at most {checks.MAX_LIST_ROWS}, got {K}: an entry holds the row in 16 bits; "
             "use sparse_gemv"
         )
-    S = threshold_bits_S.shape[0] if threshold_bits_S.ndim == 1 else 0
-    if not 1 <= S <= 3:
-        raise ValueError(f"{op}: threshold_bits_S must hold 1 to 3 thresholds, got {tuple(threshold_bits_S.shape)}")
+    S = checks.count_thresholds(op, "threshold_bits_S", threshold_bits_S)
     checks.require_thresholds(op, threshold_bits_S, scale_SK, S, K, x_K.device)
     checks.require_ring(op, values_RSK, mask_RSM, slot, S, K, x_K.dtype, x_K.device)
     return S
 
 
-def empty_lists(S: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Allocate list_SK and counts_S."""
+def empty_lists(S: int, K: int, device: torch.device, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Allocate list_SIL and counts_SI, with sections of `section_length` or of a length of one's own."""
+    length = length or section_length(K)
+    num_sections = triton.cdiv(K, length)
     return (
-        torch.empty(S, K, dtype=torch.int32, device=device),
-        torch.empty(S, dtype=torch.int32, device=device),
+        torch.empty(S, num_sections, length, dtype=torch.int32, device=device),
+        torch.empty(S, num_sections, dtype=torch.int32, device=device),
     )
 
 
@@ -135,25 +138,22 @@ def compact(
         use_pdl: launch while the kernel before still drains (Hopper and later).
 
     Returns:
-        list_SK: int32, `row << 16 | bit pattern of x`, rows ascending; entries from the count on are undefined.
-        counts_S: int32.
+        list_SIL: int32, `row << 16 | bit pattern of x`, rows ascending, section i of those in [i L, (i + 1) L); entries
+            from a section's count on are undefined.
+        counts_SI: int32.
     """
     checks.require_half_vector("compact", "x_K", x_K)
     (K,) = x_K.shape
     S = check_producer("compact", x_K, K, threshold_bits_S, scale_SK, values_RSK, mask_RSM, slot)
-    list_SK, counts_S = empty_lists(S, K, x_K.device)
-    grid, meta = chunk_grid(K)
+    list_SIL, counts_SI = empty_lists(S, K, x_K.device)
+    grid, meta = section_grid(list_SIL)
     _compact_kernel[grid](
-        x_K, threshold_bits_S, scale_SK, list_SK, counts_S, *checks.ring_arguments(values_RSK, mask_RSM, slot), K,
-        NUM_SEGMENTS=S, PDL=use_pdl, **meta, **({"launch_pdl": True} if use_pdl else {}),
+        x_K, threshold_bits_S, scale_SK, list_SIL, counts_SI, *checks.ring_arguments(values_RSK, mask_RSM, slot), K,
+        PDL=use_pdl, **meta, **({"launch_pdl": True} if use_pdl else {}),
     )  # fmt: skip
-    return list_SK, counts_S
+    return list_SIL, counts_SI
 
 
 @compact.register_fake
 def _(x_K, threshold_bits_S, scale_SK, values_RSK, mask_RSM, slot, use_pdl=False):
-    S = threshold_bits_S.shape[0]
-    return (
-        threshold_bits_S.new_empty(S, x_K.shape[0]),
-        threshold_bits_S.new_empty(S),
-    )
+    return empty_lists(threshold_bits_S.shape[0], x_K.shape[0], x_K.device)

@@ -1,11 +1,13 @@
 """GEMV over lists of kept inputs: y_n = sum_j x_j W_(row_j, n), the list being that of n's column segment.
 
 A producer (`add_rmsnorm`, `silu_mul`, `compact`) has made the lists, and the capture, in a kernel that had to run
-anyway, so this one only gathers.  Oracle: `reference.list_gemv_ref`.
+anyway, so this one only gathers.  A list comes in sections, since no
+program of a producer waits for another to know how many entries are before its own.  Oracle: `reference.list_gemv_ref`.
 No floating-point atomics: sums along the list meet in a partials buffer and are added in one fixed order.
 """
 
-# Shape suffixes: K = input features, N = output features, S = column segments (1 to 3), C = arrival counters.
+# Shape suffixes: K = input features, N = output features, S = column segments (1 to 3), I = sections of a list,
+# L = entries that a section has room for, C = arrival counters.
 
 import torch
 import triton
@@ -17,21 +19,26 @@ from sparsetrace_kernels.configs import GemvConfig, config_for, segment_ends
 from sparsetrace_kernels.primitives import gather_sum, segment_of_block, store_or_reduce, wait_for_producer
 from sparsetrace_kernels.sparse_gemv import count_blocks, partials_block
 
+# every program compares its entries with the ends of all sections
+MAX_SECTIONS = 128
 
-@triton.jit(do_not_specialize_on_alignment=["split"])
+
+@triton.jit(do_not_specialize_on_alignment=["split", "num_sections"])
 def _list_kernel(
-    lists_ptr,  # [S, K] int32
-    counts_ptr,  # [S] int32
+    lists_ptr,  # [S, I, L] int32
+    counts_ptr,  # [S, I] int32
     w_ptr,  # [K, N], row-major
     y_ptr,  # [N]
     partials_ptr,  # [split, N] float32
     arrivals_ptr,  # [C] int32
-    K,
+    num_sections,
+    length,
     N,
     end_0,
     end_1,
     split,
     NUM_SEGMENTS: tl.constexpr,
+    BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -45,10 +52,14 @@ def _list_kernel(
     i_segment, first, lo, hi = segment_of_block(i_n, N, end_0, end_1, NUM_SEGMENTS, BLOCK_N)
     o_n = lo + (i_n - first) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < hi
-    count = tl.load(counts_ptr + i_segment)
-    # programs take tiles in turn, so that all get equally many whatever the count
+    o_i = tl.arange(0, BLOCK_I)
+    b_counts = tl.load(counts_ptr + i_segment * num_sections + o_i, mask=o_i < num_sections, other=0)
+    # programs take tiles in turn, so that all get equally many whatever the counts
+    count = tl.sum(b_counts, 0)
     b_y = gather_sum(
-        lists_ptr + i_segment * K,
+        lists_ptr + i_segment * num_sections * length,
+        tl.cumsum(b_counts, 0),
+        length - b_counts,
         w_ptr,
         i_k * BLOCK_K,
         count,
@@ -65,21 +76,23 @@ def _list_kernel(
 
 
 def launch_list_gemv(
-    list_SK: Tensor,
-    counts_S: Tensor,
+    list_SIL: Tensor,
+    counts_SI: Tensor,
     weight_KN: Tensor,
     arrivals_C: Tensor,
     segments: list[int],
     config: GemvConfig,
 ) -> Tensor:
     """Launch `list_gemv` on checked arguments."""
-    K, N = weight_KN.shape
+    N = weight_KN.shape[1]
+    _, num_sections, length = list_SIL.shape
     end_0, end_1 = segment_ends(segments, N)
     y_N = torch.empty(N, dtype=weight_KN.dtype, device=weight_KN.device)
     partials = torch.empty(config.split, N, dtype=torch.float32, device=weight_KN.device)
     _list_kernel[(count_blocks(segments, config.block_n), config.split)](
-        list_SK, counts_S, weight_KN, y_N, partials, arrivals_C, K, N, end_0, end_1, config.split,
-        NUM_SEGMENTS=len(segments), BLOCK_K=config.block_k, BLOCK_N=config.block_n,
+        list_SIL, counts_SI, weight_KN, y_N, partials, arrivals_C, num_sections, length, N, end_0, end_1, config.split,
+        NUM_SEGMENTS=len(segments), BLOCK_I=triton.next_power_of_2(num_sections),
+        BLOCK_K=config.block_k, BLOCK_N=config.block_n,
         BLOCK_S=partials_block(config.block_n, config.num_warps), NUM_STAGES=config.num_stages,
         USE_DOT=config.use_dot, PDL=config.use_pdl, num_warps=config.num_warps,
         **({"launch_pdl": True} if config.use_pdl else {}),
@@ -89,8 +102,8 @@ def launch_list_gemv(
 
 @torch.library.custom_op("sparsetrace::list_gemv", mutates_args=("arrivals_C",))
 def list_gemv(
-    list_SK: Tensor,
-    counts_S: Tensor,
+    list_SIL: Tensor,
+    counts_SI: Tensor,
     weight_KN: Tensor,
     arrivals_C: Tensor,
     segments: list[int],
@@ -99,8 +112,8 @@ def list_gemv(
     """Multiply the listed inputs by their weight rows.
 
     Args:
-        list_SK: int32 entries `row << 16 | bit pattern of x`, rows in [0, K), from a producer.
-        counts_S: int32, the number of valid entries of each list.
+        list_SIL: int32 entries `row << 16 | bit pattern of x`, rows in [0, K), from a producer.
+        counts_SI: int32, the number of valid entries at the start of each section, at most L.
         weight_KN: weight, input-major and contiguous, fp16 or bf16, the type of the lists' bit patterns.
         arrivals_C: counters from `new_arrivals`; launches that share them must be on one stream.
         segments: 1 to 3 widths that sum to N.
@@ -111,19 +124,24 @@ def list_gemv(
         for one config.
     """
     op = "list_gemv"
-    if list_SK.ndim != 2 or not 0 < list_SK.shape[1] <= checks.MAX_LIST_ROWS:
+    if list_SIL.ndim != 3 or not 0 < list_SIL.shape[1] <= MAX_SECTIONS:
         raise ValueError(
-            f"{op}: list_SK must be [S, K] with K in [1, {checks.MAX_LIST_ROWS}], got {tuple(list_SK.shape)}: "
-            "an entry holds the row in 16 bits"
+            f"{op}: list_SIL must be [S, I, L] with I in [1, {MAX_SECTIONS}], got {tuple(list_SIL.shape)}: "
+            "take it from a producer"
         )
-    S, K = list_SK.shape
-    device = list_SK.device
-    checks.require(op, "list_SK", list_SK, (S, K), torch.int32, device)
-    checks.require(op, "counts_S", counts_S, (S,), torch.int32, device)
+    S, num_sections, _ = list_SIL.shape
+    device = list_SIL.device
+    checks.require(op, "list_SIL", list_SIL, tuple(list_SIL.shape), torch.int32, device)
+    checks.require(op, "counts_SI", counts_SI, (S, num_sections), torch.int32, device)
     if weight_KN.dtype not in checks.HALF_TYPES:
         raise ValueError(f"{op}: weight_KN must be fp16 or bf16, got {weight_KN.dtype}")
+    K, N = weight_KN.shape if weight_KN.ndim == 2 else (0, 0)
+    if not 0 < K <= checks.MAX_LIST_ROWS:
+        raise ValueError(
+            f"{op}: weight_KN must be [K, N] with K in [1, {checks.MAX_LIST_ROWS}], got {tuple(weight_KN.shape)}: "
+            "an entry holds the row in 16 bits"
+        )
     checks.require_weight(op, weight_KN, K, weight_KN.dtype, device)
-    N = weight_KN.shape[1]
     checks.require_segments(op, segments, N)
     if len(segments) != S:
         raise ValueError(f"{op}: segments must be as many as the lists ({S}), got {list(segments)}")
@@ -131,9 +149,9 @@ def list_gemv(
     if chosen.kernel != "list":
         raise ValueError(f"{op}: config must name kernel list, got {config!r}: use sparse_gemv")
     checks.require_arrivals(op, arrivals_C, count_blocks(segments, chosen.block_n), device)
-    return launch_list_gemv(list_SK, counts_S, weight_KN, arrivals_C, segments, chosen)
+    return launch_list_gemv(list_SIL, counts_SI, weight_KN, arrivals_C, segments, chosen)
 
 
 @list_gemv.register_fake
-def _(list_SK, counts_S, weight_KN, arrivals_C, segments, config=None):
+def _(list_SIL, counts_SI, weight_KN, arrivals_C, segments, config=None):
     return weight_KN.new_empty(weight_KN.shape[1])

@@ -1,15 +1,11 @@
 """Mask whole rows for a dense matrix product, and capture them: producers for batches, prefill and teacher forcing.
 
 The multiply that follows is an ordinary dense one, over the operand x where kept, else +0.0.  Matrices that read the
-same input under the same threshold and scale form one part and share an operand, written once; the ring takes a row
-for each of them.
+same input under the same threshold and scale are one segment, with one operand and one row of the ring.
 Oracles: `reference.mask_rows_ref`; `reference.add_rmsnorm_ref` and `silu_mul_ref` for the sums of a row.
 """
 
-# Shape suffixes: T = rows (tokens), K = features, S = matrices that read this input (1 to 3), P = parts (at most S),
-# R = ring slots.
-
-from itertools import pairwise
+# Shape suffixes: T = rows (tokens), K = features, S = column segments (1 to 3), R = ring slots.
 
 import torch
 import triton
@@ -41,31 +37,28 @@ def _store_rows(
     m_k,
     threshold_ptr,  # [S] int32
     scale_ptr,  # [S, K] float32 or None
-    operand_ptr,  # [P, T, K]
+    operand_ptr,  # [S, T, K]
     dest_ptr,  # [T] int64
     values_ptr,  # [R, S, K] or None
     num_slots,
     slot_stride,
     segment_stride,
-    part_stride,
+    operand_stride,
     K,
     NUM_SEGMENTS: tl.constexpr,
-    PART_STARTS: tl.constexpr,
     DENSE: tl.constexpr,
 ):
-    """Write a block of a row into every part's operand and, for each segment, into the ring."""
+    """Write a block of a row into every segment's operand and into the ring."""
     b_dest = tl.load(dest_ptr + i_t)
     is_dense = b_dest == DENSE
     in_ring = (b_dest >= 0) & (b_dest < num_slots)
-    part_ptr = operand_ptr + i_t * K
+    segment_ptr = operand_ptr + i_t * K
     for i_segment in tl.static_range(NUM_SEGMENTS):
-        # segments of one part keep the same entries, so the first of them writes for all
-        if (PART_STARTS >> i_segment) & 1:
-            b_t = load_threshold(threshold_ptr, i_segment)
-            b_keep = keep_entries(b_x, b_t, scale_ptr, i_segment, o_k, m_k, K)
-            b_operand = tl.where(b_keep | is_dense, b_x, 0.0)
-            tl.store(part_ptr + o_k, b_operand, mask=m_k)
-            part_ptr += part_stride
+        b_t = load_threshold(threshold_ptr, i_segment)
+        b_keep = keep_entries(b_x, b_t, scale_ptr, i_segment, o_k, m_k, K)
+        b_operand = tl.where(b_keep | is_dense, b_x, 0.0)
+        tl.store(segment_ptr + o_k, b_operand, mask=m_k)
+        segment_ptr += operand_stride
         if values_ptr is not None:
             row_ptr = values_ptr + b_dest * slot_stride + tl.cast(i_segment, tl.int64) * segment_stride
             tl.store(row_ptr + o_k, b_operand, mask=m_k & in_ring)
@@ -83,10 +76,9 @@ def _mask_rows_kernel(
     num_slots,
     slot_stride,
     segment_stride,
-    part_stride,
+    operand_stride,
     K,
     NUM_SEGMENTS: tl.constexpr,
-    PART_STARTS: tl.constexpr,
     DENSE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -107,10 +99,9 @@ def _mask_rows_kernel(
         num_slots,
         slot_stride,
         segment_stride,
-        part_stride,
+        operand_stride,
         K,
         NUM_SEGMENTS,
-        PART_STARTS,
         DENSE,
     )
 
@@ -133,10 +124,9 @@ def _add_rmsnorm_rows_kernel(
     num_slots,
     slot_stride,
     segment_stride,
-    part_stride,
+    operand_stride,
     K,
     NUM_SEGMENTS: tl.constexpr,
-    PART_STARTS: tl.constexpr,
     DENSE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -148,7 +138,8 @@ def _add_rmsnorm_rows_kernel(
     b_total = load_total(residual_ptr + i_t * residual_stride, delta_ptr, o_k, m_k)
     tl.store(total_ptr + i_t * K + o_k, b_total, mask=m_k)
     b_mean = tl.sum(b_total.to(tl.float32) * b_total.to(tl.float32), axis=0) / K
-    b_x = normalize(b_total, tl.rsqrt(b_mean + eps), weight_ptr, o_k, m_k)
+    b_weight = tl.load(weight_ptr + o_k, mask=m_k, other=0.0)
+    b_x = normalize(b_total, tl.rsqrt(b_mean + eps), b_weight)
     tl.store(normed_ptr + i_t * K + o_k, b_x, mask=m_k)
     _store_rows(
         b_x,
@@ -163,10 +154,9 @@ def _add_rmsnorm_rows_kernel(
         num_slots,
         slot_stride,
         segment_stride,
-        part_stride,
+        operand_stride,
         K,
         NUM_SEGMENTS,
-        PART_STARTS,
         DENSE,
     )
 
@@ -184,10 +174,9 @@ def _silu_mul_rows_kernel(
     num_slots,
     slot_stride,
     segment_stride,
-    part_stride,
+    operand_stride,
     K,
     NUM_SEGMENTS: tl.constexpr,
-    PART_STARTS: tl.constexpr,
     DENSE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -209,10 +198,9 @@ def _silu_mul_rows_kernel(
         num_slots,
         slot_stride,
         segment_stride,
-        part_stride,
+        operand_stride,
         K,
         NUM_SEGMENTS,
-        PART_STARTS,
         DENSE,
     )
 
@@ -228,19 +216,17 @@ def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def _mask_arguments(
-    operand_PTK: Tensor,
+    operand_STK: Tensor,
     threshold_bits_S: Tensor,
     scale_SK: Tensor | None,
-    parts: list[int],
     dest_T: Tensor,
     values_RSK: Tensor | None,
 ) -> tuple[list[Tensor | int | None], dict[str, int]]:
     """Lay out what `_store_rows` takes: the arguments from threshold_ptr to K, and the constants."""
     ring = (0, 0, 0) if values_RSK is None else (values_RSK.shape[0], values_RSK.stride(0), values_RSK.stride(1))
-    T, K = operand_PTK.shape[1:]
-    arguments = [threshold_bits_S, scale_SK, operand_PTK, dest_T, values_RSK, *ring, T * K, K]
-    starts = sum(1 << s for s, part in enumerate(parts) if s == 0 or part != parts[s - 1])
-    return arguments, {"NUM_SEGMENTS": len(parts), "PART_STARTS": starts, "DENSE": DENSE}
+    S, T, K = operand_STK.shape
+    arguments = [threshold_bits_S, scale_SK, operand_STK, dest_T, values_RSK, *ring, T * K, K]
+    return arguments, {"NUM_SEGMENTS": S, "DENSE": DENSE}
 
 
 def _check(
@@ -249,14 +235,11 @@ def _check(
     K: int,
     threshold_bits_S: Tensor,
     scale_SK: Tensor | None,
-    parts: list[int],
     dest_T: Tensor,
     values_RSK: Tensor | None,
 ) -> None:
     """Refuse what no op here takes, beside the input itself."""
-    S = len(parts)
-    if not 1 <= S <= 3 or parts[0] != 0 or any(b - a not in (0, 1) for a, b in pairwise(parts)):
-        raise ValueError(f"{op}: parts must be 1 to 3 numbers ascending from 0 without gaps, got {list(parts)}")
+    S = checks.count_thresholds(op, "threshold_bits_S", threshold_bits_S)
     checks.require_thresholds(op, threshold_bits_S, scale_SK, S, K, x_TK.device)
     checks.require(op, "dest_T", dest_T, (x_TK.shape[0],), torch.int64, x_TK.device)
     if values_RSK is not None:
@@ -267,17 +250,16 @@ def launch_mask_rows(
     x_TK: Tensor,
     threshold_bits_S: Tensor,
     scale_SK: Tensor | None,
-    parts: list[int],
     dest_T: Tensor,
     values_RSK: Tensor | None,
 ) -> Tensor:
     """Run `mask_rows` on arguments known to be right, without the dispatcher's overhead."""
     T, K = x_TK.shape
-    operand_PTK = _empty((parts[-1] + 1, T, K), x_TK)
-    arguments, constants = _mask_arguments(operand_PTK, threshold_bits_S, scale_SK, parts, dest_T, values_RSK)
+    operand_STK = _empty((len(threshold_bits_S), T, K), x_TK)
+    arguments, constants = _mask_arguments(operand_STK, threshold_bits_S, scale_SK, dest_T, values_RSK)
     num_chunks, meta = _blocks(K)
     _mask_rows_kernel[(T, num_chunks)](x_TK, x_TK.stride(0), *arguments, **constants, **meta)
-    return operand_PTK
+    return operand_STK
 
 
 # no default for a written argument: torch 2.11 counts its version by position and fails if it was left out
@@ -286,7 +268,6 @@ def mask_rows(
     x_TK: Tensor,
     threshold_bits_S: Tensor,
     scale_SK: Tensor | None,
-    parts: list[int],
     dest_T: Tensor,
     values_RSK: Tensor | None,
 ) -> Tensor:
@@ -296,24 +277,22 @@ def mask_rows(
         x_TK: inputs, fp16 or bf16, contiguous rows at any distance.
         threshold_bits_S: int32, as `sparse_gemv` takes them, 1 to 3.
         scale_SK: float32 scale of |x| before the comparison, or None.
-        parts: for each segment the part whose operand it reads, ascending from 0; segments of one part must have
-            equal thresholds and scales, of which only the first's are read.
-        dest_T: int64; `DENSE` leaves the row as it is, in every part, and uncaptured; any other row is masked, and
+        dest_T: int64; `DENSE` leaves the row as it is, in every segment, and uncaptured; any other row is masked, and
             captured in the ring slot of this number; outside [0, R) nothing is captured.
         values_RSK: ring that takes each segment's operand, dtype of `x_TK`, any strides of slots and segments; or
             None. Captured rows must have different slots.
 
     Returns:
-        operand_PTK: dtype of `x_TK`, contiguous, without any -0.0 in masked rows; exactly equal to the oracle's.
+        operand_STK: dtype of `x_TK`, contiguous, without any -0.0 in masked rows; exactly equal to the oracle's.
     """
     checks.require_half_rows("mask_rows", "x_TK", x_TK)
-    _check("mask_rows", x_TK, x_TK.shape[1], threshold_bits_S, scale_SK, parts, dest_T, values_RSK)
-    return launch_mask_rows(x_TK, threshold_bits_S, scale_SK, parts, dest_T, values_RSK)
+    _check("mask_rows", x_TK, x_TK.shape[1], threshold_bits_S, scale_SK, dest_T, values_RSK)
+    return launch_mask_rows(x_TK, threshold_bits_S, scale_SK, dest_T, values_RSK)
 
 
 @mask_rows.register_fake
-def _(x_TK, threshold_bits_S, scale_SK, parts, dest_T, values_RSK):
-    return x_TK.new_empty(parts[-1] + 1, *x_TK.shape)
+def _(x_TK, threshold_bits_S, scale_SK, dest_T, values_RSK):
+    return x_TK.new_empty(len(threshold_bits_S), *x_TK.shape)
 
 
 def launch_add_rmsnorm_rows(
@@ -323,22 +302,21 @@ def launch_add_rmsnorm_rows(
     eps: float,
     threshold_bits_S: Tensor,
     scale_SK: Tensor | None,
-    parts: list[int],
     dest_T: Tensor,
     values_RSK: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run `add_rmsnorm_rows` on arguments known to be right, without the dispatcher's overhead."""
     T, K = residual_TK.shape
     total_TK, normed_TK = _empty((T, K), residual_TK), _empty((T, K), residual_TK)
-    operand_PTK = _empty((parts[-1] + 1, T, K), residual_TK)
-    arguments, constants = _mask_arguments(operand_PTK, threshold_bits_S, scale_SK, parts, dest_T, values_RSK)
+    operand_STK = _empty((len(threshold_bits_S), T, K), residual_TK)
+    arguments, constants = _mask_arguments(operand_STK, threshold_bits_S, scale_SK, dest_T, values_RSK)
     block = triton.next_power_of_2(K)
     _add_rmsnorm_rows_kernel[(T,)](
         residual_TK, residual_TK.stride(0), delta_TK, 0 if delta_TK is None else delta_TK.stride(0),
         norm_weight_K, eps, total_TK, normed_TK, *arguments, **constants,
         BLOCK_K=block, num_warps=min(max(block // ENTRIES_PER_WARP, 1), MAX_WARPS),
     )  # fmt: skip
-    return total_TK, normed_TK, operand_PTK
+    return total_TK, normed_TK, operand_STK
 
 
 @torch.library.custom_op("sparsetrace::add_rmsnorm_rows", mutates_args=("values_RSK",))
@@ -349,7 +327,6 @@ def add_rmsnorm_rows(
     eps: float,
     threshold_bits_S: Tensor,
     scale_SK: Tensor | None,
-    parts: list[int],
     dest_T: Tensor,
     values_RSK: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -360,12 +337,12 @@ def add_rmsnorm_rows(
         delta_TK: what is added to it, likewise, or None before the first layer.
         norm_weight_K: RMSNorm weight.
         eps: RMSNorm epsilon.
-        threshold_bits_S, scale_SK, parts, dest_T, values_RSK: as `mask_rows` takes them.
+        threshold_bits_S, scale_SK, dest_T, values_RSK: as `mask_rows` takes them.
 
     Returns:
         total_TK: the new residual stream.
         normed_TK: the normalised rows before masking; error within 2x that of torch.
-        operand_PTK: as `mask_rows` returns it for `normed_TK`.
+        operand_STK: as `mask_rows` returns it for `normed_TK`.
     """
     op = "add_rmsnorm_rows"
     checks.require_half_rows(op, "residual_TK", residual_TK)
@@ -375,19 +352,19 @@ def add_rmsnorm_rows(
     if delta_TK is not None:
         checks.require_like_rows(op, "delta_TK", delta_TK, residual_TK)
     checks.require(op, "norm_weight_K", norm_weight_K, (K,), residual_TK.dtype, residual_TK.device)
-    _check(op, residual_TK, K, threshold_bits_S, scale_SK, parts, dest_T, values_RSK)
+    _check(op, residual_TK, K, threshold_bits_S, scale_SK, dest_T, values_RSK)
     return launch_add_rmsnorm_rows(
-        residual_TK, delta_TK, norm_weight_K, eps, threshold_bits_S, scale_SK, parts, dest_T, values_RSK
+        residual_TK, delta_TK, norm_weight_K, eps, threshold_bits_S, scale_SK, dest_T, values_RSK
     )
 
 
 @add_rmsnorm_rows.register_fake
-def _(residual_TK, delta_TK, norm_weight_K, eps, threshold_bits_S, scale_SK, parts, dest_T, values_RSK):
+def _(residual_TK, delta_TK, norm_weight_K, eps, threshold_bits_S, scale_SK, dest_T, values_RSK):
     shape = residual_TK.shape
     return (
         residual_TK.new_empty(shape),
         residual_TK.new_empty(shape),
-        residual_TK.new_empty(parts[-1] + 1, *shape),
+        residual_TK.new_empty(len(threshold_bits_S), *shape),
     )
 
 
@@ -401,7 +378,7 @@ def launch_silu_mul_rows(
     """Run `silu_mul_rows` on arguments known to be right, without the dispatcher's overhead."""
     T, K = gate_up_T2K.shape[0], gate_up_T2K.shape[1] // 2
     product_TK, operand_TK = _empty((T, K), gate_up_T2K), _empty((T, K), gate_up_T2K)
-    arguments, constants = _mask_arguments(operand_TK[None], threshold_bits_S, scale_SK, [0], dest_T, values_RSK)
+    arguments, constants = _mask_arguments(operand_TK[None], threshold_bits_S, scale_SK, dest_T, values_RSK)
     num_chunks, meta = _blocks(K)
     _silu_mul_rows_kernel[(T, num_chunks)](
         gate_up_T2K, gate_up_T2K.stride(0), product_TK, *arguments, **constants, **meta
@@ -425,13 +402,16 @@ def silu_mul_rows(
 
     Returns:
         product_TK: the product before masking; error within 2x that of torch.
-        operand_TK: as `mask_rows` returns it for `product_TK`, of one part.
+        operand_TK: as `mask_rows` returns it for `product_TK`, of one segment.
     """
     op = "silu_mul_rows"
     checks.require_half_rows(op, "gate_up_T2K", gate_up_T2K)
     if gate_up_T2K.shape[1] % 2:
         raise ValueError(f"{op}: gate_up_T2K must hold two halves a row, got {gate_up_T2K.shape[1]} entries")
-    _check(op, gate_up_T2K, gate_up_T2K.shape[1] // 2, threshold_bits_S, scale_SK, [0], dest_T, values_RSK)
+    S = len(threshold_bits_S)
+    if S != 1:
+        raise ValueError(f"{op}: threshold_bits_S must hold one threshold, got {S}: only `down` reads the product")
+    _check(op, gate_up_T2K, gate_up_T2K.shape[1] // 2, threshold_bits_S, scale_SK, dest_T, values_RSK)
     return launch_silu_mul_rows(gate_up_T2K, threshold_bits_S, scale_SK, dest_T, values_RSK)
 
 

@@ -84,21 +84,24 @@ def store_capture(
     mask_segment_stride,
     i_segment,
     start,
-    K,
+    stop,
     BLOCK_K: tl.constexpr,
 ):
-    """Write the operand and its bitmask into the ring slot; a slot outside the ring writes nothing."""
+    """Write inputs [start, stop) of the operand and its bitmask into the ring slot; none is written outside the ring.
+
+    With a mask ring, start is a multiple of 8, and so is stop unless it is the operand's end.
+    """
     if slot_ptr is not None:
         b_slot = tl.load(slot_ptr).to(tl.int64)
         in_ring = (b_slot >= 0) & (b_slot < num_slots)
         if values_ptr is not None:
             o_k = start + tl.arange(0, BLOCK_K)
             row_ptr = values_ptr + b_slot * values_slot_stride + tl.cast(i_segment, tl.int64) * values_segment_stride
-            tl.store(row_ptr + o_k, tl.where(b_keep, b_x, 0.0), mask=(o_k < K) & in_ring)
+            tl.store(row_ptr + o_k, tl.where(b_keep, b_x, 0.0), mask=(o_k < stop) & in_ring)
         if mask_ptr is not None:
             o_m = start // 8 + tl.arange(0, BLOCK_K // 8)
             row_ptr = mask_ptr + b_slot * mask_slot_stride + tl.cast(i_segment, tl.int64) * mask_segment_stride
-            tl.store(row_ptr + o_m, mask_bytes(b_keep, BLOCK_K), mask=(o_m < tl.cdiv(K, 8)) & in_ring)
+            tl.store(row_ptr + o_m, mask_bytes(b_keep, BLOCK_K), mask=(o_m < tl.cdiv(stop, 8)) & in_ring)
 
 
 @triton.jit
@@ -119,25 +122,10 @@ def entry_x(b_entry, dtype: tl.constexpr):
 
 
 @triton.jit
-def emit_list(
-    b_x,
-    b_keep,
-    b_num_before,
-    list_ptr,  # [S, K]
-    counts_ptr,  # [S]
-    i_segment,
-    i_chunk,
-    num_chunks,
-    K,
-    BLOCK_K: tl.constexpr,
-):
-    """Append a chunk's kept entries at its place in the segment's list; the last chunk writes the count."""
-    b_one = b_keep.to(tl.int32)
-    o_k = i_chunk * BLOCK_K + tl.arange(0, BLOCK_K)
-    o_list = b_num_before + tl.cumsum(b_one, 0) - b_one
-    tl.store(list_ptr + i_segment * K + o_list, list_entry(o_k, b_x), mask=b_keep)
-    if i_chunk == num_chunks - 1:
-        tl.store(counts_ptr + i_segment, b_num_before + tl.sum(b_one, 0))
+def place_entries(o_list, b_ends, b_gaps):
+    """Find where entries of a list lie that was left in sections: each section before an entry's own leaves a gap."""
+    b_passed = o_list[:, None] >= b_ends[None, :]
+    return o_list + tl.sum(tl.where(b_passed, b_gaps[None, :], 0), axis=1)
 
 
 @triton.jit
@@ -181,7 +169,9 @@ def store_or_reduce(
 
 @triton.jit
 def gather_sum(
-    entries_ptr,  # [count] list entries
+    entries_ptr,  # list entries
+    b_ends,  # [sections] entries of each section and those before; None for a list without gaps
+    b_gaps,  # [sections] entries that each section leaves unused
     w_ptr,  # row 0 of the rows that entries number
     lo,
     count,
@@ -196,40 +186,39 @@ def gather_sum(
 ):
     """Sum x * weight row over the list entries lo, lo + step, ... in tiles of BLOCK_K; float32 accumulation."""
     dtype: tl.constexpr = w_ptr.dtype.element_ty
-    if USE_DOT:
-        # mma m16n8k16 needs 16 rows of A, of which the first holds x; the weights then go through cp.async
-        o_16 = tl.arange(0, 16)
-        b_acc = tl.zeros([16, BLOCK_N], dtype=tl.float32)
-        for start in tl.range(lo, count, step, num_stages=NUM_STAGES):
-            o_list = start + tl.arange(0, BLOCK_K)
-            m_list = o_list < count
-            b_entry = tl.load(entries_ptr + o_list, mask=m_list, other=0)
-            o_w = entry_row(b_entry).to(tl.int64)[:, None] * N + o_n[None, :]
-            b_w = tl.load(w_ptr + o_w, mask=m_list[:, None] & m_n[None, :], other=0.0, eviction_policy="evict_first")
+    # mma m16n8k16 needs 16 rows of A, of which the first holds x; the weights then go through cp.async
+    o_16 = tl.arange(0, 16)
+    ROWS: tl.constexpr = 16 if USE_DOT else BLOCK_K
+    b_acc = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
+    for start in tl.range(lo, count, step, num_stages=NUM_STAGES):
+        o_list = start + tl.arange(0, BLOCK_K)
+        m_list = o_list < count
+        o_entry = o_list
+        if b_ends is not None:
+            o_entry = place_entries(o_list, b_ends, b_gaps)
+        b_entry = tl.load(entries_ptr + o_entry, mask=m_list, other=0)
+        o_w = entry_row(b_entry).to(tl.int64)[:, None] * N + o_n[None, :]
+        b_w = tl.load(w_ptr + o_w, mask=m_list[:, None] & m_n[None, :], other=0.0, eviction_policy="evict_first")
+        if USE_DOT:
             b_a = tl.where(o_16[:, None] == 0, entry_x(b_entry, dtype)[None, :], 0.0)
             b_acc = tl.dot(b_a, b_w, b_acc)
-        # not a plain sum: 0 * Inf in the padding rows would turn an infinite weight into NaN
-        b_y = tl.sum(tl.where(o_16[:, None] == 0, b_acc, 0.0), axis=0)
-    else:
-        b_acc = tl.zeros([BLOCK_K, BLOCK_N], dtype=tl.float32)
-        for start in tl.range(lo, count, step, num_stages=NUM_STAGES):
-            o_list = start + tl.arange(0, BLOCK_K)
-            m_list = o_list < count
-            b_entry = tl.load(entries_ptr + o_list, mask=m_list, other=0)
-            o_w = entry_row(b_entry).to(tl.int64)[:, None] * N + o_n[None, :]
-            b_w = tl.load(w_ptr + o_w, mask=m_list[:, None] & m_n[None, :], other=0.0, eviction_policy="evict_first")
+        else:
             b_acc += b_w.to(tl.float32) * entry_x(b_entry, dtype).to(tl.float32)[:, None]
-        b_y = tl.sum(b_acc, axis=0)
-    return b_y
+    if USE_DOT:
+        # not a plain sum: 0 * Inf in the padding rows would turn an infinite weight into NaN
+        b_acc = tl.where(o_16[:, None] == 0, b_acc, 0.0)
+    return tl.sum(b_acc, axis=0)
 
 
 @triton.jit
-def finish_chunk(
+def finish_section(
     b_x,
-    b_num_before,
-    b_keep,
-    lists_ptr,  # [S, K]
-    counts_ptr,  # [S]
+    o_k,
+    m_k,
+    threshold_ptr,  # [S] int32
+    scale_ptr,  # [S, K] float32 or None
+    lists_ptr,  # [S, sections, LENGTH] int32
+    counts_ptr,  # [S, sections] int32
     values_ptr,  # [R, S, K] or None
     mask_ptr,  # [R, S, M] or None
     slot_ptr,  # [1] int64 or None
@@ -238,26 +227,35 @@ def finish_chunk(
     values_segment_stride,
     mask_slot_stride,
     mask_segment_stride,
-    i_segment,
-    i_chunk,
+    i_section,
+    num_sections,
     K,
+    NUM_SEGMENTS: tl.constexpr,
+    LENGTH: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """List and capture one chunk of a producer's output."""
-    emit_list(b_x, b_keep, b_num_before, lists_ptr, counts_ptr, i_segment, i_chunk, tl.num_programs(0), K, BLOCK_K)
-    store_capture(
-        b_x,
-        b_keep,
-        values_ptr,
-        mask_ptr,
-        slot_ptr,
-        num_slots,
-        values_slot_stride,
-        values_segment_stride,
-        mask_slot_stride,
-        mask_segment_stride,
-        i_segment,
-        i_chunk * BLOCK_K,
-        K,
-        BLOCK_K,
-    )
+    """Threshold, list and capture inputs o_k of a producer's output, where m_k: section i_section of LENGTH inputs."""
+    for i_segment in tl.static_range(NUM_SEGMENTS):
+        b_t = load_threshold(threshold_ptr, i_segment)
+        b_keep = keep_entries(b_x, b_t, scale_ptr, i_segment, o_k, m_k, K)
+        b_one = b_keep.to(tl.int32)
+        i_list = i_segment * num_sections + i_section
+        o_list = i_list * LENGTH + tl.cumsum(b_one, 0) - b_one
+        tl.store(lists_ptr + o_list, list_entry(o_k, b_x), mask=b_keep)
+        tl.store(counts_ptr + i_list, tl.sum(b_one, 0))
+        store_capture(
+            b_x,
+            b_keep,
+            values_ptr,
+            mask_ptr,
+            slot_ptr,
+            num_slots,
+            values_slot_stride,
+            values_segment_stride,
+            mask_slot_stride,
+            mask_segment_stride,
+            i_segment,
+            i_section * LENGTH,
+            tl.minimum(i_section * LENGTH + LENGTH, K),
+            BLOCK_K,
+        )

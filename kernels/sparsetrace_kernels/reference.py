@@ -3,9 +3,9 @@
 Imports torch only, so it runs on any device and without Triton.  Sums are accumulated in float64.
 """
 
-# Shape suffixes: K = input features, N = output features, T = tokens, S = segments (matrices that read one input),
-# P = parts of them that share an operand, R = ring slots.  Of attention: B = slots, H = query heads, G = kv heads,
-# D = head dim, S = cache positions, P = rows of the rotary tables, E = D / 2.
+# Shape suffixes: K = input features, N = output features, T = tokens, S = column segments, I = sections of a list,
+# L = inputs of a section, R = ring slots.  Of attention: B = slots, H = query heads, G = kv heads, D = head dim,
+# S = cache positions, P = rows of the rotary tables, E = D / 2.
 
 import torch
 from torch import Tensor
@@ -112,50 +112,56 @@ def sparse_gemv_ref(
     return y_N, operand_SK, pack_bits(keep_SK)
 
 
-def compact_ref(x_K: Tensor, threshold_bits_S: Tensor, scale_SK: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Same contract as `compact`; entries from the count on, which the kernel leaves undefined, are zero.
+def compact_ref(
+    x_K: Tensor, threshold_bits_S: Tensor, scale_SK: Tensor | None = None, length: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Same contract as `compact`, with sections of any length, None for one section; behind the counts are zeros.
 
     Returns:
-        list_SK: int32, `row << 16 | bit pattern of x`, rows ascending.
-        counts_S: int32, the number of valid entries.
+        list_SIL: int32, `row << 16 | bit pattern of x`, rows ascending.
+        counts_SI: int32, the number of valid entries.
     """
     keep_SK = keep_segments(x_K, threshold_bits_S, scale_SK)
-    rows_K = torch.arange(x_K.shape[0], device=x_K.device)
+    K = x_K.shape[0]
+    length = length or K
+    rows_K = torch.arange(K, device=x_K.device)
     entries_K = (rows_K << 16) | (x_K.view(torch.int16).long() & 0xFFFF)
     # the 32nd bit of the row wraps into the sign
     entries_K = torch.where(entries_K >= 2**31, entries_K - 2**32, entries_K).int()
-    list_SK = torch.zeros_like(keep_SK, dtype=torch.int32)
-    for list_K, keep_K in zip(list_SK, keep_SK, strict=True):
-        kept = entries_K[keep_K]
-        list_K[: kept.shape[0]] = kept
-    return list_SK, keep_SK.sum(1, dtype=torch.int32)
+    list_SIL = keep_SK.new_zeros(len(keep_SK), -(-K // length), length, dtype=torch.int32)
+    counts_SI = keep_SK.new_zeros(list_SIL.shape[:2], dtype=torch.int32)
+    for s, keep_K in enumerate(keep_SK):
+        for i, start in enumerate(range(0, K, length)):
+            kept = entries_K[start : start + length][keep_K[start : start + length]]
+            list_SIL[s, i, : kept.shape[0]] = kept
+            counts_SI[s, i] = kept.shape[0]
+    return list_SIL, counts_SI
 
 
 def mask_rows_ref(
     x_TK: Tensor,
     threshold_bits_S: Tensor,
     scale_SK: Tensor | None,
-    parts: list[int],
     dest_T: Tensor,
     values_RSK: Tensor | None,
 ) -> Tensor:
-    """Same contract as `mask_rows`, a row at a time; every segment is thresholded by its own numbers."""
-    operand_PTK = x_TK.new_empty(parts[-1] + 1, *x_TK.shape)
+    """Same contract as `mask_rows`, a row at a time."""
+    operand_STK = x_TK.new_empty(len(threshold_bits_S), *x_TK.shape)
     for t, dest in enumerate(dest_T.tolist()):
         keep_SK = keep_segments(x_TK[t], threshold_bits_S, scale_SK)
-        operand_SK = mask_operand(x_TK[t].expand_as(keep_SK), keep_SK)
-        for part, operand_K in zip(parts, operand_SK, strict=True):
-            operand_PTK[part, t] = x_TK[t] if dest == DENSE else operand_K
+        operand_STK[:, t] = x_TK[t] if dest == DENSE else mask_operand(x_TK[t].expand_as(keep_SK), keep_SK)
         if values_RSK is not None and 0 <= dest < values_RSK.shape[0]:
-            values_RSK[dest] = operand_SK
-    return operand_PTK
+            values_RSK[dest] = operand_STK[:, t]
+    return operand_STK
 
 
-def list_gemv_ref(list_SK: Tensor, counts_S: Tensor, weight_KN: Tensor, segments: list[int]) -> Tensor:
+def list_gemv_ref(list_SIL: Tensor, counts_SI: Tensor, weight_KN: Tensor, segments: list[int]) -> Tensor:
     """Same contract as `list_gemv`, accumulated in float64; returns y_N, float64."""
     parts = []
-    for list_K, count, w in zip(list_SK, counts_S.tolist(), weight_KN.double().split(segments, dim=1), strict=True):
-        entries = list_K[:count]
+    for list_IL, counts_I, w in zip(
+        list_SIL, counts_SI.tolist(), weight_KN.double().split(segments, dim=1), strict=True
+    ):
+        entries = torch.cat([list_L[:count] for list_L, count in zip(list_IL, counts_I, strict=True)])
         x = (entries & 0xFFFF).to(torch.int32).to(torch.int16).view(weight_KN.dtype)
         rows = (entries >> 16) & 0xFFFF
         parts.append(x.double() @ w[rows.long()])
@@ -216,6 +222,29 @@ def advance_ref(
     count += 1
     tokens_B.copy_(next_B)
     running_B &= (count < limits_B) & (next_B[:, None] != eos_V).all(-1)
+
+
+def sample(logits_BV: Tensor, uniform_B1: Tensor, temperature: float, top_k: int) -> Tensor:
+    """Next token of each slot: the likeliest, or the inverse of the cumulative distribution at a uniform draw.
+
+    Args:
+        logits_BV: float32, finite.
+        uniform_B1: float64 in [0, 1).
+        temperature: 0 is greedy.
+        top_k: 0 is all.
+
+    Returns:
+        int64 [B].
+    """
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    scaled_BV = logits_BV.double() / temperature
+    if 0 < top_k < logits_BV.shape[-1]:
+        least_B1 = scaled_BV.topk(top_k, dim=-1).values[:, -1:]
+        scaled_BV = scaled_BV.masked_fill(scaled_BV < least_B1, -torch.inf)
+    cumulative_BV = scaled_BV.softmax(-1).cumsum(-1)
+    # scaled by the last sum, which rounding may leave off one, so that no draw falls beyond the vocabulary
+    return (cumulative_BV <= uniform_B1 * cumulative_BV[:, -1:]).sum(-1)
 
 
 def rotate_rows_ref(

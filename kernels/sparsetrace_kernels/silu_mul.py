@@ -5,7 +5,8 @@ product as stored.
 Oracles: `reference.silu_mul_ref` for the product, `reference.compact_ref` on the returned `product_K` for the rest.
 """
 
-# Shape suffixes: K = features, S = column segments (1), R = ring slots, M = ceil(K / 8) bitmask bytes.
+# Shape suffixes: K = features, S = column segments (1), I = sections of a list, L = inputs of a section,
+# R = ring slots, M = ceil(K / 8) bitmask bytes.
 
 import torch
 import triton
@@ -13,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsetrace_kernels import checks
-from sparsetrace_kernels.compact import check_producer, chunk_grid, empty_lists
-from sparsetrace_kernels.primitives import finish_chunk, keep_entries, load_threshold, wait_for_producer
+from sparsetrace_kernels.compact import check_producer, empty_lists, section_grid
+from sparsetrace_kernels.primitives import finish_section, wait_for_producer
 
 
 @triton.jit
@@ -33,8 +34,8 @@ def _silu_mul_kernel(
     threshold_ptr,  # [1] int32
     scale_ptr,  # [1, K] float32 or None
     product_ptr,  # [K]
-    lists_ptr,  # [1, K] int32
-    counts_ptr,  # [1] int32
+    lists_ptr,  # [1, I, L] int32
+    counts_ptr,  # [1, I] int32
     values_ptr,  # [R, 1, K] or None
     mask_ptr,  # [R, 1, M] or None
     slot_ptr,  # [1] int64 or None
@@ -44,27 +45,22 @@ def _silu_mul_kernel(
     mask_slot_stride,
     mask_segment_stride,
     K,
-    NUM_CHUNKS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    NUM_SEGMENTS: tl.constexpr,
+    LENGTH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    i_chunk = tl.program_id(0)
+    i_section = tl.program_id(0)
     wait_for_producer(PDL)
-    o_all = tl.arange(0, NUM_CHUNKS)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    m_before = o_all < i_chunk * BLOCK_K
-    b_all = load_product(gate_up_ptr, o_all, m_before, K)
-    o_k = i_chunk * BLOCK_K + tl.arange(0, BLOCK_K)
+    o_k = i_section * LENGTH + tl.arange(0, LENGTH)
     m_k = o_k < K
     b_x = load_product(gate_up_ptr, o_k, m_k, K)
     tl.store(product_ptr + o_k, b_x, mask=m_k)
-    b_t = load_threshold(threshold_ptr, 0)
-    b_before = keep_entries(b_all, b_t, scale_ptr, 0, o_all, m_before, K)
-    b_num_before = tl.sum(tl.sum(b_before.to(tl.int32), axis=1), axis=0)
-    b_keep = keep_entries(b_x, b_t, scale_ptr, 0, o_k, m_k, K)
-    finish_chunk(
+    finish_section(
         b_x,
-        b_num_before,
-        b_keep,
+        o_k,
+        m_k,
+        threshold_ptr,
+        scale_ptr,
         lists_ptr,
         counts_ptr,
         values_ptr,
@@ -75,10 +71,12 @@ def _silu_mul_kernel(
         values_segment_stride,
         mask_slot_stride,
         mask_segment_stride,
-        0,
-        i_chunk,
+        i_section,
+        tl.num_programs(0),
         K,
-        BLOCK_K,
+        NUM_SEGMENTS,
+        LENGTH,
+        LENGTH,
     )
 
 
@@ -106,7 +104,7 @@ def silu_mul(
 
     Returns:
         product_K: the product as thresholded, before masking; error within 2x that of torch.
-        list_SK, counts_S: as `compact` returns them for `product_K`.
+        list_SIL, counts_SI: as `compact` returns them for `product_K`.
     """
     op = "silu_mul"
     checks.require_half_vector(op, "gate_up_K2", gate_up_K2)
@@ -117,21 +115,17 @@ def silu_mul(
     if S != 1:
         raise ValueError(f"{op}: threshold_bits_S must hold one threshold, got {S}: only `down` reads the product")
     product_K = gate_up_K2.new_empty(K)
-    list_SK, counts_S = empty_lists(S, K, gate_up_K2.device)
-    grid, meta = chunk_grid(K)
+    list_SIL, counts_SI = empty_lists(S, K, gate_up_K2.device)
+    grid, meta = section_grid(list_SIL)
     _silu_mul_kernel[grid](
-        gate_up_K2, threshold_bits_S, scale_SK, product_K, list_SK, counts_S,
+        gate_up_K2, threshold_bits_S, scale_SK, product_K, list_SIL, counts_SI,
         *checks.ring_arguments(values_RSK, mask_RSM, slot), K,
         PDL=use_pdl, **meta, **({"launch_pdl": True} if use_pdl else {}),
     )  # fmt: skip
-    return product_K, list_SK, counts_S
+    return product_K, list_SIL, counts_SI
 
 
 @silu_mul.register_fake
 def _(gate_up_K2, threshold_bits_S, scale_SK, values_RSK, mask_RSM, slot, use_pdl=False):
     K = gate_up_K2.shape[0] // 2
-    return (
-        gate_up_K2.new_empty(K),
-        threshold_bits_S.new_empty(1, K),
-        threshold_bits_S.new_empty(1),
-    )
+    return gate_up_K2.new_empty(K), *empty_lists(1, K, gate_up_K2.device)

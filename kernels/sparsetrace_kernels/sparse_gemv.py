@@ -213,7 +213,9 @@ def _compacting_kernel(
         # every thread gathers by entries that other threads of this program stored
         tl.debug_barrier()
         chunk_ptr = w_ptr + k_lo.to(tl.int64) * N
-        b_y = gather_sum(list_ptr, chunk_ptr, 0, count, BLOCK_K, N, o_n, m_n, BLOCK_K, BLOCK_N, NUM_STAGES, USE_DOT)
+        b_y = gather_sum(
+            list_ptr, None, None, chunk_ptr, 0, count, BLOCK_K, N, o_n, m_n, BLOCK_K, BLOCK_N, NUM_STAGES, USE_DOT
+        )
         store_or_reduce(b_y, y_ptr, partials_ptr, arrivals_ptr, i_n, i_k, o_n, m_n, N, split, BLOCK_S)
     else:
         # programs of their own: beside the product, the capture's registers made it spill

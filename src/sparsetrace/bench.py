@@ -184,7 +184,9 @@ def decode_rows(
             )
             groups = random_groups(config, 1 + num_groups, batch, new)
             for sink in sinks:
-                recorder = None if sink == "none" else make_recorder(config, engine.block_rows, engine.device)
+                recorder = (
+                    None if sink == "none" else make_recorder(config, engine.block_rows, engine.device, patch.parts)
+                )
                 seconds, written, rows = time_groups(engine, recorder, groups, folder)
                 rate = num_groups * batch * new / seconds
                 if recorder is not None:

@@ -5,8 +5,8 @@ mode and inside a CUDA graph. A full ring is packed (on a GPU by one launch ther
 pinned memory and to the disk overlaps with decoding) and filled anew.
 """
 
-# Shape suffixes: n rows of a pass, R rows of the ring, S matrices of a site, B slots, T positions, K input features,
-# N output features.
+# Shape suffixes: n rows of a pass, R rows of the ring, P parts of a site (matrices that read one operand), B slots,
+# T positions, K input features, N output features.
 
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +21,7 @@ from sparsetrace.files import InputError
 from sparsetrace.model import ModelConfig
 from sparsetrace.ragged import offsets_of
 from sparsetrace.rows import row_figures
-from sparsetrace.schema import FORMATS, MATRICES, SITE_OF, SITES, mask_bytes
+from sparsetrace.schema import FORMATS, MATRICES, SITE_OF, SITES, Parts, mask_bytes
 from sparsetrace.settings import Capture
 from sparsetrace.writer import PENDING, BlockWriter
 from sparsetrace_kernels.reference import pack_bits, place_rows_ref
@@ -60,13 +60,26 @@ def captured_matrices(config: ModelConfig, capture: Capture) -> list[tuple[int, 
     ]
 
 
+def holders(chosen: list[tuple[int, str]], parts: Parts) -> dict[tuple[int, str], str]:
+    """The matrix under whose name the dump holds the operand of each captured one: the first captured that reads it."""
+    held: dict[tuple[int, str], str] = {}
+    for (layer, _), site_parts in parts.items():
+        for part in site_parts:
+            captured = [matrix for matrix in part if (layer, matrix) in chosen]
+            held |= {(layer, matrix): captured[0] for matrix in captured}
+    return held
+
+
 class Recorder:
     """Collects a group's operands and writes full blocks; its memory is that of a ring and, on a GPU, of two stages.
+
+    What several matrices read is held once.
 
     Args:
         config: of the model.
         rows: of a block; no pass captures more.
         device: of the model.
+        parts: which matrices read one operand.
         out_masks: matrices of which the method says which outputs are not computed.
         capture: what is kept; None keeps all.
         write: takes each block, in a thread.
@@ -77,6 +90,7 @@ class Recorder:
         config: ModelConfig,
         rows: int,
         device: torch.device,
+        parts: Parts,
         out_masks: tuple[str, ...] = (),
         capture: Capture | None = None,
         write: WriteBlock = write_block,
@@ -87,22 +101,32 @@ class Recorder:
         self._writer = BlockWriter()
         self._write = write
         self._capacity = rows
-        self._chosen = captured_matrices(config, self.capture)
-        # all matrices of a site side by side, since one launch captures for them all
-        sites = dict.fromkeys((layer, SITE_OF[matrix]) for layer, matrix in self._chosen)
-        widths = {(layer, m): config.in_features(site) for layer, site in sites for m in SITES[site]}
+        chosen = captured_matrices(config, self.capture)
+        held = holders(chosen, parts)
+        # all parts of a site side by side, since one launch captures for them all
+        sites = dict.fromkeys((layer, SITE_OF[matrix]) for layer, matrix in chosen)
+        self._num_parts = {key: len(parts[key]) for key in sites}
+        widths = {(layer, part[0]): config.in_features(site) for layer, site in sites for part in parts[layer, site]}
         # the last row takes whatever is not captured
         self._ring = torch.empty(sum(widths.values()) * (rows + 1), dtype=config.torch_dtype, device=device)
+        # by the first matrix of each part
         self._regions: dict[tuple[int, str], Tensor] = {}
         base = 0
         for key, width in widths.items():
             self._regions[key] = self._ring[base : base + width * (rows + 1)].view(rows + 1, width)
             base += width * (rows + 1)
+        self._dumped = {
+            (layer, held[layer, matrix]): self._regions[layer, part[0]]
+            for layer, site in sites
+            for part in parts[layer, site]
+            for matrix in part
+            if (layer, matrix) in held
+        }
         self._dropped = {
             (layer, matrix): torch.empty(
                 rows + 1, mask_bytes(config.out_features(matrix)), dtype=torch.uint8, device=device
             )
-            for layer, matrix in self._chosen
+            for layer, matrix in chosen
             if matrix in out_masks and self.capture.level != "stats"
         }
         self._labels = torch.empty(rows + 1, len(LABELS), dtype=torch.int64, device=device)
@@ -119,7 +143,7 @@ class Recorder:
         self._folder, self._group, self._blocks = Path(), 0, 0
         self._stages: list[_Stage] = []
         if device.type == "cuda":
-            regions = [self._regions[key] for key in self._chosen]
+            regions = list(self._dumped.values())
             self._stages = [_Stage(self._ring, regions, FORMATS[config.dtype].infinity) for _ in range(PENDING)]
 
     def open(self, folder: Path, group: int) -> None:
@@ -156,17 +180,17 @@ class Recorder:
         return self._rows_n
 
     def ring(self, layer: int, site: str) -> Tensor | None:
-        """[R, S, K] view of what a site's matrices fill; None where none of them is captured."""
+        """[R, P, K] view of what a site's parts fill; None where none of its matrices is captured."""
         first = (layer, SITES[site][0])
         if first not in self._regions:
             return None
         region = self._regions[first]
         rows, width = region.shape
-        shape = (rows - 1, len(SITES[site]), width)
+        shape = (rows - 1, self._num_parts[layer, site], width)
         return self._ring.as_strided(shape, (width, rows * width, 1), region.storage_offset())
 
     def record(self, layer: int, matrix: str, operand_BTK: Tensor) -> None:
-        """Take the placed rows of an operand; `patch.Patch.record`."""
+        """Take the placed rows of an operand, once for all that read it; `patch.Patch.record`."""
         assert self._rows_n is not None
         if (layer, matrix) in self._regions:
             self._regions[layer, matrix].index_copy_(0, self._rows_n, operand_BTK.flatten(0, 1))
@@ -209,9 +233,7 @@ class Recorder:
             self._writer.submit(name, partial(self._write_stage, stage, path))
         else:
             rows = int(self._filled)
-            packed = {
-                (layer, matrix): _pack_on_host(self._regions[layer, matrix][:rows]) for layer, matrix in self._chosen
-            }
+            packed = {key: _pack_on_host(region[:rows]) for key, region in self._dumped.items()}
             dropped = {key: buffer[:rows].numpy().copy() for key, buffer in self._dropped.items()}
             arrays = self._arrays(self._labels[:rows].numpy().copy(), packed, dropped)
             if rows:
@@ -227,7 +249,7 @@ class Recorder:
         labels, packed, dropped = stage.fetch()
         if len(labels):
             arrays = self._arrays(
-                labels, dict(zip(self._chosen, packed, strict=True)), dropped, looked_through=stage.finite
+                labels, dict(zip(self._dumped, packed, strict=True)), dropped, looked_through=stage.finite
             )
             # as they lie in memory: offsets, all values, all masks
             kinds = {"values": 1, "mask": 2}
@@ -262,8 +284,7 @@ class Recorder:
                 arrays[f"{name}.nnz"] = np.diff(offsets).astype(np.int32)
             else:
                 arrays[f"{name}.mask"] = mask
-            if (layer, matrix) in dropped:
-                arrays[f"{name}.out_mask"] = dropped[layer, matrix]
+        arrays |= {f"L{layer:02d}.{matrix}.out_mask": mask for (layer, matrix), mask in dropped.items()}
         return arrays
 
     def _refuse_not_finite(

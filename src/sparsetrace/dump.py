@@ -19,9 +19,11 @@ One block of T rows:
 | `L07.q.values` | uint16 or uint32 [nnz] | bit patterns of the kept values |
 | `L07.q.mask` | uint8 [T, ceil(K / 8)] | kept inputs, lowest bit first, trailing bits zero |
 
-The arrays of a layer and matrix lie side by side, so that packing one leaf reads one stretch of each block. Capture
-level `masks` has no values and offsets but `L07.q.absmax` and `L07.q.l2`, float32 [T]; level `stats` has those and
-`L07.q.nnz`, int32 [T], alone. `L07.q.out_mask`, uint8 [T, ceil(N / 8)], is there where the method has one.
+An operand that several matrices of a site read, as q, k and v do under equal thresholds, is there once: `held_by` of
+each matrix in the manifest names the one under whose name it is. The arrays of a layer and matrix lie side by side, so
+that packing one leaf reads one stretch of each block. Capture level `masks` has no values and offsets but
+`L07.q.absmax` and `L07.q.l2`, float32 [T]; level `stats` has those and `L07.q.nnz`, int32 [T], alone.
+`L07.up.out_mask`, uint8 [T, ceil(N / 8)], is there for each matrix that the method has one of, and lies behind them.
 """
 
 import errno

@@ -13,12 +13,14 @@ capture on or off.
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sparsetrace.capture import Recorder, block_rows
 from sparsetrace.files import InputError
@@ -28,7 +30,7 @@ from sparsetrace.patch import Patch, observe
 from sparsetrace.prompts import Sequence
 from sparsetrace.schema import SITES
 from sparsetrace.settings import Batching, Decoding
-from sparsetrace_kernels.reference import DENSE, advance_ref
+from sparsetrace_kernels.reference import DENSE, advance_ref, sample
 
 Kind = Literal["torch", "triton"]
 
@@ -128,7 +130,7 @@ class Engine:
         self._fused: _Fused | None = None
         if kind == "triton":
             assert patch is not None
-            self._fused = _Fused(model, patch, batching.batch_size, positions, self._ending)
+            self._fused = _Fused(model, patch, batching.batch_size, positions, self._ending, decoding.temperature)
 
     @torch.inference_mode()
     def run(
@@ -331,6 +333,9 @@ class Engine:
         """Each slot's next token: the one given, or one drawn from the logits; none where no step follows."""
         if self.decoding.tokens_from == "own":
             assert hidden_BC is not None
+            if self._fused is not None and self.decoding.top_k == 0:
+                loop.choose(*self._fused.draw(hidden_BC, loop))
+                return
             logits_BV = self.model.logits(hidden_BC)
             drawn_B1 = loop.uniform_BP.gather(1, loop.position_B[:, None])
             next_B = sample(logits_BV, drawn_B1, self.decoding.temperature, self.decoding.top_k)
@@ -519,10 +524,13 @@ class _Loop:
 class _Fused:
     """The kernels' decoder with what a CUDA graph of a step points to; laid out once for all groups."""
 
-    def __init__(self, model: Decoder, patch: Patch, batch: int, positions: int, eos: frozenset[int]) -> None:
+    def __init__(
+        self, model: Decoder, patch: Patch, batch: int, positions: int, eos: frozenset[int], temperature: float
+    ) -> None:
         # imported late: the torch engine also runs where Triton is not installed
         from sparsetrace.fused import FusedDecoder
         from sparsetrace_kernels.configs import active_table
+        from sparsetrace_kernels.draw_tokens import draw_tokens
 
         self._batch = batch
         self._eos = eos
@@ -532,6 +540,8 @@ class _Fused:
         # as a plan's are, so that the longest group fits
         self.decoder = FusedDecoder(model, patch, _aligned(positions), table)
         self._lay_out(_aligned(positions))
+        heat = torch.tensor([temperature], dtype=torch.float64, device=self.device) if temperature else None
+        self._draw = partial(draw_tokens, temperature=heat, arrivals_C=self.decoder.arrivals)
 
     def _lay_out(self, positions: int) -> None:
         self.positions = positions
@@ -592,6 +602,11 @@ class _Fused:
             masked_n = torch.from_numpy(masked_BT.reshape(-1)).to(self.device)
             rows_n = torch.where(masked_n, rows_n, DENSE)
         return self.decoder(tokens_BT, positions_BT, cache, rows_n, one=False)
+
+    def draw(self, hidden_BC: Tensor, loop: _Loop) -> tuple[Tensor, Tensor]:
+        """Each slot's next token, drawn from all of the vocabulary, and whether its logits are finite."""
+        logits_BV = functional.linear(hidden_BC, self.decoder.model.lm_head)
+        return self._draw(logits_BV, loop.uniform_BP, loop.position_B)
 
     def _nowhere(self, rows: int) -> Tensor:
         """Masked and not captured."""
@@ -699,26 +714,3 @@ def uniforms(seed: int, group: list[Sequence], positions: int, batch: int) -> Te
         generator = np.random.Generator(np.random.Philox(key=[seed, sequence.sequence]))
         draws_BS[slot] = generator.random(positions)
     return torch.from_numpy(draws_BS)
-
-
-def sample(logits_BV: Tensor, uniform_B1: Tensor, temperature: float, top_k: int) -> Tensor:
-    """Next token of each slot: the likeliest, or the inverse of the cumulative distribution at a uniform draw.
-
-    Args:
-        logits_BV: float32, finite.
-        uniform_B1: float64 in [0, 1).
-        temperature: 0 is greedy.
-        top_k: 0 is all.
-
-    Returns:
-        int64 [B].
-    """
-    if temperature == 0:
-        return logits_BV.argmax(-1)
-    scaled_BV = logits_BV.double() / temperature
-    if 0 < top_k < logits_BV.shape[-1]:
-        least_B1 = scaled_BV.topk(top_k, dim=-1).values[:, -1:]
-        scaled_BV = scaled_BV.masked_fill(scaled_BV < least_B1, -torch.inf)
-    cumulative_BV = scaled_BV.softmax(-1).cumsum(-1)
-    # scaled by the last sum, which rounding may leave off one, so that no draw falls beyond the vocabulary
-    return (cumulative_BV <= uniform_B1 * cumulative_BV[:, -1:]).sum(-1)

@@ -9,8 +9,8 @@ site's vector (residual add and RMSNorm, attention, SiLU * up) also masks and ca
 | `_Many` | many rows: batches, prompts, given text | the masked operand | dense |
 """
 
-# Shape suffixes: B slots, T positions of a slot, n = B T rows, K input features, N output features, S matrices of a
-# site, P parts of a site (matrices that read one operand), E half a head, G kv heads, D head dim.
+# Shape suffixes: B slots, T positions of a slot, n = B T rows, K input features, N output features, P parts of a site
+# (matrices that read one operand), R rows of the ring, E half a head, G kv heads, D head dim.
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,9 +26,8 @@ from sparsetrace.methods import MatrixRule, Method
 from sparsetrace.model import Block, Decoder, KVCache, ModelConfig, context_of, rotary_factors
 from sparsetrace.patch import Patch, SparseProjection
 from sparsetrace_kernels.add_rmsnorm import add_rmsnorm
-from sparsetrace_kernels.compact import compact
 from sparsetrace_kernels.configs import TuningTable, choose_config
-from sparsetrace_kernels.decode_attention import choose_splits, decode_attention
+from sparsetrace_kernels.decode_attention import choose_splits, decode_attention, decode_attention_list
 from sparsetrace_kernels.list_gemv import list_gemv
 from sparsetrace_kernels.masked_rows import launch_add_rmsnorm_rows, launch_mask_rows, launch_silu_mul_rows
 from sparsetrace_kernels.rotate_rows import launch_rotate_rows
@@ -56,25 +55,26 @@ class _Site:
 
     Args:
         weight: [K, N], input-major.
-        segments: outputs of each matrix.
         columns: of the weight, for each part.
-        parts: the part that each matrix belongs to.
-        thresholds: int32 [S], bit patterns.
-        scale: float32 [S, K], or None.
+        thresholds: int32 [P], bit patterns.
+        scale: float32 [P, K], or None.
         config: of the multiply of one row, `GemvConfig.encode`.
-        ring: where the operands are captured, [R, S, K]; None where they are not.
+        ring: where the operands are captured, [R, P, K]; None where they are not.
     """
 
     layer: int
     name: str
     weight: Tensor
-    segments: list[int]
     columns: list[slice]
-    parts: list[int]
     thresholds: Tensor
     scale: Tensor | None
     config: str
     ring: Tensor | None = None
+
+    @property
+    def segments(self) -> list[int]:
+        """Outputs of each part."""
+        return [columns.stop - columns.start for columns in self.columns]
 
 
 class FusedDecoder:
@@ -87,6 +87,7 @@ class FusedDecoder:
         table: measured kernel configurations; None takes the heuristic's.
 
     Attributes:
+        arrivals: counters that all kernels of the decoder's stream share.
         probe: sees every product, in eager mode; for tests.
 
     Raises:
@@ -104,14 +105,11 @@ class FusedDecoder:
         self._sites = {key: _site(key, module, patch.method, table) for key, module in patch.modules.items()}
         # the last norm is followed by no multiply of ours: nothing is captured, and what is kept of it is not used
         nothing = torch.zeros(1, dtype=torch.int32, device=device)
-        self._last = _Site(
-            len(model.layers), "last", model.norm.weight[:, None], [1], [slice(0, 1)], [0], nothing, None, ""
-        )
-        self._arrivals = new_arrivals(device)
+        self._last = _Site(len(model.layers), "last", model.norm.weight[:, None], [slice(0, 1)], nothing, None, "")
+        self.arrivals = new_arrivals(device)
         self.extend(positions)
         hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-        self._pdl = hopper
-        self._one, self._many = _One(self._arrivals, hopper), _Many()
+        self._one, self._many = _One(self.arrivals, hopper), _Many(hopper)
 
     def extend(self, positions: int) -> None:
         """Serve caches of so many positions."""
@@ -150,12 +148,13 @@ class FusedDecoder:
             norm = block.attn_norm
             residual_nC, x_nK, kept = way.norm(residual_nC, delta_nC, norm.weight, norm.eps, site, rows_n)
             qkv_nN = self._multiply(way, site, x_nK, kept)
-            if bias is None:
-                y_nK = self._attend_one(layer, qkv_nN, positions_n, cache)
-            else:
-                y_nK = self._attend_many(layer, qkv_nN, positions_n, bias, cache)
             site = self._sites[layer, "attn_out"]
-            delta_nC = self._multiply(way, site, y_nK, way.mask(y_nK, site, rows_n))
+            if bias is None:
+                x_nK, kept = way.attend(self._attention(layer, qkv_nN, positions_n, cache), site, rows_n)
+            else:
+                x_nK = self._attend_many(layer, qkv_nN, positions_n, bias, cache)
+                kept = self._many.mask(x_nK, site, rows_n)
+            delta_nC = self._multiply(way, site, x_nK, kept)
             site = self._sites[layer, "mlp_in"]
             norm = block.mlp_norm
             residual_nC, x_nK, kept = way.norm(residual_nC, delta_nC, norm.weight, norm.eps, site, rows_n)
@@ -173,18 +172,17 @@ class FusedDecoder:
             self.probe(site.layer, site.name, x_nK, y_nN)
         return y_nN
 
-    def _attend_one(self, layer: int, qkv_BN: Tensor, positions_B: Tensor, cache: KVCache) -> Tensor:
-        """Attention of one new position of each slot."""
-        return decode_attention(
+    def _attention(self, layer: int, qkv_BN: Tensor, positions_B: Tensor, cache: KVCache) -> "_Attention":
+        """What attention of one new position of each slot takes."""
+        return (
             qkv_BN,
             *self._rotary,
             positions_B,
             cache.k_LBSGD[layer],
             cache.v_LBSGD[layer],
-            self._arrivals,
+            self.arrivals,
             self.config.sliding_window or 0,
             choose_splits(len(positions_B), self.config.num_attention_heads),
-            self._pdl,
         )
 
     def _attend_many(
@@ -216,6 +214,8 @@ class FusedDecoder:
 
 # What a producer leaves for the multiply.
 _Kept = tuple[Tensor, ...]
+# The arguments of `decode_attention`, but for `use_pdl`.
+_Attention = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int]
 
 
 class _Way(Protocol):
@@ -226,8 +226,8 @@ class _Way(Protocol):
     ) -> tuple[Tensor, Tensor, _Kept]:
         """The new residual stream, x, and what is kept of it."""
 
-    def mask(self, x_nK: Tensor, site: _Site, rows_n: Tensor) -> _Kept:
-        """What is kept of a vector in memory."""
+    def attend(self, attention: _Attention, site: _Site, rows_n: Tensor) -> tuple[Tensor, _Kept]:
+        """Attention of one new position of each slot, and what is kept of it."""
 
     def gate(self, gate_up_nN: Tensor, site: _Site, rows_n: Tensor) -> tuple[Tensor, _Kept]:
         """SiLU(gate) * up, and what is kept of it."""
@@ -250,17 +250,18 @@ class _One:
         total_C, x_C, *lists = add_rmsnorm(residual_nC[0], delta_C, weight_C, eps, *self._take(site, rows_n))
         return total_C[None], x_C[None], tuple(lists)
 
-    def mask(self, x_nK: Tensor, site: _Site, rows_n: Tensor) -> _Kept:
-        # one launch that masks and multiplies is a launch less, and slower by 1.3 us (H200, 4096 x 4096)
-        return compact(x_nK[0], *self._take(site, rows_n))
+    def attend(self, attention: _Attention, site: _Site, rows_n: Tensor) -> tuple[Tensor, _Kept]:
+        thresholds, scale, ring, _, slot, pdl = self._take(site, rows_n)
+        y_nK, *lists = decode_attention_list(*attention, thresholds, scale, ring, slot, pdl)
+        return y_nK, tuple(lists)
 
     def gate(self, gate_up_nN: Tensor, site: _Site, rows_n: Tensor) -> tuple[Tensor, _Kept]:
         x_K, *lists = silu_mul(gate_up_nN[0], *self._take(site, rows_n))
         return x_K[None], tuple(lists)
 
     def multiply(self, kept: _Kept, site: _Site) -> Tensor:
-        list_SK, counts_S = kept
-        return list_gemv(list_SK, counts_S, site.weight, self._arrivals, site.segments, site.config)[None]
+        list_PIL, counts_PI = kept
+        return list_gemv(list_PIL, counts_PI, site.weight, self._arrivals, site.segments, site.config)[None]
 
     def _take(
         self, site: _Site, rows_n: Tensor
@@ -272,16 +273,24 @@ class _One:
 class _Many:
     """Many rows: masked operands, one for each part; launched without the dispatcher, which prompts would wait for."""
 
+    def __init__(self, pdl: bool) -> None:
+        self._pdl = pdl
+
     def norm(
         self, residual_nC: Tensor, delta_nC: Tensor | None, weight_C: Tensor, eps: float, site: _Site, rows_n: Tensor
     ) -> tuple[Tensor, Tensor, _Kept]:
         total_nC, x_nC, operand_PnC = launch_add_rmsnorm_rows(
-            residual_nC, delta_nC, weight_C, eps, site.thresholds, site.scale, site.parts, rows_n, site.ring
+            residual_nC, delta_nC, weight_C, eps, site.thresholds, site.scale, rows_n, site.ring
         )
         return total_nC, x_nC, (operand_PnC,)
 
+    def attend(self, attention: _Attention, site: _Site, rows_n: Tensor) -> tuple[Tensor, _Kept]:
+        y_nK = decode_attention(*attention, self._pdl)
+        return y_nK, self.mask(y_nK, site, rows_n)
+
     def mask(self, x_nK: Tensor, site: _Site, rows_n: Tensor) -> _Kept:
-        return (launch_mask_rows(x_nK, site.thresholds, site.scale, site.parts, rows_n, site.ring),)
+        """What is kept of vectors in memory."""
+        return (launch_mask_rows(x_nK, site.thresholds, site.scale, rows_n, site.ring),)
 
     def gate(self, gate_up_nN: Tensor, site: _Site, rows_n: Tensor) -> tuple[Tensor, _Kept]:
         x_nK, operand_nK = launch_silu_mul_rows(gate_up_nN, site.thresholds, site.scale, rows_n, site.ring)
@@ -300,27 +309,30 @@ class _Many:
 def _site(key: tuple[int, str], module: SparseProjection, method: Method, table: TuningTable | None) -> _Site:
     weight_KN = module.dense.weight
     device, (K, N) = weight_KN.device, weight_KN.shape
-    rules = list(module.rules.values())
+    # rules of one part are alike, but for what is expected of them
+    rules = [neighbours[0] for neighbours, _ in module.parts]
     bits = [method.exceeds(rule) for rule in rules]
-    bound_rules = list(zip(rules, bits, strict=True))
-    scales = [rule.scale for rule in rules]
-    scale_SK = None
-    if any(scale is not None for scale in scales):
+    scale_PK = None
+    if any(rule.scale is not None for rule in rules):
         # a threshold of zero drops nothing, not even an input that is scaled to zero
         ones_K = torch.ones(K, device=device)
-        rows = [scale if scale is not None and bound else ones_K for scale, bound in zip(scales, bits, strict=True)]
-        scale_SK = torch.stack(rows)
+        scale_PK = torch.stack(
+            [
+                rule.scale if rule.scale is not None and bound else ones_K
+                for rule, bound in zip(rules, bits, strict=True)
+            ]
+        )
     # half where nothing is known
-    expected = [0.5 if rule.expected is None and bound else rule.expected or 0.0 for rule, bound in bound_rules]
-    parts = [part for part, (neighbours, _) in enumerate(module.parts) for _ in neighbours]
+    expected = [
+        0.5 if rule.expected is None and bound else rule.expected or 0.0
+        for rule, bound in zip(rules, bits, strict=True)
+    ]
     return _Site(
         layer=key[0],
         name=key[1],
         weight=weight_KN,
-        segments=[columns.stop - columns.start for columns in module.dense.columns.values()],
         columns=[columns for _, columns in module.parts],
-        parts=parts,
         thresholds=torch.tensor(bits, dtype=torch.int32, device=device),
-        scale=scale_SK,
+        scale=scale_PK,
         config=choose_config("list", K, N, weight_KN.dtype, sum(expected) / len(expected), table).encode(),
     )

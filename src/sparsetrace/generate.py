@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 import torch
 
 from sparsetrace import __version__
-from sparsetrace.capture import Recorder, captured_matrices
+from sparsetrace.capture import Recorder, captured_matrices, holders
 from sparsetrace.dump import group_name
 from sparsetrace.engine import Engine, GroupResult, Kind, choose_kind
 from sparsetrace.files import InputError, read_json, sha256_json, write_beside, write_json
+from sparsetrace.methods import operand_parts
 from sparsetrace.model import Decoder
 from sparsetrace.patch import Patch, install
 from sparsetrace.prompts import Sequence, read_shard
@@ -245,7 +246,7 @@ class Runner:
             decoder, patch, decoding, batching.model_copy(update={"batch_size": size}), eos, kind, positions
         )
         self._config = decoder.config
-        self._out_masks = patch.method.out_masks
+        self._parts, self._out_masks = patch.parts, patch.method.out_masks
         self._capture = capture
         self._batch_size = batching.batch_size
         self._engine: Engine | None = None
@@ -315,7 +316,7 @@ class Runner:
             self._engine = engine = self._make(batch_size)
             if self._capture is not None:
                 self._recorder = Recorder(
-                    self._config, engine.block_rows, engine.device, self._out_masks, self._capture
+                    self._config, engine.block_rows, engine.device, self._parts, self._out_masks, self._capture
                 )
         if self._recorder is not None:
             self._recorder.open(folder, group[0].group)
@@ -344,11 +345,13 @@ def _joined(parts: list[GroupResult]) -> GroupResult:
 def matrix_table(model: RuntimeModel, thresholds: Thresholds, capture: Capture | None = None) -> list[dict[str, Any]]:
     """What the workload's `matrices.parquet` says of each captured matrix before anything is counted.
 
-    `same_input_as` names an earlier matrix whose masked input is this one's whatever x is, for packing.
+    For packing, `held_by` names the matrix under whose name the dump holds the operand, and `same_input_as` an earlier
+    one whose row of the data set is this one's whatever x is.
     """
     config, method = model.config, thresholds.method
     wanted = captured_matrices(config, capture or Capture())
     rules = {(rule.layer, rule.matrix): rule for rule in thresholds.rules}
+    held = holders(wanted, operand_parts(method, thresholds.rules))
     table = []
     for row in thresholds.rows:
         layer, matrix = row["layer"], row["matrix"]
@@ -368,6 +371,7 @@ def matrix_table(model: RuntimeModel, thresholds: Thresholds, capture: Capture |
                 "layer": layer,
                 "matrix": matrix,
                 "site": site,
+                "held_by": held[layer, matrix],
                 "same_input_as": next(same, None),
                 "in_features": config.in_features(site),
                 "out_features": config.out_features(matrix),

@@ -342,7 +342,8 @@ class _Shard:
             order = order.part(slice(cut * FILE_ROWS, (cut + 1) * FILE_ROWS))
         level = self.dump.get("capture", {}).get("level", "full")
         schema = data_schema(matrix["dtype"], self.encoding, level, matrix["in_features"])
-        share = matrix["in_features"] / sum(other["in_features"] for other in self.dump["matrices"])
+        held = {(other["layer"], other["held_by"]): other["in_features"] for other in self.dump["matrices"]}
+        share = matrix["in_features"] / sum(held.values())
         nnz = 0
         with (
             write_beside(path) as partial,
@@ -424,7 +425,8 @@ def _pieces(
     matrix: dict[str, Any], share: float, level: str, blocks: list[Block], order: _Order
 ) -> Iterable[tuple[Index, Figures, Rows | None]]:
     """Whole row groups of one layer and matrix, some at a time, in order; `share` is about its share of each block."""
-    name = f"L{matrix['layer']:02d}.{matrix['matrix']}"
+    layer = f"L{matrix['layer']:02d}"
+    name, outputs = f"{layer}.{matrix['held_by']}", f"{layer}.{matrix['matrix']}.out_mask"
     number = FORMATS[matrix["dtype"]]
     row_bytes = matrix["in_features"] * number.bits.itemsize
     room = max(1, PIECE_BYTES // (row_bytes * ROW_GROUP_ROWS)) * ROW_GROUP_ROWS
@@ -440,8 +442,8 @@ def _pieces(
         block, row = np.ascontiguousarray(place["block"]), np.ascontiguousarray(place["row"])
         index = Index(*(np.ascontiguousarray(place[column]) for column in ("token", "sequence", "position")))
         rows, out_mask = None, None
-        if f"{name}.out_mask" in blocks[block[0]]:
-            out_mask = _pick(blocks, f"{name}.out_mask", block, row)
+        if outputs in blocks[block[0]]:
+            out_mask = _pick(blocks, outputs, block, row)
         if level == "full":
             mask, offsets, patterns = gather(blocks, name, block, row, number)
             figures = Figures(np.diff(offsets), *row_figures(patterns, offsets, number))

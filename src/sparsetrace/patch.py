@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsetrace.files import InputError
-from sparsetrace.methods import MatrixRule, Method
+from sparsetrace.methods import MatrixRule, Method, operand_parts
 from sparsetrace.model import ACTIVATIONS, Block, Decoder, ModelConfig, Projection
-from sparsetrace.schema import SITES
+from sparsetrace.schema import SITES, Parts
 from sparsetrace_kernels.reference import mask_operand
 
 Record = Callable[[int, str, Tensor], None]
@@ -53,6 +53,11 @@ class Patch:
         """What the method remembers of the group's sequences in one layer."""
         return self._memory.setdefault(layer, {})
 
+    @property
+    def parts(self) -> Parts:
+        """The matrices of each site, those that read one operand together."""
+        return operand_parts(self.method, [rule for module in self.modules.values() for rule in module.rules.values()])
+
     def use(self, rules: list[MatrixRule]) -> None:
         """Decide by other rules from now on; all those of each site that they name."""
         for (layer, site), module in self.modules.items():
@@ -85,15 +90,12 @@ class SparseProjection(nn.Module):
     def use(self, rules: list[MatrixRule]) -> None:
         """Decide by other rules from now on."""
         self.rules = {rule.matrix: rule for rule in rules}
-        self.parts: list[tuple[list[MatrixRule], slice]] = []
-        for rule in rules:
-            columns = self.dense.columns[rule.matrix]
-            if self.parts and self.patch.method.same_mask(self.parts[-1][0][0], rule):
-                # one masking and one multiply serve neighbours that read the same operand
-                neighbours, reach = self.parts[-1]
-                self.parts[-1] = ([*neighbours, rule], slice(reach.start, columns.stop))
-            else:
-                self.parts.append(([rule], columns))
+        columns = self.dense.columns
+        # one masking and one multiply serve neighbours that read the same operand
+        self.parts = [
+            (part, slice(columns[part[0].matrix].start, columns[part[-1].matrix].stop))
+            for part in self.patch.method.parts(rules)
+        ]
 
     def forward(self, x_BTK: Tensor) -> Tensor:
         patch = self.patch

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
+from sparsetrace.capture import holders
 from sparsetrace.dump import Block
 from sparsetrace.engine import GroupResult, Kind
 from sparsetrace.files import InputError
@@ -71,6 +72,7 @@ def recompute(
     kind: Kind = manifest["engine"] if device.type == "cuda" else "torch"
     positions = max(map(len, table["prompt_ids"].to_pylist())) + batching.max_new_tokens
     runner = Runner(decoder, patch, decoding, batching, opened.eos, capture, kind, positions)
+    held = holders(workload.leaves, patch.parts)
     groups = list(dict.fromkeys(table["group"].to_pylist()[:sequences]))
     faults: list[Fault] = []
     again: list[tuple[GroupResult, list[str]]] = []
@@ -93,7 +95,7 @@ def recompute(
                     what = f"output of sequence {sequence.sequence} must be the same when run again, got another"
                     faults.append(Fault("sequences.parquet", what + _versions(manifest, device)))
             for name in blocks:
-                faults += _differences(workload, Block(scratch / name), device)
+                faults += _differences(workload, Block(scratch / name), held, device)
         finally:
             shutil.rmtree(scratch)
         if report is not None:
@@ -101,14 +103,16 @@ def recompute(
     return faults
 
 
-def _differences(workload: Workload, block: Block, device: torch.device) -> Iterator[Fault]:
+def _differences(
+    workload: Workload, block: Block, held: dict[tuple[int, str], str], device: torch.device
+) -> Iterator[Fault]:
     tokens = block["rows.token"]
     known = np.isin(tokens, workload.tokens)
     if not known.all():
         yield Fault("tokens.parquet", f"must name token {tokens[~known][0]}, which is captured when run again")
         return
     for layer, matrix in workload.leaves:
-        name = f"L{layer:02d}.{matrix}"
+        name, outputs = f"L{layer:02d}.{held[layer, matrix]}", f"L{layer:02d}.{matrix}.out_mask"
         if workload.level == "stats":
             figures = workload.select(token=tokens).figures(layer, matrix)
             back = np.argsort(np.argsort(tokens))
@@ -117,7 +121,7 @@ def _differences(workload: Workload, block: Block, device: torch.device) -> Iter
             rows = workload.matrix(layer, matrix, tokens)
             pairs = [(rows.mask, block[f"{name}.mask"])]
             if rows.out_mask is not None:
-                pairs += [(rows.out_mask, block[f"{name}.out_mask"])]
+                pairs += [(rows.out_mask, block[outputs])]
             if rows.bits is not None:
                 # with equal masks, values lie at equal places
                 whole = np.array_equal(*pairs[0])

@@ -13,11 +13,12 @@ import pyarrow as pa
 from sparsetrace.names import MATRICES as MATRICES
 from sparsetrace.names import SITE_OF as SITE_OF
 from sparsetrace.names import SITES as SITES
+from sparsetrace.names import Parts as Parts
 
 PHASES: Final = ("prefill", "decode", "forced")
 
 WORKLOAD_VERSION: Final = 1
-DUMP_VERSION: Final = 1
+DUMP_VERSION: Final = 2
 MODEL_VERSION: Final = 1
 ROW_GROUP_ROWS: Final = 512
 # How a row's operand is written: bitmask and byte planes, or plain lists.

@@ -5,11 +5,11 @@
 
 import pytest
 import torch
-from kernel_testing import assert_sum_close
+from kernel_testing import assert_sum_close, make_slot, threshold_bits
 
 from sparsetrace.model import rotate
-from sparsetrace_kernels.decode_attention import MAX_SPLITS, choose_splits, decode_attention
-from sparsetrace_kernels.reference import decode_attention_ref
+from sparsetrace_kernels.decode_attention import MAX_SPLITS, choose_splits, decode_attention, decode_attention_list
+from sparsetrace_kernels.reference import compact_ref, decode_attention_ref, keep_segments, mask_operand
 from sparsetrace_kernels.sparse_gemv import new_arrivals
 
 HALF = [torch.float16, torch.bfloat16]
@@ -25,7 +25,7 @@ CASES = [
     (4, 2, 24, 7, 1),
     (4, 1, 64, 70, 4),  # two tiles, for four splits
     (1, 1, 6, 1, 2),  # the current token alone
-    (2, 1, 320, 0, 3),  # tiles of 16 positions
+    (2, 1, 320, 0, 3),
 ]
 POSITIONS = [0, 1, 37, 64, LENGTH - 1]
 
@@ -206,6 +206,55 @@ def test_nan_and_infinity_reach_the_output_of_their_head_only(device):
     assert torch.equal(y_HD[:2], clean_HD[:2])
 
 
+@pytest.mark.parametrize("has_scale", [False, True], ids=["", "scale"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("H", "G", "D", "num_splits"), [(4, 2, 24, 1), (4, 1, 64, 3), (2, 2, 128, 8)])
+def test_lists_and_captures(device, H, G, D, num_splits, dtype, has_scale):
+    """Output and cache as without; list, counts and ring equal the oracle's on the output, bit for bit."""
+    plain, listed = (Problem(device, dtype, H, G, D, [77]) for _ in range(2))
+    y_BN = plain.run(0, num_splits)
+    scale_SK = torch.rand(1, H * D, generator=torch.Generator().manual_seed(4)).to(device) if has_scale else None
+    score_K = y_BN[0].float().abs() * scale_SK[0] if has_scale else y_BN[0]
+    bits_S = threshold_bits(score_K, 0.5)
+    ring_RSK = torch.full((3, 1, H * D), float("nan"), dtype=dtype, device=device)
+
+    def run(values_RSK, slot):
+        found = decode_attention_list(*listed.arguments(0, num_splits), bits_S, scale_SK, values_RSK, slot)
+        assert not listed.arrivals_C.any()
+        return found
+
+    found_BN, list_SIL, counts_SI = run(ring_RSK, make_slot(1, device))
+    assert torch.equal(bits(found_BN), bits(y_BN))
+    for name in ("keys_BSGD", "values_BSGD"):
+        assert torch.equal(bits(getattr(listed, name)), bits(getattr(plain, name)))
+    ref_SIL, ref_counts_SI = compact_ref(y_BN[0], bits_S, scale_SK, length=D)
+    assert torch.equal(counts_SI, ref_counts_SI)
+    valid_SIL = torch.arange(D, device=device) < counts_SI[..., None]
+    assert torch.equal(torch.where(valid_SIL, list_SIL, 0), ref_SIL)
+    operand_K = mask_operand(y_BN[0], keep_segments(y_BN[0], bits_S, scale_SK)[0])
+    assert torch.equal(bits(ring_RSK[1, 0]), bits(operand_K))
+    assert ring_RSK[[0, 2]].isnan().all()
+    # without a ring, and outside it, the same
+    before = bits(ring_RSK).clone()
+    for again in (run(None, None), run(ring_RSK, make_slot(3, device))):
+        assert torch.equal(bits(again[0]), bits(y_BN)) and torch.equal(again[2], counts_SI)
+    assert torch.equal(bits(ring_RSK), before)
+
+
+def test_list_is_for_one_slot(device):
+    bits_S = torch.zeros(1, dtype=torch.int32, device=device)
+    problem = Problem(device, torch.float16, 4, 2, 8, [3, 0], S=5)
+    with pytest.raises(
+        ValueError, match="^decode_attention_list: qkv_BN must be of one slot and at most 128 heads, got 2"
+    ):
+        decode_attention_list(*problem.arguments(), bits_S, None, None, None)
+    problem = Problem(device, torch.float16, 4, 2, 8, [3], S=5)
+    with pytest.raises(ValueError, match="^decode_attention_list: threshold_bits_S must hold one threshold, got 2"):
+        decode_attention_list(*problem.arguments(), bits_S.repeat(2), None, None, None)
+    with pytest.raises(ValueError, match="^decode_attention_list: slot must be given with a ring only"):
+        decode_attention_list(*problem.arguments(), bits_S, None, None, make_slot(0, device))
+
+
 def test_splits_are_fewer_the_more_heads_there_are():
     assert [choose_splits(B, 32) for B in (1, 2, 4, 8, 64)] == [8, 4, 2, 1, 1]
     assert choose_splits(1, 1) == MAX_SPLITS
@@ -218,6 +267,14 @@ def test_is_a_well_formed_op(device):
     for cache_BSGD in (problem.keys_BSGD, problem.values_BSGD):
         cache_BSGD.nan_to_num_()
     torch.library.opcheck(decode_attention, problem.arguments(4, 2))
+    problem = Problem(device, torch.float16, 2, 1, 8, [3], S=5)
+    for cache_BSGD in (problem.keys_BSGD, problem.values_BSGD):
+        cache_BSGD.nan_to_num_()
+    ring_RSK = torch.zeros(2, 1, 16, dtype=torch.float16, device=device)
+    listing = (torch.zeros(1, dtype=torch.int32, device=device), None, ring_RSK, make_slot(1, device))
+    # list entries behind the count are undefined, so outputs are not compared between runs
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(decode_attention_list, (*problem.arguments(4, 2), *listing), test_utils=tests)
 
 
 def test_refuses(device):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from sparsetrace.capture import Recorder, _pack_on_host, _Stage
+from sparsetrace.capture import Recorder, _pack_on_host, _Stage, captured_matrices, holders
 from sparsetrace.engine import Engine, choose_kind
 from sparsetrace.files import InputError
 from sparsetrace.fused import FusedDecoder
@@ -73,19 +73,22 @@ def engine_of(
 
 
 def recorded(engine, group, folder, given=None, capture=None):
-    """A group's result and its operands: {(layer, matrix, token): (mask, values)} as bytes."""
-    recorder = Recorder(engine.model.config, engine.block_rows, engine.device, capture=capture)
+    """A group's result and its operands: {(layer, matrix, token): (mask, values)} as bytes, for all that read one."""
+    recorder = Recorder(engine.model.config, engine.block_rows, engine.device, engine.patch.parts, capture=capture)
     recorder.open(folder, 0)
     result = engine.run(group, recorder, given)
     found = {}
+    held = holders(captured_matrices(engine.model.config, capture or Capture()), engine.patch.parts)
     for name in recorder.close()[0]:
         arrays = load_file(folder / name)
         for stem in {key.rsplit(".", 1)[0] for key in arrays} - {"rows"}:
             offsets, values, mask = (arrays[f"{stem}.{part}"] for part in ("offsets", "values", "mask"))
             for row, token in enumerate(arrays["rows.token"].tolist()):
-                key = (int(stem[1:3]), stem[4:], token)
-                assert key not in found
-                found[key] = mask[row].tobytes(), values[offsets[row] : offsets[row + 1]].tobytes()
+                operand = mask[row].tobytes(), values[offsets[row] : offsets[row + 1]].tobytes()
+                layer = int(stem[1:3])
+                for matrix in (m for (at, m), holder in held.items() if (at, holder) == (layer, stem[4:])):
+                    assert (layer, matrix, token) not in found
+                    found[layer, matrix, token] = operand
     recorder.shutdown()
     return result, found
 
@@ -101,7 +104,7 @@ def test_every_product(tiny, tmp_path, rng, device, model, method, one, dtype):
     decoder, patch = installed(tiny, tmp_path, rng, device, method, dtype, layers=2, **MODELS[model])
     config = decoder.config
     fused = FusedDecoder(decoder, patch, 16, None)
-    recorder = Recorder(config, 8, device)
+    recorder = Recorder(config, 8, device, patch.parts)
     fused.use(recorder)
     B, T = (1, 1) if one else (2, 3)
     cache = KVCache(config, B, 16, device)
@@ -120,12 +123,13 @@ def test_every_product(tiny, tmp_path, rng, device, model, method, one, dtype):
     dropped = []
     for layer, site, x_nK, y_nN in seen:
         module = patch.modules[layer, site]
+        holder = {matrix: part[0] for part in patch.parts[layer, site] for matrix in part}
         for matrix, columns in module.dense.columns.items():
             rule = module.rules[matrix]
             keep = patch.method.keep(x_nK, rule)
             operand_nK = mask_operand(x_nK, torch.ones_like(x_nK, dtype=torch.bool) if keep is None else keep)
             operand_nK = torch.where((rows_n == DENSE)[:, None], x_nK, operand_nK)
-            region = recorder._regions[layer, matrix]
+            region = recorder._regions[layer, holder[matrix]]
             for row, place in enumerate(rows_n.tolist()):
                 if 0 <= place < 8:
                     assert torch.equal(region[place].view(torch.int16), operand_nK[row].view(torch.int16)), matrix
@@ -347,18 +351,18 @@ def test_compiled_code_captures(tiny, tmp_path, rng, device, one):
     rows_n = torch.tensor([2] if one else [2, DENSE, 0], device=device)
     norm = decoder.layers[0].attn_norm
 
-    def part(residual_nC, ring_RSK):
+    def part(residual_nC, ring_RPK):
         half_nC = residual_nC / 2
         what = (norm.weight, norm.eps, site.thresholds, site.scale)
         if one:
-            *_, lists, counts = add_rmsnorm(residual_nC[0], half_nC[0], *what, ring_RSK, None, rows_n)
-            return list_gemv(lists, counts, site.weight, fused._arrivals, site.segments, site.config) * 2
-        *_, operand_PnK = add_rmsnorm_rows(residual_nC, half_nC, *what, site.parts, rows_n, ring_RSK)
+            *_, lists, counts = add_rmsnorm(residual_nC[0], half_nC[0], *what, ring_RPK, None, rows_n)
+            return list_gemv(lists, counts, site.weight, fused.arrivals, site.segments, site.config) * 2
+        *_, operand_PnK = add_rmsnorm_rows(residual_nC, half_nC, *what, rows_n, ring_RPK)
         return operand_PnK[0] @ site.weight * 2
 
     found = []
     for compiled in (False, True):
-        recorder = Recorder(decoder.config, 4, device)
+        recorder = Recorder(decoder.config, 4, device, patch.parts)
         recorder._ring.fill_(torch.nan)
         # without a GPU there may be no compiler; the passes that could drop or copy a ring run all the same
         backend = "inductor" if device.type == "cuda" else "aot_eager"

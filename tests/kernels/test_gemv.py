@@ -106,18 +106,24 @@ def test_list_matches_oracle(device, case, config, dtype, sparsity):
     K, segments = case
     config = encode(config)
     x_K, weight_KN, bits_S = make_case(K, segments, dtype, device, sparsity)
-    list_SK, counts_S = compact_ref(x_K, bits_S)
-    # what lies behind the counts must not matter
-    list_SK = torch.where(torch.arange(K, device=device) < counts_S[:, None], list_SK, -1)
-    arrivals_C = new_arrivals(device)
-
-    y_N = list_gemv(list_SK, counts_S, weight_KN, arrivals_C, segments, config)
-
     operand_SK = mask_operand(x_K.expand(len(segments), K), keep_segments(x_K, bits_S))
-    ref_N = list_gemv_ref(list_SK, counts_S, weight_KN, segments)
-    assert_sum_close(y_N, ref_N, torch_gemv(operand_SK, weight_KN, segments))
-    assert not arrivals_C.any()
-    assert torch.equal(list_gemv(list_SK, counts_S, weight_KN, arrivals_C, segments, config), y_N)
+    arrivals_C = new_arrivals(device)
+    found = []
+    # one section; some that fill no power of two; the last with fewer inputs
+    for length in (K, -(-K // 3), max(1, K - 1)):
+        list_SIL, counts_SI = compact_ref(x_K, bits_S, length=length)
+        # what lies behind the counts must not matter
+        list_SIL = torch.where(torch.arange(length, device=device) < counts_SI[..., None], list_SIL, -1)
+        lists = list_SIL, counts_SI, weight_KN
+
+        y_N = list_gemv(*lists, arrivals_C, segments, config)
+
+        assert_sum_close(y_N, list_gemv_ref(*lists, segments), torch_gemv(operand_SK, weight_KN, segments))
+        assert not arrivals_C.any()
+        assert torch.equal(list_gemv(*lists, arrivals_C, segments, config), y_N)
+        found.append(y_N)
+    # the cut into sections changes no bit
+    assert all(torch.equal(y_N, found[0]) for y_N in found)
 
 
 # 0 * Inf in numpy, on which Triton's interpreter runs
@@ -181,7 +187,20 @@ def test_ops_are_well_formed(device):
     arrivals_C = new_arrivals(device)
     slot = make_slot(1, device)
     torch.library.opcheck(sparse_gemv, (x_K, weight_KN, bits_S, arrivals_C, [24, 8], None, values_RSK, mask_RSM, slot))
-    torch.library.opcheck(list_gemv, (*compact_ref(x_K, bits_S), weight_KN, arrivals_C, [24, 8]))
+    lists = compact_ref(x_K, bits_S, length=40)
+    torch.library.opcheck(list_gemv, (*lists, weight_KN, arrivals_C, [24, 8]))
+    list_SIL, counts_SI = lists
+    refused = {
+        r"list_SIL must be \[S, I, L\] with I in \[1, 128\], got \(2, 129, 1\)": (
+            list_SIL.new_zeros(2, 129, 1),
+            counts_SI,
+        ),
+        r"counts_SI must be contiguous torch.int32 \(2, 2\)": (list_SIL, counts_SI[:, :1]),
+        "segments must be as many as the lists": (list_SIL[:1].contiguous(), counts_SI[:1].contiguous()),
+    }
+    for match, wrong in refused.items():
+        with pytest.raises(ValueError, match="^list_gemv: " + match):
+            list_gemv(*wrong, weight_KN, arrivals_C, [24, 8])
 
 
 def refusals():

@@ -1,6 +1,6 @@
 """The row producers: operands and ring equal the oracle's bit for bit, sums lie within twice torch's error."""
 
-# Shape suffixes: T = rows, K = features, S = segments, P = parts, R = ring slots.
+# Shape suffixes: T = rows, K = features, S = segments, R = ring slots.
 
 import pytest
 import torch
@@ -26,14 +26,13 @@ NUM_SLOTS = 4
 DESTS = [1, DENSE, -1, NUM_SLOTS - 1, NUM_SLOTS, 1 << 40]
 
 CASES = [
-    # T, K, parts
-    (1, 1, [0]),
-    (6, 100, [0, 0, 0]),
-    (7, 513, [0, 1, 2]),
-    (3, 640, [0, 0, 1]),
-    (2, 256, [0, 1]),
+    # T, K, S
+    (1, 1, 1),
+    (6, 100, 1),
+    (7, 513, 3),
+    (2, 256, 2),
 ]
-case_ids = "T{0[0]}-K{0[1]}-parts{0[2]}".format
+case_ids = "T{0[0]}-K{0[1]}-S{0[2]}".format
 
 
 def make_rows(T, K, dtype, device, seed=0):
@@ -43,21 +42,21 @@ def make_rows(T, K, dtype, device, seed=0):
     return wide[:, :K]
 
 
-def make_thresholds(x_TK, parts, sparsity):
-    """Draw a threshold for each part, in ascending sparsity up to the wanted one."""
-    by_part = [sparsity * (part + 1) / (parts[-1] + 1) for part in parts]
-    return torch.cat([threshold_bits(x_TK.flatten(), s) for s in by_part])
+def make_thresholds(x_TK, S, sparsity):
+    """Draw a threshold for each segment, in ascending sparsity up to the wanted one."""
+    return torch.cat([threshold_bits(x_TK.flatten(), sparsity * (s + 1) / S) for s in range(S)])
 
 
 def make_dests(T, device):
-    return torch.tensor([DESTS[t % len(DESTS)] for t in range(T)], device=device)
+    # captured rows have different slots
+    return torch.tensor([DESTS[t] if t < len(DESTS) else -1 for t in range(T)], device=device)
 
 
 def make_regions(S, K, dtype, device):
     """Make a poisoned ring whose segments are regions of one buffer: the rows of a segment follow one another."""
     capacity = NUM_SLOTS + 3
     flat = torch.full((capacity * K * (S + 1),), float("nan"), dtype=dtype, device=device)
-    # the region in front belongs to another matrix
+    # the region in front belongs to another site
     return flat, flat[capacity * K :].as_strided((NUM_SLOTS, S, K), (K, capacity * K, 1))
 
 
@@ -72,11 +71,11 @@ def assert_same_bits(ours, ref):
     assert torch.equal(ours.view(torch.int16), ref.contiguous().view(torch.int16))
 
 
-def assert_masked(x_TK, bits_S, scale_SK, parts, dest_T, operand_PTK, ring):
+def assert_masked(x_TK, bits_S, scale_SK, dest_T, operand_STK, ring):
     """The operands are the oracle's; so is the ring's whole buffer, of which most must still be poisoned."""
-    flat, _ = make_regions(len(parts), x_TK.shape[1], x_TK.dtype, x_TK.device)
+    flat, _ = make_regions(len(bits_S), x_TK.shape[1], x_TK.dtype, x_TK.device)
     values_RSK = torch.as_strided(flat, ring[1].shape, ring[1].stride(), ring[1].storage_offset())
-    assert_same_bits(operand_PTK, mask_rows_ref(x_TK, bits_S, scale_SK, parts, dest_T, values_RSK))
+    assert_same_bits(operand_STK, mask_rows_ref(x_TK, bits_S, scale_SK, dest_T, values_RSK))
     assert_same_bits(ring[0], flat)
 
 
@@ -84,14 +83,14 @@ def assert_masked(x_TK, bits_S, scale_SK, parts, dest_T, operand_PTK, ring):
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=case_ids)
 def test_mask_rows(device, case, dtype, sparsity):
-    T, K, parts = case
+    T, K, S = case
     x_TK = make_rows(T, K, dtype, device)
-    bits_S, dest_T = make_thresholds(x_TK, parts, sparsity), make_dests(T, device)
-    ring = make_regions(len(parts), K, dtype, device)
-    operand_PTK = mask_rows(x_TK, bits_S, None, parts, dest_T, ring[1])
-    assert_masked(x_TK, bits_S, None, parts, dest_T, operand_PTK, ring)
+    bits_S, dest_T = make_thresholds(x_TK, S, sparsity), make_dests(T, device)
+    ring = make_regions(S, K, dtype, device)
+    operand_STK = mask_rows(x_TK, bits_S, None, dest_T, ring[1])
+    assert_masked(x_TK, bits_S, None, dest_T, operand_STK, ring)
     if sparsity == 1.0:
-        assert not operand_PTK[-1, dest_T != DENSE].view(torch.int16).any()
+        assert not operand_STK[-1, dest_T != DENSE].view(torch.int16).any()
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -104,28 +103,27 @@ def test_rows_wider_than_a_chunk_keep_every_pattern(device, dtype):
     bits_S = torch.tensor([0, -5], dtype=torch.int32, device=device)
     dest_T = make_dests(6, device)
     ring = make_regions(2, K, dtype, device)
-    operand_PTK = mask_rows(x_TK, bits_S, None, [0, 1], dest_T, ring[1])
-    assert_masked(x_TK, bits_S, None, [0, 1], dest_T, operand_PTK, ring)
+    operand_STK = mask_rows(x_TK, bits_S, None, dest_T, ring[1])
+    assert_masked(x_TK, bits_S, None, dest_T, operand_STK, ring)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_mask_rows_scales_the_score(device, dtype):
-    T, K, parts = 4, 300, [0, 0, 1]
+    T, K = 4, 300
     x_TK = make_rows(T, K, dtype, device)
-    scale_PK = torch.rand(2, K, generator=torch.Generator().manual_seed(3)).to(device)
-    scale_SK = scale_PK[parts].contiguous()
+    scale_SK = torch.rand(2, K, generator=torch.Generator().manual_seed(3)).to(device)
     bits_S = torch.cat([threshold_bits((x_TK.float().abs() * scale_K).flatten(), 0.5) for scale_K in scale_SK])
     dest_T = make_dests(T, device)
-    ring = make_regions(3, K, dtype, device)
-    operand_PTK = mask_rows(x_TK, bits_S, scale_SK, parts, dest_T, ring[1])
-    assert_masked(x_TK, bits_S, scale_SK, parts, dest_T, operand_PTK, ring)
+    ring = make_regions(2, K, dtype, device)
+    operand_STK = mask_rows(x_TK, bits_S, scale_SK, dest_T, ring[1])
+    assert_masked(x_TK, bits_S, scale_SK, dest_T, operand_STK, ring)
 
 
 def test_mask_rows_without_a_ring(device):
     x_TK = make_rows(6, 40, torch.float16, device)
-    bits_S, dest_T = make_thresholds(x_TK, [0], 0.5), make_dests(6, device)
-    operand_PTK = launch_mask_rows(x_TK, bits_S, None, [0], dest_T, None)
-    assert_same_bits(operand_PTK, mask_rows_ref(x_TK, bits_S, None, [0], dest_T, None))
+    bits_S, dest_T = make_thresholds(x_TK, 1, 0.5), make_dests(6, device)
+    operand_STK = launch_mask_rows(x_TK, bits_S, None, dest_T, None)
+    assert_same_bits(operand_STK, mask_rows_ref(x_TK, bits_S, None, dest_T, None))
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0])
@@ -133,15 +131,15 @@ def test_mask_rows_without_a_ring(device):
 @pytest.mark.parametrize("has_delta", [True, False], ids=["delta", "first-layer"])
 @pytest.mark.parametrize("case", CASES, ids=case_ids)
 def test_add_rmsnorm_rows(device, case, has_delta, dtype, sparsity):
-    T, K, parts = case
+    T, K, S = case
     residual_TK = make_rows(T, K, dtype, device)
     delta_TK = make_rows(T, K, dtype, device, seed=5) if has_delta else None
     weight_K = make_input(K, dtype, device, seed=6)
-    bits_S, dest_T = make_thresholds(residual_TK, parts, sparsity), make_dests(T, device)
-    ring = make_regions(len(parts), K, dtype, device)
+    bits_S, dest_T = make_thresholds(residual_TK, S, sparsity), make_dests(T, device)
+    ring = make_regions(S, K, dtype, device)
 
-    total_TK, normed_TK, operand_PTK = add_rmsnorm_rows(
-        residual_TK, delta_TK, weight_K, EPS, bits_S, None, parts, dest_T, ring[1]
+    total_TK, normed_TK, operand_STK = add_rmsnorm_rows(
+        residual_TK, delta_TK, weight_K, EPS, bits_S, None, dest_T, ring[1]
     )
 
     ref_total_TK, ref_TK = norm_ref(residual_TK, delta_TK, weight_K)
@@ -153,7 +151,7 @@ def test_add_rmsnorm_rows(device, case, has_delta, dtype, sparsity):
         _, ref_TK = norm_ref(total_TK, None, weight_K)
     unit_TK = total_TK.float() * torch.rsqrt(total_TK.float().square().mean(1, keepdim=True) + EPS)
     assert_sum_close(normed_TK, ref_TK, unit_TK.to(dtype) * weight_K)
-    assert_masked(normed_TK, bits_S, None, parts, dest_T, operand_PTK, ring)
+    assert_masked(normed_TK, bits_S, None, dest_T, operand_STK, ring)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0])
@@ -162,32 +160,32 @@ def test_add_rmsnorm_rows(device, case, has_delta, dtype, sparsity):
 def test_silu_mul_rows(device, T, K, dtype, sparsity):
     gate_up_T2K = make_rows(T, 2 * K, dtype, device)
     ref_TK = silu_mul_ref(gate_up_T2K)
-    bits_S, dest_T = make_thresholds(ref_TK.to(dtype), [0], sparsity), make_dests(T, device)
+    bits_S, dest_T = make_thresholds(ref_TK.to(dtype), 1, sparsity), make_dests(T, device)
     ring = make_regions(1, K, dtype, device)
 
     product_TK, operand_TK = silu_mul_rows(gate_up_T2K, bits_S, None, dest_T, ring[1])
 
     gate_TK, up_TK = gate_up_T2K.chunk(2, dim=1)
     assert_sum_close(product_TK, ref_TK, torch.nn.functional.silu(gate_TK) * up_TK)
-    assert_masked(product_TK, bits_S, None, [0], dest_T, operand_TK[None], ring)
+    assert_masked(product_TK, bits_S, None, dest_T, operand_TK[None], ring)
 
 
 def test_ops_are_well_formed(device):
     x_TK, delta_TK = (make_input(6 * 64, torch.float16, device, seed=s).view(6, 64) for s in (0, 1))
     dest_T = make_dests(6, device)
-    bits_S = make_thresholds(x_TK, [0, 0, 1], 0.5)
-    values_RSK = torch.zeros(NUM_SLOTS, 3, 64, dtype=torch.float16, device=device)
-    parts = ([0, 0, 1], dest_T, values_RSK)
-    torch.library.opcheck(mask_rows, (x_TK, bits_S, None, *parts))
-    torch.library.opcheck(mask_rows, (x_TK, bits_S, None, *parts[:2], None))
-    torch.library.opcheck(add_rmsnorm_rows, (x_TK, delta_TK, x_TK[0].clone(), EPS, bits_S, None, *parts))
+    bits_S = make_thresholds(x_TK, 2, 0.5)
+    values_RSK = torch.zeros(NUM_SLOTS, 2, 64, dtype=torch.float16, device=device)
+    where = (dest_T, values_RSK)
+    torch.library.opcheck(mask_rows, (x_TK, bits_S, None, *where))
+    torch.library.opcheck(mask_rows, (x_TK, bits_S, None, dest_T, None))
+    torch.library.opcheck(add_rmsnorm_rows, (x_TK, delta_TK, x_TK[0].clone(), EPS, bits_S, None, *where))
     torch.library.opcheck(silu_mul_rows, (x_TK, bits_S[:1], None, dest_T, values_RSK[:, :1, :32].contiguous()))
 
 
 def test_launches_equal_their_ops(device):
     x_TK = make_rows(6, 64, torch.bfloat16, device)
-    bits_S, dest_T = make_thresholds(x_TK, [0], 0.5), make_dests(6, device)
-    norm = (x_TK, None, make_input(64, torch.bfloat16, device), EPS, bits_S, None, [0], dest_T, None)
+    bits_S, dest_T = make_thresholds(x_TK, 1, 0.5), make_dests(6, device)
+    norm = (x_TK, None, make_input(64, torch.bfloat16, device), EPS, bits_S, None, dest_T, None)
     gated = (x_TK, bits_S, None, dest_T, None)
     outputs = [*launch_add_rmsnorm_rows(*norm), *launch_silu_mul_rows(*gated)]
     for ours, ref in zip(outputs, [*add_rmsnorm_rows(*norm), *silu_mul_rows(*gated)], strict=True):
@@ -196,62 +194,67 @@ def test_launches_equal_their_ops(device):
 
 def test_refuses(device):
     x_TK = make_input(6 * 64, torch.float16, device).view(6, 64)
-    bits_S, dest_T = make_thresholds(x_TK, [0], 0.5), make_dests(6, device)
+    bits_S, dest_T = make_thresholds(x_TK, 1, 0.5), make_dests(6, device)
     values_RSK = torch.zeros(NUM_SLOTS, 1, 64, dtype=torch.float16, device=device)
 
-    def refused(match, x_TK=x_TK, bits_S=bits_S, scale_SK=None, parts=(0,), dest_T=dest_T, values_RSK=values_RSK):
+    def refused(match, x_TK=x_TK, bits_S=bits_S, scale_SK=None, dest_T=dest_T, values_RSK=values_RSK):
         with pytest.raises(ValueError, match=r"^mask_rows: " + match):
-            mask_rows(x_TK, bits_S, scale_SK, list(parts), dest_T, values_RSK)
+            mask_rows(x_TK, bits_S, scale_SK, dest_T, values_RSK)
 
     refused("x_TK must be a nonempty fp16 or bf16 matrix with contiguous rows, got torch.float32", x_TK=x_TK.float())
     refused("x_TK must be .* matrix with contiguous rows", x_TK=x_TK.T)
-    for parts in ((), (1,), (0, 2), (0, 1, 0), (0, 0, 0, 0)):
-        refused("parts must be 1 to 3 numbers ascending from 0 without gaps, got", parts=parts)
-    refused(r"threshold_bits_S must be contiguous torch.int32 \(2,\)", parts=(0, 1))
+    for number in (0, 4):
+        wrong = bits_S.new_zeros(number)
+        refused(rf"threshold_bits_S must hold 1 to 3 thresholds, got \({number},\)", bits_S=wrong)
+    refused(r"threshold_bits_S must be contiguous torch.int32 \(1,\)", bits_S=bits_S.long())
     refused(r"scale_SK must be contiguous torch.float32 \(1, 64\)", scale_SK=x_TK)
     refused(r"dest_T must be contiguous torch.int64 \(6,\)", dest_T=dest_T.int())
     refused(r"values_RSK must be torch.float16 \[R, 1, 64\]", values_RSK=values_RSK.bfloat16())
     refused("values_RSK must have contiguous rows", values_RSK=values_RSK.repeat(1, 1, 2)[..., ::2])
 
     wide_TK = torch.zeros(1, (1 << 15) + 1, dtype=torch.float16, device=device)
-    rest = (bits_S, None, [0], dest_T[:1], None)
+    rest = (bits_S, None, dest_T[:1], None)
     with pytest.raises(ValueError, match="^add_rmsnorm_rows: K must be at most 32768, got 32769"):
         add_rmsnorm_rows(wide_TK, None, wide_TK[0], EPS, *rest)
     with pytest.raises(ValueError, match=r"^add_rmsnorm_rows: delta_TK must be torch.float16 \(6, 64\) with"):
-        add_rmsnorm_rows(x_TK, x_TK.bfloat16(), x_TK[0], EPS, bits_S, None, [0], dest_T, None)
+        add_rmsnorm_rows(x_TK, x_TK.bfloat16(), x_TK[0], EPS, bits_S, None, dest_T, None)
     with pytest.raises(ValueError, match="^silu_mul_rows: gate_up_T2K must hold two halves a row, got 63 entries"):
         silu_mul_rows(x_TK[:, :63], bits_S, None, dest_T, None)
+    with pytest.raises(
+        ValueError, match="^silu_mul_rows: threshold_bits_S must hold one threshold, got 2: only `down`"
+    ):
+        silu_mul_rows(x_TK, bits_S.repeat(2), None, dest_T, None)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("K", [4096, 11008, 28672])
 def test_many_rows_in_a_graph(device, K):
-    T, dtype, parts = 70_000 if K == 4096 else 512, torch.bfloat16, [0, 0, 1]
+    T, dtype = 70_000 if K == 4096 else 512, torch.bfloat16
     x_TK = torch.randn(T, K, device=device, dtype=dtype)
     gate_up_T2K = torch.randn(512, 2 * K, device=device, dtype=dtype)
     weight_K = make_input(K, dtype, device)
-    bits_S = make_thresholds(x_TK[:8], parts, 0.5)
+    bits_S = make_thresholds(x_TK[:8], 2, 0.5)
     dest_T = make_dests(T, device)
     # one row for each slot, whatever the order of the programs
     dest_T[len(DESTS) :] = -1
-    rings = [make_regions(S, K, dtype, device) for S in (3, 3, 1)]
+    rings = [make_regions(S, K, dtype, device) for S in (2, 2, 1)]
 
     def run():
         return (
-            mask_rows(x_TK, bits_S, None, parts, dest_T, rings[0][1]),
-            add_rmsnorm_rows(x_TK, x_TK, weight_K, EPS, bits_S, None, parts, dest_T, rings[1][1]),
+            mask_rows(x_TK, bits_S, None, dest_T, rings[0][1]),
+            add_rmsnorm_rows(x_TK, x_TK, weight_K, EPS, bits_S, None, dest_T, rings[1][1]),
             silu_mul_rows(gate_up_T2K, bits_S[:1], None, dest_T[:512], rings[2][1]),
         )
 
     run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        operand_PTK, (total_TK, normed_TK, normed_PTK), (product_TK, operand_TK) = run()
+        operand_STK, (total_TK, normed_TK, normed_STK), (product_TK, operand_TK) = run()
     graph.replay()
     # rows of every code, and the last ones
     some = torch.cat([torch.arange(16), torch.arange(496, 512)]).to(device)
-    assert_masked(x_TK[some], bits_S, None, parts, dest_T[some], operand_PTK[:, some], rings[0])
+    assert_masked(x_TK[some], bits_S, None, dest_T[some], operand_STK[:, some], rings[0])
     assert_same_bits(total_TK, x_TK + x_TK)
-    assert_masked(normed_TK[some], bits_S, None, parts, dest_T[some], normed_PTK[:, some], rings[1])
-    assert_masked(product_TK[some], bits_S[:1], None, [0], dest_T[some], operand_TK[None, some], rings[2])
-    assert_same_bits(operand_PTK[:, -4:], mask_rows_ref(x_TK[-4:], bits_S, None, parts, dest_T[-4:], None))
+    assert_masked(normed_TK[some], bits_S, None, dest_T[some], normed_STK[:, some], rings[1])
+    assert_masked(product_TK[some], bits_S[:1], None, dest_T[some], operand_TK[None, some], rings[2])
+    assert_same_bits(operand_STK[:, -4:], mask_rows_ref(x_TK[-4:], bits_S, None, dest_T[-4:], None))

@@ -26,11 +26,11 @@ def make_ring_arguments(S, K, dtype, device):
     return values_RSK, mask_RSM, make_slot(1, device)
 
 
-def assert_lists_and_ring(x_K, bits_S, scale_SK, list_SK, counts_S, ring):
-    ref_SK, ref_counts_S = compact_ref(x_K, bits_S, scale_SK)
-    assert torch.equal(counts_S, ref_counts_S)
-    for list_K, ref_K, count in zip(list_SK, ref_SK, counts_S.tolist(), strict=True):
-        assert torch.equal(list_K[:count], ref_K[:count])
+def assert_lists_and_ring(x_K, bits_S, scale_SK, list_SIL, counts_SI, ring):
+    ref_SIL, ref_counts_SI = compact_ref(x_K, bits_S, scale_SK, length=list_SIL.shape[2])
+    assert torch.equal(counts_SI, ref_counts_SI)
+    valid_SIL = torch.arange(list_SIL.shape[2], device=x_K.device) < counts_SI[..., None]
+    assert torch.equal(torch.where(valid_SIL, list_SIL, 0), ref_SIL)
     keep_SK = keep_segments(x_K, bits_S, scale_SK)
     operand_SK = mask_operand(x_K.expand_as(keep_SK), keep_SK)
     assert_ring(*ring[:2], 1, operand_SK, pack_bits(keep_SK))
@@ -72,7 +72,7 @@ def test_add_rmsnorm(device, K, has_delta, dtype, sparsity):
     bits_S = thresholds(ref_K.to(dtype), sparsity, 3)
     ring = make_ring_arguments(3, K, dtype, device)
 
-    total_K, normed_K, list_SK, counts_S = add_rmsnorm(residual_K, delta_K, weight_K, EPS, bits_S, None, *ring)
+    total_K, normed_K, list_SIL, counts_SI = add_rmsnorm(residual_K, delta_K, weight_K, EPS, bits_S, None, *ring)
 
     unit_K = total_K.float() * torch.rsqrt(total_K.float().square().mean() + EPS)
     torch_K = unit_K.to(dtype) * weight_K
@@ -83,7 +83,7 @@ def test_add_rmsnorm(device, K, has_delta, dtype, sparsity):
         assert_sum_close(total_K, ref_total_K.double(), ref_total_K)
         _, ref_K = add_rmsnorm_ref(total_K, None, weight_K, EPS)
     assert_sum_close(normed_K, ref_K, torch_K)
-    assert_lists_and_ring(normed_K, bits_S, None, list_SK, counts_S, ring)
+    assert_lists_and_ring(normed_K, bits_S, None, list_SIL, counts_SI, ring)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0])
@@ -95,11 +95,11 @@ def test_silu_mul(device, K, dtype, sparsity):
     bits_S = thresholds(ref_K.to(dtype), sparsity, 1)
     ring = make_ring_arguments(1, K, dtype, device)
 
-    product_K, list_SK, counts_S = silu_mul(gate_up_K2, bits_S, None, *ring)
+    product_K, list_SIL, counts_SI = silu_mul(gate_up_K2, bits_S, None, *ring)
 
     gate_K, up_K = gate_up_K2.chunk(2)
     assert_sum_close(product_K, ref_K, torch.nn.functional.silu(gate_K) * up_K)
-    assert_lists_and_ring(product_K, bits_S, None, list_SK, counts_S, ring)
+    assert_lists_and_ring(product_K, bits_S, None, list_SIL, counts_SI, ring)
 
 
 def test_ops_are_well_formed(device):

@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file
 
 from sparsetrace.calibrate import calibrate, calibration_windows
-from sparsetrace.capture import Recorder
+from sparsetrace.capture import Recorder, holders
 from sparsetrace.engine import Engine
 from sparsetrace.files import InputError
 from sparsetrace.methods import METHODS, NM, Cats, Dense, ExactZeros, Griffin, MatrixRule, Teal, TopK, Wina
@@ -49,10 +49,16 @@ def run(folder, model, method, group, bits=0, prefill="none", new_tokens=4, rows
     patch = install(decoder, method, rules)
     batching = Batching(max_new_tokens=new_tokens, batch_size=len(group))
     engine = Engine(decoder, patch, Decoding(prefill=prefill), batching, frozenset())
-    recorder = Recorder(model.config, rows or engine.block_rows, engine.device, method.out_masks)
+    recorder = Recorder(model.config, rows or engine.block_rows, engine.device, patch.parts, method.out_masks)
     recorder.open(folder, 0)
     result = engine.run(group, recorder)
-    return result.output_ids, [load_file(folder / name) for name in recorder.close()[0]]
+    held = holders([(rule.layer, rule.matrix) for rule in rules], patch.parts)
+    blocks = [load_file(folder / name) for name in recorder.close()[0]]
+    for arrays in blocks:
+        for (layer, matrix), holder in held.items():
+            for part in ("offsets", "values", "mask"):
+                arrays[f"L{layer:02d}.{matrix}.{part}"] = arrays[f"L{layer:02d}.{holder}.{part}"]
+    return result.output_ids, blocks
 
 
 def rows_of(blocks, layer, matrix, features):

@@ -88,6 +88,7 @@ def write_dump(folder, dtype, seed=0, level="full", matrices=MATRICES):
             "layer": layer,
             "matrix": matrix,
             "site": SITE_OF[matrix],
+            "held_by": matrix,
             "same_input_as": SITES[SITE_OF[matrix]][0] if SITES[SITE_OF[matrix]][0] != matrix else None,
             "in_features": WIDTHS[SITE_OF[matrix]],
             "out_features": OUTPUTS[matrix],

@@ -5,7 +5,7 @@ Importing this package loads no torch: the configuration needs the parameter cla
 no GPU. docs/methods.md shows how to add one.
 """
 
-from sparsetrace.methods.base import FromFile, MatrixRule, Method, PerLayer, ThresholdMethod
+from sparsetrace.methods.base import FromFile, MatrixRule, Method, PerLayer, ThresholdMethod, operand_parts
 from sparsetrace.methods.cats import Cats
 from sparsetrace.methods.dense import Dense
 from sparsetrace.methods.exact_zeros import ExactZeros
@@ -43,4 +43,5 @@ __all__ = [
     "Wanda",
     "WeightMethod",
     "Wina",
+    "operand_parts",
 ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sparsetrace.files import InputError
-from sparsetrace.names import MATRICES, SITE_OF
+from sparsetrace.names import MATRICES, SITE_OF, SITES, Parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,6 +147,16 @@ class Method(BaseModel):
         """Whether two matrices of one site keep the same inputs whatever x is, so that one masking serves both."""
         return True
 
+    def parts(self, rules: list[MatrixRule]) -> list[list[MatrixRule]]:
+        """Cut the rules of a site's matrices, in order, into those of neighbours that read the same operand."""
+        parts: list[list[MatrixRule]] = []
+        for rule in rules:
+            if parts and self.same_mask(parts[-1][0], rule):
+                parts[-1].append(rule)
+            else:
+                parts.append([rule])
+        return parts
+
     def keep_outputs(
         self,
         active_BTN: Tensor,
@@ -168,6 +178,18 @@ class Method(BaseModel):
             bool, broadcast to [B, T, N], for the positions that are sparsified; None where everything is computed.
         """
         return None
+
+
+def operand_parts(method: Method, rules: list[MatrixRule]) -> Parts:
+    """Which matrices of a model read one operand, from all its rules."""
+    by_matrix = {(rule.layer, rule.matrix): rule for rule in rules}
+    return {
+        (layer, site): [
+            [rule.matrix for rule in part] for part in method.parts([by_matrix[layer, matrix] for matrix in matrices])
+        ]
+        for layer in dict.fromkeys(rule.layer for rule in rules)
+        for site, matrices in SITES.items()
+    }
 
 
 class PerLayer(BaseModel):
