@@ -29,8 +29,8 @@ MAX_SPLITS = 32
 # about two programs on each of an H100's or H200's 132 SMs, and a power of two
 TARGET_PROGRAMS = 256
 
-# Positions of a tile: 16 is faster than 32 and 64 in a decoding step of the Llama-2-7B shape on an H100, by 2 and 4 % at
-# batch 1 and by 2 and 12 % at batch 64, since more programs share an SM.
+# Positions of a tile: 16 is faster than 32 and 64 in a decoding step of the Llama-2-7B shape on an H100, by 2 and 4 %
+# at batch 1 and by 2 and 12 % at batch 64, since more programs share an SM.
 BLOCK_S = 16
 
 # 32 entries a thread: four 16-byte copies of keys, four of values, 32 float32 sums
