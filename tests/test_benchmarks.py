@@ -21,6 +21,7 @@ import node  # noqa: E402
 import peers  # noqa: E402
 import random_checkpoint  # noqa: E402
 import record  # noqa: E402
+import startup  # noqa: E402
 
 
 def files(folder):
@@ -225,6 +226,22 @@ def test_pipeline_tells_what_starts_and_what_finishes(tmp_path, capsys):
     job = "generate random single teal-0.5 00000"
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition("] ")[2] for line in lines] == [f"{job}: started", f"{job}: finished in 2.5 s"]
+
+
+def test_startup_phases_are_those_of_the_command(checkpoint, tmp_path, monkeypatch):
+    from sparsetrace.convert import convert
+    from sparsetrace.settings import Conversion
+
+    convert(checkpoint, tmp_path / "model", Conversion(), name="small")
+    table = tmp_path / "startup.csv"
+    monkeypatch.setattr(sys, "argv", ["startup.py", str(tmp_path / "model"), "--warm", "0", "--csv", str(table)])
+    startup.main()
+    with table.open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["model"], row["run"]) == ("small", "cold")
+    phases = [float(row[name]) for name in startup.PHASES]
+    assert all(seconds >= 0 for seconds in phases) and float(row["imports"]) > 0
+    assert sum(phases) == pytest.approx(float(row["second_token"]), abs=0.01 * len(phases))
 
 
 def test_a_peer_that_fails_is_one_line_and_stops_nothing(tmp_path, monkeypatch, capsys):
