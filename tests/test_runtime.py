@@ -1,5 +1,8 @@
 """Loading a model: the weights on a device are those of its files, byte for byte."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -23,6 +26,17 @@ def test_copies_are_equal_whatever_they_pass_through(rng, monkeypatch, staged_by
     for name, tensor in mapped.items():
         assert copied[name].dtype == tensor.dtype and torch.equal(copied[name], tensor)
         assert copied[name].data_ptr() != tensor.data_ptr()
+
+
+def test_loading_a_model_imports_nothing_slow(tiny, tmp_path, rng):
+    """A second of every step that runs a model."""
+    convert(tiny.checkpoint(tmp_path / "c", rng), tmp_path / "m", Conversion())
+    code = (
+        "import sys, torch; from pathlib import Path; from sparsetrace.runtime import open_model;"
+        "open_model(Path(sys.argv[1])).load(torch.device('cpu')); print('sympy' in sys.modules)"
+    )
+    line = [sys.executable, "-c", code, str(tmp_path / "m")]
+    assert subprocess.run(line, capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 @pytest.mark.gpu
