@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from threading import local
 from typing import Any
@@ -388,13 +389,14 @@ def _write_weights(
     """
     files = _lay_out(folder, config, list(plan))
     file_of = {name: file for file in files for name in file.offsets}
-    largest = max(math.prod(_shape(config, name)) for name in plan)
-    most = max(1, MADE_BYTES // (largest * config.torch_dtype.itemsize))
+    counts = sorted((math.prod(_shape(config, name)) for name in plan), reverse=True)
+    # a thread's memory is that of the largest tensor it has made
+    most = sum(total * config.torch_dtype.itemsize <= MADE_BYTES for total in accumulate(counts))
     own = local()
 
     def begin() -> None:
         # once for each thread: the system takes longer to find memory than the cores to fill it
-        own.memory = torch.empty(largest, dtype=config.torch_dtype)
+        own.memory = torch.empty(counts[0], dtype=config.torch_dtype)
 
     def make(name: str) -> str:
         made = own.memory[: math.prod(_shape(config, name))]
@@ -410,7 +412,7 @@ def _write_weights(
     flushed = []
     with (
         _threads_of_torch() as threads,
-        ThreadPoolExecutor(min(threads, most), initializer=begin) as pool,
+        ThreadPoolExecutor(min(threads, max(most, 1)), initializer=begin) as pool,
         ThreadPoolExecutor(1) as flusher,
     ):
         for name, digest in zip(plan, pool.map(make, plan), strict=True):
