@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 
 from sparsetrace import demo
-from sparsetrace.files import InputError, refuse_strangers, write_folder_beside, write_json
+from sparsetrace.files import InputError, refuse_strangers, sync, write_folder_beside, write_json
 from sparsetrace.model import ModelConfig
 from sparsetrace.runtime import source_weight
 from sparsetrace.schema import MATRICES, SITE_OF
@@ -76,7 +76,7 @@ SHAPES = {
 DTYPES = {"float16": "F16", "bfloat16": "BF16"}
 SHARD_BYTES = 2 << 30
 # Files written at a time: one thread alone is slower than a fast disk.
-WRITERS = 4
+WRITERS = 8
 PROMPT_TOKENS = (24, 64)
 
 
@@ -139,10 +139,18 @@ def write_shard(path: Path, shard: list[Drawn], dtype: str, seed: int, device: t
         file.write(len(text).to_bytes(8, "little") + text)
         for one in shard:
             file.write(draw(one, getattr(torch, dtype), seed, device).view(torch.uint8).numpy().data)
+    # while others are drawn
+    sync(path)
 
 
 def write_checkpoint(
-    out: Path, shape: str, dtype: str = "bfloat16", seed: int = 0, num_prompts: int = 24, shard_bytes: int = SHARD_BYTES
+    out: Path,
+    shape: str,
+    dtype: str = "bfloat16",
+    seed: int = 0,
+    num_prompts: int = 24,
+    shard_bytes: int = SHARD_BYTES,
+    report: Callable[[str], None] | None = None,
 ) -> int:
     """Write a checkpoint folder, whole or not at all.
 
@@ -153,14 +161,13 @@ def write_checkpoint(
         seed: of the weights.
         num_prompts: in `prompts.jsonl`.
         shard_bytes: of a weight file, at most.
+        report: told what has been written.
 
     Returns:
         Bytes of weights.
     """
     config = replace(SHAPES[shape], dtype=dtype)
     refuse_strangers(out, demo.OUTPUT_FILES, "random_checkpoint")
-    parts = demo.divide(demo.gather(Path(sysconfig.get_path("stdlib"))))
-    proto = demo.train_tokenizer(parts.train, config.vocab_size - demo.CONFIG.vocab_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shards = shards_of(list(tensors(config)), shard_bytes)
     total_bytes = sum(one.nbytes for shard in shards for one in shard)
@@ -171,8 +178,16 @@ def write_checkpoint(
                 pool.submit(write_shard, folder / name, shard, dtype, seed, device)
                 for name, shard in zip(names, shards, strict=True)
             ]
-            for job in jobs:
-                job.result()
+            try:
+                parts = demo.divide(demo.gather(Path(sysconfig.get_path("stdlib"))))
+                proto = demo.train_tokenizer(parts.train, config.vocab_size - demo.CONFIG.vocab_size)
+                for name, job in zip(names, jobs, strict=True):
+                    job.result()
+                    if report is not None:
+                        report(f"{name} written")
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         weight_map = {one.name: name for name, shard in zip(names, shards, strict=True) for one in shard}
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)

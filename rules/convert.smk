@@ -11,6 +11,7 @@ rule convert:
         f"{RESULTS}/logs/convert/{{model}}.bench.tsv"
     conda:
         "../envs/generate.yaml"
+    threads: STUDY.machine.threads
     resources:
         mem_mb=lambda wildcards, attempt: STUDY.mem_mb(
             "convert", wildcards.model, attempt=attempt

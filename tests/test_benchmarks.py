@@ -3,7 +3,11 @@
 import csv
 import hashlib
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ import node  # noqa: E402
 import peers  # noqa: E402
 import random_checkpoint  # noqa: E402
 import record  # noqa: E402
+import startup  # noqa: E402
 
 
 def files(folder):
@@ -179,6 +184,64 @@ def test_shares_of_the_pipeline_are_of_the_sum_of_all_jobs(tmp_path):
         ("generate", f"{shard}0", "2.00", "0.1000", "30.0"),
         ("snakemake", "", "10.00", "2.0000", ""),
     ]
+
+
+@pytest.mark.parametrize("cause", ["signal", "limit"])
+def test_a_run_is_cut_off(cause):
+    before = signal.getsignal(signal.SIGTERM)
+    limit, said = (0, "SIGTERM") if cause == "signal" else (1, "1 s have passed")
+    with pytest.raises(node.CutOffError, match=said), node.limited(limit):
+        if cause == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    assert signal.getsignal(signal.SIGTERM) is before and signal.alarm(0) == 0
+
+
+def test_ending_a_run_ends_what_it_started():
+    """Children that do not heed SIGTERM, of a process that does or does not."""
+    for trap, code in (("trap '' TERM", signal.SIGKILL), ("trap - TERM", signal.SIGTERM)):
+        line = f"(trap '' TERM; echo begun; sleep 1000) & {trap}; wait"
+        process = subprocess.Popen(["sh", "-c", line], stdout=subprocess.PIPE, start_new_session=True)
+        assert process.stdout.readline() == b"begun\n"
+        node.end_group(process, grace=0.5)
+        assert process.returncode == -code
+        # the pipe closes when the last process that holds it is gone
+        assert process.stdout.read() == b""
+
+
+def test_pipeline_tells_what_starts_and_what_finishes(tmp_path, capsys):
+    told = set()
+    folder = tmp_path / "generate" / "random" / "single" / "teal-0.5"
+    folder.mkdir(parents=True)
+    (folder / "00000.log").touch()
+    node.tell_news(tmp_path, told)
+    node.tell_news(tmp_path, told)
+    assert node.unfinished(tmp_path) == [folder / "00000.log"]
+    table = folder / "00000.bench.tsv"
+    table.touch()
+    node.tell_news(tmp_path, told)
+    table.write_text("s\th:m:s\tmax_rss\n2.5\t0:00:02\t7.0\n")
+    node.tell_news(tmp_path, told)
+    assert node.unfinished(tmp_path) == []
+    job = "generate random single teal-0.5 00000"
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("] ")[2] for line in lines] == [f"{job}: started", f"{job}: finished in 2.5 s"]
+
+
+def test_startup_phases_are_those_of_the_command(checkpoint, tmp_path, monkeypatch):
+    from sparsetrace.convert import convert
+    from sparsetrace.settings import Conversion
+
+    convert(checkpoint, tmp_path / "model", Conversion(), name="small")
+    table = tmp_path / "startup.csv"
+    monkeypatch.setattr(sys, "argv", ["startup.py", str(tmp_path / "model"), "--warm", "0", "--csv", str(table)])
+    startup.main()
+    with table.open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["model"], row["run"]) == ("small", "cold")
+    phases = [float(row[name]) for name in startup.PHASES]
+    assert all(seconds >= 0 for seconds in phases) and float(row["imports"]) > 0
+    assert sum(phases) == pytest.approx(float(row["second_token"]), abs=0.01 * len(phases))
 
 
 def test_a_peer_that_fails_is_one_line_and_stops_nothing(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,9 @@
 """Conversion against the checkpoint's own tensors; whatever is wrong is named, and no output is left."""
 
+import errno
 import json
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,9 +102,42 @@ def test_small_output_files_hold_the_same_model(tiny, tmp_path, rng, monkeypatch
     many = convert(checkpoint, tmp_path / "b", Conversion())
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 3
     assert one.model_hash == many.model_hash
+    for file in (tmp_path / "b").glob("*.safetensors"):
+        save_file(load_file(file), tmp_path / "theirs", metadata={"format": "sparsetrace-model"})
+        assert file.read_bytes() == (tmp_path / "theirs").read_bytes()
     left, right = one.load(torch.device("cpu")).state_dict(), many.load(torch.device("cpu")).state_dict()
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_threads_are_torchs_and_bounded_by_memory(tiny, tmp_path, rng, monkeypatch):
+    checkpoint = tiny.checkpoint(tmp_path / "c", rng)
+    one = convert(checkpoint, tmp_path / "a", Conversion())
+    seen = set()
+
+    def make(*args):
+        seen.add((threading.get_ident(), torch.get_num_threads()))
+        return own(*args)
+
+    own = step._make
+    monkeypatch.setattr(step, "_make", make)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        several = convert(checkpoint, tmp_path / "b", Conversion())
+        assert torch.get_num_threads() == 3
+        assert 1 <= len(seen) <= 3 and {threads for _, threads in seen} == {1}
+        seen.clear()
+        monkeypatch.setattr(step, "MADE_BYTES", 1)
+        assert convert(checkpoint, tmp_path / "c1", Conversion()).tensors == several.tensors == one.tensors
+        assert len(seen) == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_full_disk_is_named_with_the_file():
+    with pytest.raises(OSError, match=f"Errno {errno.ENOSPC}.*'/dev/full'"):
+        step._write_at(Path("/dev/full"), 0, b"x")
 
 
 def test_any_change_of_a_weight_changes_the_hash(tiny, tmp_path, rng):

@@ -411,7 +411,7 @@ def test_a_model_that_does_not_fit_the_gpu_is_refused(whole, tmp_path, command, 
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(sparsetrace.runtime, "load_file", full)
+    monkeypatch.setattr(sparsetrace.runtime, "_place", full)
     line = command("generate", *steps(whole, tmp_path / "new")["generate"])
     assert "must fit the memory of one GPU, got" in line and "bytes of weights: use a larger GPU" in line
 

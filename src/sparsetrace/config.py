@@ -358,8 +358,8 @@ MINUTES = {
 STEP_MB = 4000
 # Two blocks on their way from a GPU to the disk.
 PINNED_MB = 3000
-# `convert` holds two of its output files, or the whole of a smaller model twice.
-CONVERTED_MB = 2 * 2200
+# `convert` holds the tensors that it is making, or the whole of a smaller model twice.
+CONVERTED_MB = 4400
 
 
 def needs(step: str, weight_bytes: int, attempt: int = 1) -> Need:

@@ -6,22 +6,26 @@
 | `weights-00000.safetensors`, ... | `layers.N.<site>.weight` [in, out], the site's matrices side by side; the rest |
 | `tokenizer.json` or `tokenizer.model` | copied, with the files that say how it is used |
 
-Tensors are read, merged and written one output file at a time; peak extra memory is one output file.
+The layout of the output files is known beforehand, so each tensor goes to its place as soon as it is made, several at a
+time; memory holds no more than those.
 """
 
 import dataclasses
 import hashlib
+import json
+import math
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from threading import local
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsetrace.files import (
@@ -30,7 +34,7 @@ from sparsetrace.files import (
     refuse_strangers,
     sha256_file,
     sha256_json,
-    system_error,
+    sync,
     write_folder_beside,
     write_json,
 )
@@ -40,12 +44,13 @@ from sparsetrace.schema import FORMATS, MODEL_VERSION, SITES
 from sparsetrace.settings import Conversion
 from sparsetrace.tokenizer import COMPANION_FILES, TOKENIZER_FILES, Tokenizer, begin_token
 
-# An output file is closed when it reaches this; with the one being written it bounds the memory of the step.
+# An output file takes no further tensor when it reaches this.
 FILE_BYTES = 1 << 30
-# Tensors made, and files hashed, at a time.
-WORKERS = 4
-# Rows of a weight that are transposed at a time.
+# Bounds the memory of the step: of the tensors that are made at a time.
+MADE_BYTES = 4 << 30
+# Rows of a weight that are checked, cast and transposed at a time: they stay in the cache.
 STRIP_ROWS = 256
+SAFETENSORS_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 OUTPUT_FILES = ("config.json", "weights-*.safetensors", *TOKENIZER_FILES, *COMPANION_FILES)
 
@@ -112,7 +117,7 @@ def convert(
     source.refuse_unexpected({name for names in plan.values() for name in names}, config)
     refuse_strangers(out, OUTPUT_FILES, "convert")
     with write_folder_beside(out) as partial:
-        tensors = _write_weights(partial, config, source, plan, report)
+        tensors, source_hash = _write_weights(partial, config, source, plan, report)
         for file in (*TOKENIZER_FILES, *COMPANION_FILES):
             if (checkpoint / file).is_file():
                 shutil.copyfile(checkpoint / file, partial / file)
@@ -122,7 +127,7 @@ def convert(
             "format": "sparsetrace-model",
             "version": MODEL_VERSION,
             "source": name or checkpoint.resolve().name,
-            "source_hash": source.digest(),
+            "source_hash": source_hash,
             "model_hash": sha256_json([architecture, {key: t["sha256"] for key, t in tensors.items()}, tokenizer]),
             "architecture": architecture,
             "bos": bos,
@@ -253,8 +258,8 @@ class _Source:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
-    def tensor(self, name: str, shape: list[int], dtype: torch.dtype) -> Tensor:
-        """A tensor of a shape, cast; finite both as stored and as cast."""
+    def strips(self, name: str, shape: list[int], dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        """First rows and strips of a tensor of a shape, cast; each is finite as stored and as cast."""
         if name not in self._file_of:
             raise InputError(f"convert: {self.folder}: tensor {name} must be there, got none of that name")
         if self.shapes[name] != shape:
@@ -262,12 +267,13 @@ class _Source:
         stored = self._file_of[name].get_tensor(name)
         if not stored.is_floating_point() or stored.element_size() < 2:
             raise InputError(f"convert: {self.folder}: tensor {name} must be fp16, bf16 or fp32, got {stored.dtype}")
-        if not _is_finite(stored):
-            raise InputError(f"convert: {self.folder}: tensor {name} must be finite, got NaN or Inf")
-        cast: Tensor = stored.to(dtype)
-        if stored.dtype != dtype and not _is_finite(cast):
-            raise InputError(f"convert: {self.folder}: tensor {name} must fit {dtype}, got {stored.abs().max():g}")
-        return cast
+        for start in range(0, len(stored), STRIP_ROWS):
+            strip = stored[start : start + STRIP_ROWS].to(dtype)
+            if not _is_finite(strip):
+                if not _is_finite(stored):
+                    raise InputError(f"convert: {self.folder}: tensor {name} must be finite, got NaN or Inf")
+                raise InputError(f"convert: {self.folder}: tensor {name} must fit {dtype}, got {stored.abs().max():g}")
+            yield start, strip
 
     def refuse_unexpected(self, wanted: set[str], config: ModelConfig) -> None:
         """Every wanted tensor is there and no other."""
@@ -281,12 +287,11 @@ class _Source:
                 f"convert: {self.folder}: tensors must be those of the architecture, got also {_some(extra)}"
             )
 
-    def digest(self) -> str:
+    def digest(self, pool: ThreadPoolExecutor) -> str:
         """sha256 over the names and bytes of config and weights."""
         files = [self.folder / "config.json", *self.files]
-        with ThreadPoolExecutor(WORKERS) as pool:
-            digests = zip(files, pool.map(sha256_file, files), strict=True)
-            return sha256_json([[file.name, digest] for file, digest in digests])
+        digests = zip(files, pool.map(sha256_file, files), strict=True)
+        return sha256_json([[file.name, digest] for file, digest in digests])
 
 
 def _some(names: list[str]) -> str:
@@ -314,69 +319,146 @@ def _is_finite(x: Tensor) -> bool:
     return all(bool(extreme.isfinite()) for extreme in x.aminmax()) if x.numel() else True
 
 
+def _shape(config: ModelConfig, name: str) -> list[int]:
+    """Of a runtime tensor."""
+    if site := _site(name):
+        return [config.in_features(site), max(columns.stop for columns in config.columns(site).values())]
+    return [config.vocab_size, config.hidden_size] if name in ("embedding", "lm_head") else [config.hidden_size]
+
+
+def _site(name: str) -> str | None:
+    """Whose matrices a runtime tensor holds, if it is a site's."""
+    site = name.split(".")[-2] if name.startswith("layers.") else None
+    return site if site in SITES else None
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A safetensors file, laid out as its library does it, to be filled in any order.
+
+    Args:
+        path: where it lies.
+        header: what precedes the tensors.
+        offsets: of each tensor, from the beginning of the file.
+    """
+
+    path: Path
+    header: bytes
+    offsets: dict[str, int]
+
+
+def _lay_out(folder: Path, config: ModelConfig, names: list[str]) -> list[_File]:
+    """Runtime tensors divided into files, in the order given."""
+    divided: list[list[str]] = [[]]
+    sizes = {name: math.prod(_shape(config, name)) * config.torch_dtype.itemsize for name in names}
+    for name in names:
+        if sum(sizes[other] for other in divided[-1]) >= FILE_BYTES:
+            divided.append([])
+        divided[-1].append(name)
+    files = []
+    for number, own in enumerate(divided):
+        # all are of one type, so that names alone decide the order
+        content: dict[str, Any] = {"__metadata__": {"format": "sparsetrace-model"}}
+        starts, end = {}, 0
+        for name in sorted(own):
+            starts[name], end = end, end + sizes[name]
+            content[name] = {
+                "dtype": SAFETENSORS_DTYPES[config.dtype],
+                "shape": _shape(config, name),
+                "data_offsets": [starts[name], end],
+            }
+        text = json.dumps(content, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        header = len(text).to_bytes(8, "little") + text
+        offsets = {name: len(header) + starts[name] for name in own}
+        files.append(_File(folder / f"weights-{number:05d}.safetensors", header, offsets))
+    return files
+
+
 def _write_weights(
     folder: Path,
     config: ModelConfig,
     source: _Source,
     plan: dict[str, list[str]],
     report: Callable[[int, int, str], None] | None,
-) -> dict[str, dict[str, Any]]:
-    """Write every runtime tensor: several are made at a time, and one file is written while the next is filled."""
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """Write every runtime tensor, several at a time, and flush each file once it is full.
 
-    def make(name: str) -> tuple[Tensor, str]:
-        tensor = _runtime_tensor(config, source, name, plan[name])
-        return tensor, hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().data).hexdigest()
+    Returns:
+        What the model's config.json says of each tensor; the hash of the source.
+    """
+    files = _lay_out(folder, config, list(plan))
+    file_of = {name: file for file in files for name in file.offsets}
+    counts = sorted((math.prod(_shape(config, name)) for name in plan), reverse=True)
+    # a thread's memory is that of the largest tensor it has made
+    most = sum(total * config.torch_dtype.itemsize <= MADE_BYTES for total in accumulate(counts))
+    own = local()
 
+    def begin() -> None:
+        # once for each thread: the system takes longer to find memory than the cores to fill it
+        own.memory = torch.empty(counts[0], dtype=config.torch_dtype)
+
+    def make(name: str) -> str:
+        made = own.memory[: math.prod(_shape(config, name))]
+        _make(made.view(_shape(config, name)), config, source, name, plan[name])
+        data = made.view(torch.uint8).numpy().data
+        _write_at(file_of[name].path, file_of[name].offsets[name], data)
+        return hashlib.sha256(data).hexdigest()
+
+    for file in files:
+        file.path.touch()
+        _write_at(file.path, 0, file.header)
     tensors: dict[str, dict[str, Any]] = {}
-    waiting: dict[str, Tensor] = {}
-    waiting_bytes = num_files = 0
-    names = iter(plan)
-    with ThreadPoolExecutor(WORKERS) as pool, ThreadPoolExecutor(1) as writer:
-        made = deque((name, pool.submit(make, name)) for name in islice(names, WORKERS))
-        written: Future[None] | None = None
-        while made:
-            name, future = made.popleft()
-            tensor, digest = future.result()
-            made.extend((following, pool.submit(make, following)) for following in islice(names, 1))
-            waiting[name] = tensor
-            waiting_bytes += tensor.nbytes
-            file = folder / f"weights-{num_files:05d}.safetensors"
-            tensors[name] = {"file": file.name, "shape": list(tensor.shape), "sha256": digest}
-            del tensor, future
-            if waiting_bytes >= FILE_BYTES or not made:
-                if written is not None:
-                    written.result()
-                written = writer.submit(_write_file, waiting, file)
-                waiting, waiting_bytes, num_files = {}, 0, num_files + 1
+    flushed = []
+    with (
+        _threads_of_torch() as threads,
+        ThreadPoolExecutor(min(threads, max(most, 1)), initializer=begin) as pool,
+        ThreadPoolExecutor(1) as flusher,
+    ):
+        for name, digest in zip(plan, pool.map(make, plan), strict=True):
+            file = file_of[name]
+            tensors[name] = {"file": file.path.name, "shape": _shape(config, name), "sha256": digest}
+            if name == list(file.offsets)[-1]:
+                flushed.append(flusher.submit(sync, file.path))
             if report is not None:
                 report(len(tensors), len(plan), name)
-        if written is not None:
-            written.result()
-    return tensors
+        # while the disk is busy with the last files
+        source_hash = source.digest(pool)
+        for done in flushed:
+            done.result()
+    return tensors, source_hash
 
 
-def _write_file(tensors: dict[str, Tensor], file: Path) -> None:
+@contextmanager
+def _threads_of_torch() -> Iterator[int]:
+    """Let threads of ours take the place of torch's own, one for one; yields how many those are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        save_file(tensors, file, metadata={"format": "sparsetrace-model"})
-    except SafetensorError as error:
-        raise system_error(error, file) from None
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _runtime_tensor(config: ModelConfig, source: _Source, name: str, parts: list[str]) -> Tensor:
-    dtype = config.torch_dtype
-    site = name.split(".")[-2] if name.startswith("layers.") else ""
-    if site in SITES:
-        K = config.in_features(site)
+def _write_at(path: Path, offset: int, data: bytes | memoryview) -> None:
+    try:
+        with path.open("r+b") as file:
+            file.seek(offset)
+            file.write(data)
+    except OSError as error:
+        # a write's own error names no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _make(out: Tensor, config: ModelConfig, source: _Source, name: str, parts: list[str]) -> None:
+    """Fill a runtime tensor."""
+    if site := _site(name):
         columns = config.columns(site)
-        weight_KN = torch.empty(K, max(c.stop for c in columns.values()), dtype=dtype)
         for matrix, part in zip(SITES[site], parts, strict=True):
-            out_NK, first = source.tensor(part, [config.out_features(matrix), K], dtype), columns[matrix].start
-            # in strips that stay in the cache, three times as fast
-            for start in range(0, len(out_NK), STRIP_ROWS):
-                strip = out_NK[start : start + STRIP_ROWS]
-                weight_KN[:, first + start : first + start + len(strip)] = strip.T
-        return weight_KN
-    shape = [config.hidden_size]
-    if name in ("embedding", "lm_head"):
-        shape = [config.vocab_size, config.hidden_size]
-    return source.tensor(parts[0], shape, dtype)
+            first = columns[matrix].start
+            for start, strip_NK in source.strips(part, [config.out_features(matrix), len(out)], out.dtype):
+                # two copies, of which torch does the first in blocks, take a third of the time of one
+                out[:, first + start : first + start + len(strip_NK)] = strip_NK.T.contiguous()
+    else:
+        for start, strip in source.strips(parts[0], list(out.shape), out.dtype):
+            out[start : start + len(strip)] = strip

@@ -6,7 +6,6 @@ Every file is written beside its final name and renamed, so that a name that exi
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,17 +88,6 @@ def write_folder_beside(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(earlier, ignore_errors=True)
-
-
-def system_error(error: Exception, path: Path) -> Exception:
-    """The system's error (disk full, read-only) that a library's own error quotes, or that error where it quotes none.
-
-    Args:
-        error: of safetensors, which says `(os error 28)`.
-        path: of the file that was written.
-    """
-    quoted = re.search(r"\(os error (\d+)\)", str(error))
-    return error if quoted is None else OSError(int(quoted[1]), os.strerror(int(quoted[1])), str(path))
 
 
 def sync(path: Path) -> None:

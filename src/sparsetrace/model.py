@@ -244,17 +244,22 @@ def attend(config: ModelConfig, layer: int, qkv_BTN: Tensor, context: Context, c
     return y_BHTD.transpose(1, 2).reshape(B, T, -1)
 
 
+def _table(config: ModelConfig) -> nn.Parameter:
+    """[V, C]; not by `empty_like`, which on the `meta` device imports sympy, for a second."""
+    return nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=config.torch_dtype))
+
+
 class Decoder(nn.Module):
     """Token ids to hidden states, and hidden states to logits."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=config.torch_dtype))
+        self.embedding = _table(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config)
         # one parameter under two names where they are tied
-        self.lm_head = self.embedding if config.tie_word_embeddings else nn.Parameter(torch.empty_like(self.embedding))
+        self.lm_head = self.embedding if config.tie_word_embeddings else _table(config)
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         """Hidden states after the last norm.

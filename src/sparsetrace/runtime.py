@@ -1,12 +1,13 @@
 """The runtime model: what `convert` writes and every step that runs the model opens."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import local
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsetrace.files import InputError, read_json
@@ -14,6 +15,9 @@ from sparsetrace.model import Decoder, ModelConfig, RopeScaling
 from sparsetrace.schema import MATRICES, MODEL_VERSION, SITES
 from sparsetrace.settings import Machine
 from sparsetrace.tokenizer import Tokenizer
+
+# Tensors copied to a GPU at a time, and the pinned memory that each passes through, which a GPU reads by itself.
+READERS, STAGED_BYTES = 8, 32 << 20
 
 SOURCE_MODULES = {matrix: f"self_attn.{matrix}_proj" for matrix in ("q", "k", "v", "o")} | {
     matrix: f"mlp.{matrix}_proj" for matrix in ("gate", "up", "down")
@@ -52,23 +56,51 @@ class RuntimeModel:
         """The decoder with its weights on `device`."""
         with torch.device("meta"):
             model = Decoder(self.config)
-        state: dict[str, Tensor] = {}
+        mapped: dict[str, Tensor] = {}
         for file in sorted({entry["file"] for entry in self.tensors.values()}):
             try:
-                state |= load_file(self.folder / file, device=str(device))
+                with safe_open(self.folder / file, framework="pt") as opened:
+                    mapped |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a mapping
             except (SafetensorError, OSError) as error:
                 raise InputError(f"model: {self.folder / file} must be whole, got {error}: convert again") from None
-            except torch.OutOfMemoryError:
-                size = sum((self.folder / name).stat().st_size for name in {t["file"] for t in self.tensors.values()})
-                raise InputError(
-                    f"model: {self.folder} must fit the memory of one GPU, got {size:,} bytes of weights: use a larger "
-                    "GPU, or `device: cpu`"
-                ) from None
+        try:
+            state = _place(mapped, device)
+        except torch.OutOfMemoryError:
+            size = sum(tensor.nbytes for tensor in mapped.values())
+            raise InputError(
+                f"model: {self.folder} must fit the memory of one GPU, got {size:,} bytes of weights: use a larger "
+                "GPU, or `device: cpu`"
+            ) from None
         if self.config.tie_word_embeddings:
             state["lm_head"] = state["embedding"]
         model.load_state_dict(state, assign=True)
         model.lm_head = model.embedding if self.config.tie_word_embeddings else model.lm_head
         return model.requires_grad_(False).eval()
+
+
+def _place(mapped: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors of mapped files on a device; on the host they stay mapped."""
+    return mapped if device.type == "cpu" else _copy(mapped, device)
+
+
+def _copy(mapped: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    own = local()
+
+    def begin() -> None:
+        own.staged = torch.empty(STAGED_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+    def copy(tensor: Tensor) -> Tensor:
+        out = torch.empty_like(tensor, device=device)
+        parts = (each.flatten().view(torch.uint8).split(STAGED_BYTES) for each in (tensor, out))
+        for source, target in zip(*parts, strict=True):
+            staged = own.staged[: len(source)]
+            # by numpy, which takes one thread
+            staged.numpy()[:] = source.numpy()
+            target.copy_(staged)
+        return out
+
+    with ThreadPoolExecutor(READERS, initializer=begin) as pool:
+        return dict(zip(mapped, pool.map(copy, mapped.values()), strict=True))
 
 
 def open_model(folder: Path) -> RuntimeModel:

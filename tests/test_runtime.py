@@ -1,0 +1,48 @@
+"""Loading a model: the weights on a device are those of its files, byte for byte."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sparsetrace import runtime
+from sparsetrace.convert import convert
+from sparsetrace.settings import Conversion
+
+
+@pytest.mark.parametrize("staged_bytes", [1, 7, 1 << 20])
+def test_copies_are_equal_whatever_they_pass_through(rng, monkeypatch, staged_bytes):
+    monkeypatch.setattr(runtime, "STAGED_BYTES", staged_bytes)
+    shapes = {"a": (3, 5), "b": (1,), "c": (40, 2), "d": (17,)}
+    mapped = {
+        name: torch.from_numpy(rng.standard_normal(shape)).to(dtype)
+        for (name, shape), dtype in zip(
+            shapes.items(), [torch.float16, torch.bfloat16, torch.float32, torch.float16], strict=True
+        )
+    }
+    copied = runtime._copy(mapped, torch.device("cpu"))
+    assert list(copied) == list(mapped)
+    for name, tensor in mapped.items():
+        assert copied[name].dtype == tensor.dtype and torch.equal(copied[name], tensor)
+        assert copied[name].data_ptr() != tensor.data_ptr()
+
+
+def test_loading_a_model_imports_nothing_slow(tiny, tmp_path, rng):
+    """A second of every step that runs a model."""
+    convert(tiny.checkpoint(tmp_path / "c", rng), tmp_path / "m", Conversion())
+    code = (
+        "import sys, torch; from pathlib import Path; from sparsetrace.runtime import open_model;"
+        "open_model(Path(sys.argv[1])).load(torch.device('cpu')); print('sympy' in sys.modules)"
+    )
+    line = [sys.executable, "-c", code, str(tmp_path / "m")]
+    assert subprocess.run(line, capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.gpu
+def test_weights_on_a_gpu_are_those_of_the_files(tiny, tmp_path, rng):
+    model = convert(tiny.checkpoint(tmp_path / "c", rng), tmp_path / "m", Conversion(dtype="bfloat16"))
+    here, there = (model.load(torch.device(kind)).state_dict() for kind in ("cpu", "cuda"))
+    assert here.keys() == there.keys()
+    for name, tensor in here.items():
+        assert there[name].is_cuda and torch.equal(there[name].cpu(), tensor), name
