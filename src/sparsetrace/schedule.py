@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sparsetrace.files import InputError
 from sparsetrace.ragged import runs
 from sparsetrace.rows import Rows
 from sparsetrace.schema import FORMATS, mask_bytes
@@ -40,7 +41,13 @@ class Step:
             yield self[key]
 
     def __getitem__(self, key: tuple[int, str]) -> Rows:
-        """Operands of one layer and matrix, T rows."""
+        """Operands of one layer and matrix, T rows.
+
+        Raises:
+            InputError: no such layer or matrix in the selection that is replayed.
+        """
+        if key not in self._window:
+            raise InputError(f"replay: layer and matrix must be among those of the selection, got {key}")
         rows, start = self._window[key], self._start
         stop = start + len(self.token)
         offsets = rows.offsets[start : stop + 1]
