@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from sparsetrace.files import InputError
 from sparsetrace.ragged import runs
@@ -115,7 +117,7 @@ def batches(workload: Workload, size: int | None) -> Iterator[np.ndarray]:
         return
     table = table.sort_by("token")
     token, sequence = table["token"].to_numpy(), table["sequence"].to_numpy()
-    decode = np.array(table["phase"].to_pylist()) == "decode"
+    decode = pc.equal(table["phase"].cast(pa.string()), "decode").to_numpy()
     whole, one = np.flatnonzero(~decode), np.flatnonzero(decode)
     for start, stop in runs(sequence[whole]):
         for at in range(start, stop, size):

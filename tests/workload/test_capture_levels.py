@@ -279,6 +279,11 @@ def test_commands(run, tmp_path):
     assert "Jaccard of neighbouring tokens" in text
     assert {row["layer"] for row in pq.read_table(tmp_path / "stats" / "overlap.parquet").to_pylist()} == {1}
 
+    # of one position no two tokens are neighbours
+    code, text = invoke("stats", run.full, "--out", tmp_path / "stats", "--position", 5)
+    assert code == 0
+    assert "Jaccard of neighbouring tokens" not in text
+
     words = ("--matrix", "q", "--matrix", "down", "--position", "2:6", "--out", tmp_path / "out", "--twin", 3)
     code, text = invoke("export", run.full, "--format", "npy", *words)
     assert code == 0
