@@ -648,11 +648,11 @@ def verify(workload: Path, recompute: int | None, model: Path | None, machine: M
     """
     from sparsetrace.verify import verify as run
 
+    if recompute is not None and model is None:
+        raise InputError("verify: --model must be given with --recompute, got none: name the runtime model")
     with progress("verifying", "files") as report:
         faults = [str(fault) for fault in run(workload, report)]
-    if recompute is not None and not faults:
-        if model is None:
-            raise InputError("verify: --model must be given with --recompute, got none: name the runtime model")
+    if recompute is not None and model is not None and not faults:
         with own_gpu(machine), progress("recomputing", "groups") as report:
             from sparsetrace.recompute import recompute as run_again
 
@@ -730,12 +730,15 @@ def export(
     from sparsetrace.export import FORMS, Layout
     from sparsetrace.export import export as run
 
+    if form not in FORMS:
+        raise InputError(f"export: --format must be one of {', '.join(FORMS)}, got {form}")
     ds = selected(workload, **chosen)
+    if not ds.leaves:
+        raise InputError(f"export: the selection must hold a layer and matrix that {workload} captured, got none")
     ds = ds if twin is None else ds.twin(twin)
     layout = Layout(base, stride, line, bundle, cycles)
     for layer, matrix in ds.leaves:
-        suffix = FORMS[form][0] if form in FORMS else ""
-        path = out / f"L{layer:02d}.{matrix}{suffix}"
+        path = out / f"L{layer:02d}.{matrix}{FORMS[form].suffix}"
         run(ds, layer, matrix, form, path, layout, tile)
         click.echo(path)
 

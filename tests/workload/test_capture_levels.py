@@ -296,3 +296,18 @@ def test_commands(run, tmp_path):
     code, text = invoke("estimate", study(run, tmp_path)[1], "--device", "cpu")
     assert code == 0
     assert "tiny/one/teal-0.5" in text
+
+
+def refused(*words):
+    return str(CliRunner().invoke(cli.cli, [str(word) for word in words]).exception)
+
+
+def test_commands_refuse(run, tmp_path):
+    sample = run("sampled", Capture(layers=(1,)))
+    to = ("--out", tmp_path / "none")
+    message = f"export: the selection must hold a layer and matrix that {sample} captured, got none"
+    assert refused("export", sample, "--format", "npy", "--layer", 0, *to) == message
+    assert refused("export", run.full, "--format", "csv", *to).startswith("export: --format must be one of mtx, smtx,")
+    # before the long search, not after it
+    assert refused("verify", tmp_path, "--recompute", 1).startswith("verify: --model must be given with --recompute")
+    assert not (tmp_path / "none").exists()
