@@ -12,6 +12,7 @@ from workload_testing import LAYERS, WIDTHS, build
 
 import sparsetrace
 from sparsetrace import pack, reader
+from sparsetrace.card import data_card
 from sparsetrace.files import InputError
 from sparsetrace.schema import FORMATS, MATRICES
 
@@ -339,6 +340,15 @@ def test_data_card_is_what_a_hub_reads(half):
     for config in fields["configs"]:
         assert list(half.workload.glob(config["data_files"])), config
     assert f"| rows (layer x matrix x token) | {14 * len(half.tokens)} |" in text
+
+
+@pytest.mark.parametrize("name", ["made-up", "a: b # c", '"quoted"', "- x", "Ünïcode"])
+def test_data_card_of_any_name(half, name):
+    import yaml
+
+    ds = sparsetrace.open(half.workload)
+    text = data_card(ds.manifest | {"source": name}, ds.matrix_table)
+    assert yaml.safe_load(text.split("---\n")[1])["pretty_name"] == f"{name} teal-0.5"
 
 
 @pytest.mark.parametrize("level", ["masks", "stats"])
