@@ -754,13 +754,25 @@ def estimate(config: Path, machine: Machine) -> None:
       sparsetrace estimate config.yaml
     """
     from sparsetrace.estimate import estimate as run
+    from sparsetrace.estimate import too_small
 
+    study = load_study(config)
     table = Table("workload", "tokens", "rows", "dump", "workload on disk", "time", title=str(config))
-    for row in run(load_study(config), machine):
+    rows = run(study, machine)
+    for row in rows:
         sizes = (f"{size / 1e9:.3g} GB" for size in (row.sizes.dump_bytes, row.sizes.workload_bytes))
         table.add_row(row.name, f"{row.sizes.tokens:,}", f"{row.sizes.rows:,}", *sizes, f"{row.seconds / 60:.3g} min")
         for note in row.notes:
             click.echo(f"{row.name}: {note}", err=True)
+    # a dump is removed as it is packed, so that the data sets alone add up
+    largest, kept = max(row.sizes.dump_bytes for row in rows), sum(row.sizes.workload_bytes for row in rows)
+    if warning := too_small(Path(study.results), largest + kept):
+        click.echo(f"all {len(rows)} workloads, with the largest dump beside them: {warning}", err=True)
+    if len(rows) > 1:
+        total = sum(row.sizes.rows for row in rows)
+        minutes = sum(row.seconds for row in rows) / 60
+        sums = (f"{sum(row.sizes.tokens for row in rows):,}", f"{total:,}", "", f"{kept / 1e9:.3g} GB")
+        table.add_row("all", *sums, f"{minutes:.3g} min")
     Console().print(table)
 
 
