@@ -417,3 +417,25 @@ def test_weights_and_products(tmp_path, half):
             sparsetrace.open(half.workload, model=tmp_path / "runtime").weight(0, "q")
     finally:
         path.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda whole: whole[:-1], "must have [0-9]+ bytes, got [0-9]+: copy it again"),
+        (lambda whole: whole[:20], "must be a safetensors file, got JSONDecodeError"),
+        (lambda whole: b"", "must be a safetensors file, got JSONDecodeError"),
+        (lambda whole: b"x" * 100, "must be a safetensors file, got "),
+        (lambda whole: (2).to_bytes(8, "little") + b"[]", "must be a safetensors file, got "),
+        (lambda whole: (9).to_bytes(8, "little") + b'{"a": {}}', "must be a safetensors file, got KeyError"),
+    ],
+)
+def test_damaged_weights(half, tmp_path, change, message):
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(3, 4)}, tmp_path / "model.safetensors")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(change(whole))
+    with pytest.raises(InputError, match=f"model.safetensors {message}"):
+        sparsetrace.open(half.workload, model=tmp_path).weight(0, "q")
