@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from sparsetrace import __version__
 from sparsetrace.config import load_study, parse_method, parse_weight_method
@@ -757,7 +757,9 @@ def estimate(config: Path, machine: Machine) -> None:
     from sparsetrace.estimate import too_small
 
     study = load_study(config)
-    table = Table("workload", "tokens", "rows", "dump", "workload on disk", "time", title=str(config))
+    # a name that is cut short tells no two settings apart
+    name = Column("workload", overflow="fold")
+    table = Table(name, "tokens", "rows", "dump", "workload on disk", "time", title=str(config))
     rows = run(study, machine)
     for row in rows:
         sizes = (f"{size / 1e9:.3g} GB" for size in (row.sizes.dump_bytes, row.sizes.workload_bytes))
