@@ -157,10 +157,10 @@ def _write_mtx(job: _Job, path: Path) -> None:
         first = 1
         for rows in job.blocks(values=True):
             number = np.repeat(np.arange(first, first + len(rows)), rows.nnz)
-            # nine digits hold a float32 exactly
-            values = rows.values.astype(np.float32)
+            # the fewest digits that a reader's float64 needs to be exactly the value
+            values = rows.values.astype(np.float64)
             columns = zip(number.tolist(), (rows.indices() + 1).tolist(), values.tolist(), strict=True)
-            file.write("".join(f"{row} {column} {value:.9g}\n" for row, column, value in columns))
+            file.write("".join(f"{row} {column} {value!r}\n" for row, column, value in columns))
             first += len(rows)
 
 
