@@ -418,6 +418,9 @@ class Workload:
         if tokens is None:
             return self.tokens
         if isinstance(tokens, slice):
+            if tokens.step not in (None, 1):
+                # of the numbers, or of the captured ones? `select` says
+                raise InputError(f"workload: a slice of tokens must have step 1, got {tokens.step}")
             return self.tokens[_chosen(self.tokens, tokens, "token")]
         wanted = _integers(tokens, "token")
         if self._chosen is not None:

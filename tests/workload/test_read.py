@@ -87,8 +87,8 @@ def test_select_matches_a_filter_of_the_rows(half):
         assert np.array_equal(patterns(half, part.matrix(1, "up").dense()), half.dense[1, "up"][at])
         assert part.figures(1, "up").num_rows == len(at)
     assert len(ds.select(sequence=2).select(phase="prefill").tokens) == 1
-    every_third = [i for i, row in enumerate(rows) if 3 <= row["token"] < 300 and (row["token"] - 3) % 3 == 0]
-    assert np.array_equal(patterns(half, ds[1, "up", 3:300:3]), half.dense[1, "up"][every_third])
+    some = [i for i, row in enumerate(rows) if 4 <= row["token"] < 300]
+    assert np.array_equal(patterns(half, ds[1, "up", 4:300]), half.dense[1, "up"][some])
     # a selection keeps the probabilities of the twin that it was taken from
     assert ds.twin(0).select(sequence=2).density(0, "q") == ds.density(0, "q") != ds.select(sequence=2).density(0, "q")
 
