@@ -1,5 +1,6 @@
 """What a workload folder says of itself to people and to SQL: the data card and the DuckDB views."""
 
+import json
 from itertools import pairwise
 from typing import Any
 
@@ -34,7 +35,8 @@ def data_card(manifest: dict[str, Any], matrices: pa.Table) -> str:
 
     lines = [
         "---",
-        f"pretty_name: {manifest['source']} {manifest['label']}",
+        # as JSON, which is YAML: a name may hold what YAML takes for its own, such as a colon
+        f"pretty_name: {json.dumps(manifest['source'] + ' ' + manifest['label'], ensure_ascii=False)}",
         "license: other",
         "license_name: that-of-the-model-and-the-prompts",
         f"size_categories: [{_size_category(manifest['rows'])}]",

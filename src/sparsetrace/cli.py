@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from sparsetrace import __version__
 from sparsetrace.config import load_study, parse_method, parse_weight_method
@@ -648,11 +648,11 @@ def verify(workload: Path, recompute: int | None, model: Path | None, machine: M
     """
     from sparsetrace.verify import verify as run
 
+    if recompute is not None and model is None:
+        raise InputError("verify: --model must be given with --recompute, got none: name the runtime model")
     with progress("verifying", "files") as report:
         faults = [str(fault) for fault in run(workload, report)]
-    if recompute is not None and not faults:
-        if model is None:
-            raise InputError("verify: --model must be given with --recompute, got none: name the runtime model")
+    if recompute is not None and model is not None and not faults:
         with own_gpu(machine), progress("recomputing", "groups") as report:
             from sparsetrace.recompute import recompute as run_again
 
@@ -730,12 +730,15 @@ def export(
     from sparsetrace.export import FORMS, Layout
     from sparsetrace.export import export as run
 
+    if form not in FORMS:
+        raise InputError(f"export: --format must be one of {', '.join(FORMS)}, got {form}")
     ds = selected(workload, **chosen)
+    if not ds.leaves:
+        raise InputError(f"export: the selection must hold a layer and matrix that {workload} captured, got none")
     ds = ds if twin is None else ds.twin(twin)
     layout = Layout(base, stride, line, bundle, cycles)
     for layer, matrix in ds.leaves:
-        suffix = FORMS[form][0] if form in FORMS else ""
-        path = out / f"L{layer:02d}.{matrix}{suffix}"
+        path = out / f"L{layer:02d}.{matrix}{FORMS[form].suffix}"
         run(ds, layer, matrix, form, path, layout, tile)
         click.echo(path)
 
@@ -751,13 +754,27 @@ def estimate(config: Path, machine: Machine) -> None:
       sparsetrace estimate config.yaml
     """
     from sparsetrace.estimate import estimate as run
+    from sparsetrace.estimate import too_small
 
-    table = Table("workload", "tokens", "rows", "dump", "workload on disk", "time", title=str(config))
-    for row in run(load_study(config), machine):
+    study = load_study(config)
+    # a name that is cut short tells no two settings apart
+    name = Column("workload", overflow="fold")
+    table = Table(name, "tokens", "rows", "dump", "workload on disk", "time", title=str(config))
+    rows = run(study, machine)
+    for row in rows:
         sizes = (f"{size / 1e9:.3g} GB" for size in (row.sizes.dump_bytes, row.sizes.workload_bytes))
         table.add_row(row.name, f"{row.sizes.tokens:,}", f"{row.sizes.rows:,}", *sizes, f"{row.seconds / 60:.3g} min")
         for note in row.notes:
             click.echo(f"{row.name}: {note}", err=True)
+    # a dump is removed as it is packed, so that the data sets alone add up
+    largest, kept = max(row.sizes.dump_bytes for row in rows), sum(row.sizes.workload_bytes for row in rows)
+    if warning := too_small(Path(study.results), largest + kept):
+        click.echo(f"all {len(rows)} workloads, with the largest dump beside them: {warning}", err=True)
+    if len(rows) > 1:
+        total = sum(row.sizes.rows for row in rows)
+        minutes = sum(row.seconds for row in rows) / 60
+        sums = (f"{sum(row.sizes.tokens for row in rows):,}", f"{total:,}", "", f"{kept / 1e9:.3g} GB")
+        table.add_row("all", *sums, f"{minutes:.3g} min")
     Console().print(table)
 
 

@@ -20,7 +20,7 @@ from sparsetrace.config import EMBEDDED, Run, Study
 from sparsetrace.files import InputError
 from sparsetrace.prompts import read_documents, read_shard
 from sparsetrace.runtime import RuntimeModel, use
-from sparsetrace.schema import FORMATS, MATRICES, SITE_OF, mask_bytes
+from sparsetrace.schema import FORMATS, MATRICES, SITE_OF, SITES, mask_bytes
 from sparsetrace.settings import Batching, Capture, Decoding, Machine, Packing
 from sparsetrace.thresholds import read_thresholds
 
@@ -29,8 +29,8 @@ VALUE_BYTES = {"float16": 1.62, "bfloat16": 1.35, "float32": 3.6}
 ROW_BYTES = 12
 # Dense bytes packed per second by one core, same place.
 PACK_BYTES_PER_SECOND = 0.3e9
-# An index of the open encoding, for matrices of up to 65,536 inputs.
-INDEX_BYTES = 2
+# An index of the open encoding, same place: differences of neighbours, compressed.
+INDEX_BYTES = 0.65
 # Kept unless a method says otherwise: a dense run, or a method without a target.
 UNKNOWN_SPARSITY = 0.0
 CHARACTERS_PER_TOKEN = 3
@@ -175,13 +175,13 @@ def sizes(
         nnz = width * (1 - (UNKNOWN_SPARSITY if wanted is None else wanted))
         mask = mask_bytes(width)
         dump += {"full": nnz * item + mask + 8, "masks": mask + 8, "stats": 12}[capture.level]
-        if packing.share_inputs and matrix in ("k", "v", "up"):
+        earlier = SITES[SITE_OF[matrix]][: SITES[SITE_OF[matrix]].index(matrix)]
+        if packing.share_inputs and any(not capture.matrices or other in capture.matrices for other in earlier):
             continue
         dense += width * item
-        split = packing.encoding == "split"
-        full = nnz * VALUE_BYTES[shape.dtype] + mask if split else nnz * (INDEX_BYTES + item)
-        masks = mask if split else nnz * INDEX_BYTES
-        packed += ROW_BYTES + {"full": full, "masks": masks, "stats": 0}[capture.level]
+        where = mask if packing.encoding == "split" else nnz * INDEX_BYTES
+        values = nnz * VALUE_BYTES[shape.dtype]
+        packed += ROW_BYTES + {"full": where + values, "masks": where, "stats": 0}[capture.level]
     return Sizes(tokens, rows, int(tokens * dense), int(tokens * dump), int(tokens * packed))
 
 

@@ -7,11 +7,11 @@
 | `npz` | `.npz` | scipy CSR, as `scipy.sparse.load_npz` reads |
 | `safetensors` | `.safetensors` | CSR: `crow_indices`, `col_indices`, `values` in the model's dtype, `shape`, `token` |
 | `npy` | `.npy` | dense, float16 or float32 |
-| `bitmask` | `.npy` | uint8 tokens x inputs, 0 or 1, as STONNE's bitmap controllers take |
-| `density` | `.csv` | histogram of tile densities: tile_density, tiles, probability; Sparseloop's density model |
-| `ramulator` | `.trace` | `LD addr` for each line of the weight rows that kept inputs touch |
-| `dramsim3` | `.trace` | `addr READ cycle` for the same |
-| `libcachesim` | `.csv` | time, object id, size for the same rows or bundles of rows |
+| `bitmask` | `.bitmask.npy` | uint8 tokens x inputs, 0 or 1, as STONNE's bitmap controllers take |
+| `density` | `.density.csv` | tile_density, tiles, probability: a histogram, for Sparseloop's density model |
+| `ramulator` | `.ramulator.trace` | `LD addr` for each line of the weight rows that kept inputs touch |
+| `dramsim3` | `.dramsim3.trace` | `addr READ cycle` for the same |
+| `libcachesim` | `.libcachesim.csv` | time, object id, size for the same rows or bundles of rows |
 
 Everything is defined in docs/export.md. Memory is one row group, but for `npz` and `safetensors`, whose layout
 needs the whole slice at once.
@@ -33,6 +33,8 @@ from sparsetrace.rows import Rows, join, no_rows
 from sparsetrace.schema import FORMATS
 
 SAFETENSORS_CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+# Addresses of a trace lie below: they are reckoned in int64.
+ADDRESSES = 1 << 63
 # Lines of a memory trace formatted at once.
 TRACE_LINES = 1 << 16
 
@@ -128,16 +130,22 @@ def export(
         raise InputError(f"export: tile must be at least 1, got {tile}")
     if not len(workload.tokens):
         raise InputError("export: the selection must hold at least one token, got none")
-    _, write = FORMS[form]
+    if workload.level == "stats":
+        raise InputError("export: masks must have been captured, got capture level `stats`")
+    if FORMS[form].values and workload.level != "full":
+        masks = ", ".join(name for name, other in FORMS.items() if not other.values)
+        raise InputError(f"export: values must have been captured for {form}, got capture level `masks`: use {masks}")
     layout = layout or Layout()
-    workload.features(layer, matrix)
+    features = workload.features(layer, matrix)
     by_leaf = {(row["layer"], row["matrix"]): row for row in workload.matrix_table.to_pylist()}
     row_bytes = by_leaf[layer, matrix]["out_features"] * FORMATS[workload.manifest["dtype"]].bits.itemsize
     if layout.stride is not None and layout.stride < row_bytes:
         raise InputError(f"export: stride must be at least the {row_bytes} bytes of a row, got {layout.stride}")
+    if layout.base + features * (layout.stride or row_bytes) + layout.line > ADDRESSES:
+        raise InputError(f"export: base must leave the weight below address {ADDRESSES:#x}, got {layout.base:#x}")
     job = _Job(workload, layer, matrix, row_bytes, layout, tile)
     with write_beside(out) as partial:
-        write(job, partial)
+        FORMS[form].write(job, partial)
 
 
 def _write_mtx(job: _Job, path: Path) -> None:
@@ -149,10 +157,10 @@ def _write_mtx(job: _Job, path: Path) -> None:
         first = 1
         for rows in job.blocks(values=True):
             number = np.repeat(np.arange(first, first + len(rows)), rows.nnz)
-            # nine digits hold a float32 exactly
-            values = rows.values.astype(np.float32)
+            # the fewest digits that a reader's float64 needs to be exactly the value
+            values = rows.values.astype(np.float64)
             columns = zip(number.tolist(), (rows.indices() + 1).tolist(), values.tolist(), strict=True)
-            file.write("".join(f"{row} {column} {value:.9g}\n" for row, column, value in columns))
+            file.write("".join(f"{row} {column} {value!r}\n" for row, column, value in columns))
             first += len(rows)
 
 
@@ -311,16 +319,30 @@ def _write_libcachesim(job: _Job, path: Path) -> None:
             time += len(rows)
 
 
-# Suffix of the file, and what writes it.
-FORMS: dict[str, tuple[str, Callable[[_Job, Path], None]]] = {
-    "mtx": (".mtx", _write_mtx),
-    "smtx": (".smtx", _write_smtx),
-    "npz": (".npz", _write_npz),
-    "safetensors": (".safetensors", _write_safetensors),
-    "npy": (".npy", _write_npy),
-    "bitmask": (".npy", _write_bitmask),
-    "density": (".csv", _write_density),
-    "ramulator": (".trace", _write_ramulator),
-    "dramsim3": (".trace", _write_dramsim3),
-    "libcachesim": (".csv", _write_libcachesim),
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One format.
+
+    Args:
+        suffix: of the file; no two formats share one, so that they may lie in one folder.
+        write: what writes it.
+        values: whether it holds values, and not only which inputs were kept.
+    """
+
+    suffix: str
+    write: Callable[[_Job, Path], None]
+    values: bool
+
+
+FORMS = {
+    "mtx": Form(".mtx", _write_mtx, values=True),
+    "smtx": Form(".smtx", _write_smtx, values=False),
+    "npz": Form(".npz", _write_npz, values=True),
+    "safetensors": Form(".safetensors", _write_safetensors, values=True),
+    "npy": Form(".npy", _write_npy, values=True),
+    "bitmask": Form(".bitmask.npy", _write_bitmask, values=False),
+    "density": Form(".density.csv", _write_density, values=False),
+    "ramulator": Form(".ramulator.trace", _write_ramulator, values=False),
+    "dramsim3": Form(".dramsim3.trace", _write_dramsim3, values=False),
+    "libcachesim": Form(".libcachesim.csv", _write_libcachesim, values=False),
 }

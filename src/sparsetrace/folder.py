@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from sparsetrace.files import InputError, read_json
+from sparsetrace.files import InputError
 
 
 class Folder:
@@ -47,18 +47,18 @@ class Folder:
         """
         try:
             return self._files.open_input_file(self.path(name))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"open: {self.where}/{name} must be a file, got nothing there") from None
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON object."""
-        if self.local:
-            return read_json(Path(self.path(name)), "open")
         with self.open(name) as file:
             try:
-                content: dict[str, Any] = json.loads(file.read())
+                content = json.loads(file.read())
             except (OSError, ValueError) as error:
                 raise InputError(f"open: {self.where}/{name} must be JSON that can be read, got {error}") from None
+        if not isinstance(content, dict):
+            raise InputError(f"open: {self.where}/{name} must be a JSON object, got {type(content).__name__}")
         return content
 
     def read_table(self, name: str) -> pa.Table:

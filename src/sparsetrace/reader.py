@@ -13,6 +13,7 @@ ds.twin(seed=0)                                      # the same, masks at random
 from __future__ import annotations
 
 import copy
+import reprlib
 from collections.abc import Iterable, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -51,9 +52,10 @@ class _Files:
         where = folder.where
         if self.manifest.get("format") != "sparsetrace-workload":
             raise InputError(f"open: {where} must be a sparsetrace workload, got another manifest.json")
-        if self.manifest["version"] != WORKLOAD_VERSION:
+        version = self.manifest.get("version")
+        if version != WORKLOAD_VERSION:
             raise InputError(
-                f"open: {where} must have format version {WORKLOAD_VERSION}, got {self.manifest['version']}: "
+                f"open: {where} must have format version {WORKLOAD_VERSION}, got {version}: "
                 "install the sparsetrace that knows it"
             )
         self.parts: dict[tuple[int, str], list[dict[str, Any]]] = {}
@@ -198,20 +200,24 @@ class Workload:
     ) -> Workload:
         """A part of this workload, with the same methods; nothing is read but `tokens.parquet`.
 
-        Each argument is a value, a slice of values (start included, stop not, step from the start) or a list of
-        values; all must hold. Values that do not occur select nothing.
+        Each argument is a value, a slice of values (start included, stop not, step from the start) or several values;
+        all must hold. Tokens, sequences and positions that do not occur select nothing.
 
         Raises:
-            InputError: no such layer, matrix or phase.
+            InputError: no such layer, matrix or phase, or what is no number where one is needed.
         """
         part = copy.copy(self)
         part.__dict__.pop("tokens", None)
         matrices = _names(matrix, MATRICES, "matrix")
         phases = _names(phase, PHASES, "phase")
-        layers = np.arange(self.layers)
-        layers = layers[_chosen(layers, layer, "layer")]
-        if not len(layers):
-            raise InputError(f"workload: layer must be 0 to {self.layers - 1}, got {layer}")
+        known = np.arange(self.layers)
+        if layer is None or isinstance(layer, slice):
+            layers = known[_chosen(known, layer, "layer")]
+        else:
+            layers = _integers(layer, "layer")
+        if not len(layers) or not np.isin(layers, known).all():
+            asked = layer if isinstance(layer, slice) else ", ".join(map(str, layers)) or "none"
+            raise InputError(f"workload: layer must be 0 to {self.layers - 1}, got {asked}")
         part._leaves = [(i, name) for i, name in self.leaves if i in layers and name in matrices]
         table = self.fed()
         keep = _chosen(self.tokens, token, "token")
@@ -225,7 +231,12 @@ class Workload:
         """The i.i.d. twin of this selection: the same tokens, masks drawn at random, see `sparsetrace.twin`.
 
         The density of a layer and matrix is that of this selection; a part of a twin keeps the twin's own.
+
+        Raises:
+            InputError: a seed that is not 0 to 2**64 - 1.
         """
+        if not isinstance(seed, int | np.integer) or not 0 <= seed < 1 << 64:
+            raise InputError(f"twin: seed must be 0 to 2**64 - 1, got {seed!r}")
         part = copy.copy(self)
         part._twin = _Twin(self, seed)
         return part
@@ -243,7 +254,7 @@ class Workload:
 
     def sparse(self, layer: int, matrix: str, token: int) -> tuple[np.ndarray, np.ndarray]:
         """(indices int32 [nnz], values [nnz]) of one operand."""
-        rows = self.matrix(layer, matrix, token)
+        rows = self.matrix(layer, matrix, _one(token))
         return rows.indices(), rows.values
 
     def matrix(self, layer: int, matrix: str, tokens: Tokens = None, values: bool = True) -> Rows:
@@ -274,11 +285,23 @@ class Workload:
             layer, matrix: which.
             values: False reads the masks alone.
             tokens: numbers, ascending; None for all.
+
+        Raises:
+            InputError: no such layer or matrix, or tokens that were not captured or do not ascend.
         """
-        return self._blocks(layer, matrix, self.tokens if tokens is None else tokens, values)
+        wanted = self.tokens if tokens is None else self._numbers(tokens)
+        if not (np.diff(wanted) > 0).all():
+            raise InputError("blocks: tokens must ascend, got others: use matrix(), which takes any order")
+        return self._blocks(layer, matrix, wanted, values)
 
     def figures(self, layer: int, matrix: str) -> pa.Table:
-        """token, sequence, position, nnz, absmax and l2 of each row of one layer and matrix, as stored."""
+        """token, sequence, position, nnz, absmax and l2 of each row of one layer and matrix, as stored.
+
+        Raises:
+            InputError: no such layer or matrix, or a twin, of which nothing is stored.
+        """
+        if self._twin is not None:
+            raise InputError("figures: rows must be real ones, got the i.i.d. twin: use matrix(layer, matrix).nnz")
         source = self._source(layer, matrix)
         pieces = []
         for path, groups, wanted in self._places(source, self.tokens):
@@ -289,7 +312,12 @@ class Workload:
         return pa.concat_tables(pieces) if pieces else empty
 
     def density(self, layer: int, matrix: str) -> float:
-        """Share of the inputs that the rows of one layer and matrix keep, over this selection."""
+        """Share of the inputs that the rows of one layer and matrix keep, over this selection.
+
+        Of a twin it is the probability with which its inputs are kept.
+        """
+        if self._twin is not None:
+            return self._twin.density(layer, matrix)
         if self._chosen is None:
             kept, rows = self._row(layer, matrix)["nnz"], self._row(layer, matrix)["rows"]
         else:
@@ -312,8 +340,8 @@ class Workload:
 
     def batches(self, size: int | None = None) -> Iterator[np.ndarray]:
         """Token numbers of rows multiplied together: as they were, or regrouped, see `schedule.batches`."""
-        if size is not None and size < 1:
-            raise InputError(f"batches: size must be at least 1, got {size}")
+        if size is not None and (not isinstance(size, int | np.integer) or size < 1):
+            raise InputError(f"batches: size must be a whole number of at least 1, got {size}")
         return batches(self, size)
 
     def weight(self, layer: int, matrix: str, model: str | Path | None = None) -> np.ndarray:
@@ -334,9 +362,9 @@ class Workload:
 
     def weight_mask(self, layer: int, matrix: str) -> np.ndarray | None:
         """Which weights a weight-side method kept, bool [in, out] as `weight` is; None for a dense model."""
+        row = self._row(layer, matrix)
         if not any(file["path"] == "weight_masks.parquet" for file in self.manifest["files"]):
             return None
-        row = self._row(layer, matrix)
         file = self._files.folder.parquet("weight_masks.parquet")
         groups = (file.read_row_group(group, columns=["layer", "matrix"]) for group in range(file.num_row_groups))
         wanted = next(
@@ -353,7 +381,7 @@ class Workload:
 
         Outputs that the method says are not computed are 0.
         """
-        rows = self.matrix(layer, matrix, token)
+        rows = self.matrix(layer, matrix, _one(token))
         number = FORMATS[self.manifest["dtype"]]
         weight = number.to_float(self._weight_patterns(layer, matrix, None)[rows.indices()])
         y = (rows.values.astype(np.float64) @ weight.astype(np.float64)).astype(np.float32)
@@ -391,12 +419,10 @@ class Workload:
             return self.tokens
         if isinstance(tokens, slice):
             if tokens.step not in (None, 1):
+                # of the numbers, or of the captured ones? `select` says
                 raise InputError(f"workload: a slice of tokens must have step 1, got {tokens.step}")
-            start = None if tokens.start is None else np.searchsorted(self.tokens, tokens.start)
-            stop = None if tokens.stop is None else np.searchsorted(self.tokens, tokens.stop)
-            return self.tokens[start:stop]
-        wanted = np.asarray([tokens] if isinstance(tokens, int) else tokens, dtype=np.int64)
-        wanted = np.atleast_1d(wanted)
+            return self.tokens[_chosen(self.tokens, tokens, "token")]
+        wanted = _integers(tokens, "token")
         if self._chosen is not None:
             self._found(self._chosen, wanted)
         return wanted
@@ -516,7 +542,9 @@ def _neighbours(numbers: list[int], most: int) -> Iterator[tuple[int, int]]:
 
 
 def _names(wanted: str | Iterable[str] | None, known: tuple[str, ...], what: str) -> list[str]:
-    names = list(known) if wanted is None else [wanted] if isinstance(wanted, str) else list(wanted)
+    if wanted is None:
+        return list(known)
+    names = list(wanted) if isinstance(wanted, Iterable) and not isinstance(wanted, str) else [wanted]
     if unknown := [name for name in names if name not in known]:
         raise InputError(f"workload: {what} must be among {', '.join(known)}, got {', '.join(map(str, unknown))}")
     return names
@@ -527,15 +555,35 @@ def _chosen(numbers: np.ndarray, choice: Choice, what: str) -> np.ndarray:
     if choice is None:
         return np.ones(len(numbers), bool)
     if not isinstance(choice, slice):
-        return np.isin(numbers, np.atleast_1d(np.asarray([choice] if isinstance(choice, int) else choice)))
+        return np.isin(numbers, _integers(choice, what))
     start = 0 if choice.start is None else choice.start
     step = 1 if choice.step is None else choice.step
-    if min(start, choice.stop or 0) < 0 or step < 1:
+    bounds = (start, start if choice.stop is None else choice.stop, step)
+    if not all(isinstance(bound, int | np.integer) for bound in bounds) or min(bounds) < 0 or step < 1:
         raise InputError(
             f"workload: a slice of {what} must have a start and stop from 0 and a step from 1, got {choice}"
         )
-    keep = (numbers >= start) & ((numbers - start) % step == 0)
-    return keep if choice.stop is None else keep & (numbers < choice.stop)
+    keep = numbers >= start
+    if choice.stop is not None:
+        keep &= numbers < choice.stop
+    return keep if step == 1 else keep & ((numbers - start) % step == 0)
+
+
+def _integers(choice: int | Iterable[int] | np.ndarray, what: str) -> np.ndarray:
+    """int64 [n]: a number or several, in the order given; a truth value or a fraction is none."""
+    several = isinstance(choice, Iterable) and not isinstance(choice, str | np.ndarray)
+    numbers = np.atleast_1d(np.asarray(list(choice) if several else choice))  # type: ignore[arg-type]
+    if numbers.ndim != 1 or (len(numbers) and numbers.dtype.kind not in "iu"):
+        got = reprlib.repr(choice)
+        raise InputError(f"workload: {what} must be a whole number, a slice or a list of them, got {got}")
+    return numbers.astype(np.int64)
+
+
+def _one(token: int) -> int:
+    """A token, where a slice or several would run together in one flat answer."""
+    if not isinstance(token, int | np.integer):
+        raise InputError(f"workload: token must be one number, got {token!r}: use matrix() for several")
+    return int(token)
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from sparsetrace.files import InputError
 from sparsetrace.ragged import runs
 from sparsetrace.rows import Rows
 from sparsetrace.schema import FORMATS, mask_bytes
@@ -40,7 +43,13 @@ class Step:
             yield self[key]
 
     def __getitem__(self, key: tuple[int, str]) -> Rows:
-        """Operands of one layer and matrix, T rows."""
+        """Operands of one layer and matrix, T rows.
+
+        Raises:
+            InputError: no such layer or matrix in the selection that is replayed.
+        """
+        if key not in self._window:
+            raise InputError(f"replay: layer and matrix must be among those of the selection, got {key}")
         rows, start = self._window[key], self._start
         stop = start + len(self.token)
         offsets = rows.offsets[start : stop + 1]
@@ -108,7 +117,7 @@ def batches(workload: Workload, size: int | None) -> Iterator[np.ndarray]:
         return
     table = table.sort_by("token")
     token, sequence = table["token"].to_numpy(), table["sequence"].to_numpy()
-    decode = np.array(table["phase"].to_pylist()) == "decode"
+    decode = pc.equal(table["phase"].cast(pa.string()), "decode").to_numpy()
     whole, one = np.flatnonzero(~decode), np.flatnonzero(decode)
     for start, stop in runs(sequence[whole]):
         for at in range(start, stop, size):

@@ -21,11 +21,13 @@ Every table has the column `masks`, `real` or `twin`. The formulas are in docs/s
 # Shape suffixes: T tokens, D inputs, W 64-bit words of a mask, P pairs.
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sparsetrace.files import InputError, write_beside
@@ -46,11 +48,35 @@ CARRIED_ROWS = max(*LAGS, *SIZES)
 # Steps of a bundle of sequences read at once for the unions over batches.
 BATCH_STEPS = 32
 
-Table = dict[str, list[Any]]
-TABLES = (
-    *("sparsity", "positions", "neurons", "concentration", "overlap", "unions"),
-    *("runs", "blocks", "structured", "imbalance", "coactivation", "layers"),
-)
+
+def _schema(**columns: pa.DataType) -> pa.Schema:
+    return pa.schema({"layer": pa.int16(), "matrix": pa.string(), "masks": pa.string(), **columns})
+
+
+_COUNT, _SHARE, _NAME = pa.int64(), pa.float64(), pa.string()
+TOP_COLUMNS = {f"share_of_top_{round(100 * share)}_percent": share for share in TOP_SHARES}
+# Schemas of the tables. All are written, those without a row too, so that none of an earlier selection is left.
+TABLES = {
+    "sparsity": _schema(phase=_NAME, rows=_COUNT, nnz=_COUNT, sparsity=_SHARE),
+    "positions": _schema(position=_COUNT, rows=_COUNT, nnz=_COUNT, sparsity=_SHARE),
+    "neurons": _schema(input=_COUNT, hits=_COUNT, frequency=_SHARE),
+    "concentration": _schema(
+        inputs=_COUNT,
+        never_kept=_COUNT,
+        always_kept=_COUNT,
+        gini=_SHARE,
+        effective_inputs=_SHARE,
+        **dict.fromkeys(TOP_COLUMNS, _SHARE),
+    ),
+    "overlap": _schema(lag=_COUNT, pairs=_COUNT, jaccard=_SHARE),
+    "unions": _schema(over=_NAME, size=_COUNT, unions=_COUNT, density=_SHARE),
+    "runs": _schema(kind=_NAME, length=_COUNT, runs=_COUNT),
+    "blocks": _schema(block=_COUNT, occupied=_COUNT, blocks=_COUNT, occupancy=_SHARE, kept_in_occupied=_SHARE),
+    "structured": _schema(pattern=_NAME, rows=_COUNT, rows_satisfied=_COUNT, groups_satisfied=_SHARE),
+    "imbalance": _schema(tile=_COUNT, rows=_COUNT, mean=_SHARE, max=_SHARE),
+    "coactivation": _schema(input_a=_COUNT, input_b=_COUNT, both=_COUNT, lift=_SHARE),
+    "layers": _schema(next_layer=pa.int16(), pairs=_COUNT, jaccard=_SHARE),
+}
 
 
 def statistics(
@@ -79,7 +105,12 @@ def statistics(
     if bad := [tile for tile in tiles if tile < 1]:
         raise InputError(f"stats: tiles must be at least 1 wide, got {bad[0]}")
     fed = workload.fed()
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
+    # what each layer and matrix adds to each table; all of a large model's as Python objects would take gigabytes
+    pieces: dict[str, list[pa.Table]] = {name: [schema.empty_table()] for name, schema in TABLES.items()}
+
+    def add(name: str, rows: list[dict[str, Any]], **same: Any) -> None:
+        pieces[name].append(pa.Table.from_pylist([same | row for row in rows], TABLES[name]))
+
     kinds = {"real": workload, "twin": workload.twin(seed)}
     done = 0
     for masks, kind in kinds.items():
@@ -95,18 +126,24 @@ def statistics(
                 together += (active.T @ active).astype(np.int64)
             unions = _batch_unions(kind, layer, matrix, fed)
             for name, table in leaf.tables(top, together, unions).items():
-                rows[name] += [{"layer": layer, "matrix": matrix, "masks": masks} | row for row in table]
+                add(name, table, layer=layer, matrix=matrix, masks=masks)
             done += 1
             if report is not None:
                 report(done, 2 * len(workload.leaves))
-        rows["layers"] += [row | {"masks": masks} for row in _across_layers(kind)]
-    tables = {name: pa.Table.from_pylist(table) for name, table in rows.items() if table}
+        add("layers", list(_across_layers(kind)), masks=masks)
+    # tells a table of another selection, twin or state of the workload from one of this
+    metadata = {
+        "sparsetrace_workload": str(workload.manifest.get("sha256")),
+        "sparsetrace_tokens": str(len(workload.tokens)),
+        "sparsetrace_seed": str(seed),
+    }
+    tables = {name: pa.concat_tables(parts).replace_schema_metadata(metadata) for name, parts in pieces.items()}
     if out is not None:
-        # tells a table of an earlier state of the workload from one of this
-        metadata = {"sparsetrace_workload": str(workload.manifest.get("sha256"))}
-        for name, table in tables.items():
-            with write_beside(out / f"{name}.parquet") as partial:
-                pq.write_table(table.replace_schema_metadata(metadata), partial, compression="zstd")
+        with ExitStack() as written:
+            for name, table in tables.items():
+                # all are written before the first takes its name
+                partial = written.enter_context(write_beside(out / f"{name}.parquet"))
+                pq.write_table(table, partial, compression="zstd")
     return tables
 
 
@@ -175,7 +212,7 @@ class _Chunk:
 def _chunks(workload: Workload, layer: int, matrix: str, fed: pa.Table) -> Iterator[_Chunk]:
     token = fed["token"].to_numpy()
     sequence, position = fed["sequence"].to_numpy(), fed["position"].to_numpy()
-    phase = np.array([PHASES.index(name) for name in fed["phase"].to_pylist()])
+    phase = pc.index_in(fed["phase"].cast(pa.string()), pa.array(PHASES)).to_numpy()
     mask: np.ndarray | None = None
     for start in range(0, len(token), CHUNK_ROWS):
         stop = min(start + CHUNK_ROWS, len(token))
@@ -279,9 +316,8 @@ class _Leaf:
             return {"rows": count, "nnz": nnz, "sparsity": 1 - nnz / (count * D)}
 
         shares = {
-            f"share_of_top_{round(100 * share)}_percent": ordered[: -(-round(share * 100) * D // 100)].sum() / total
-            for share in TOP_SHARES
-            if total
+            name: float(ordered[: -(-round(share * 100) * D // 100)].sum() / total) if total else None
+            for name, share in TOP_COLUMNS.items()
         }
         # Gini of the hits: mean absolute difference over twice the mean
         gini = float((ordered * (D + 1 - 2 * np.arange(1, D + 1))).sum() / (D * total)) if total else None
@@ -303,10 +339,7 @@ class _Leaf:
                 if count
             ],
             "neurons": [{"input": i, "hits": int(hits), "frequency": hits / rows} for i, hits in enumerate(self.hits)],
-            "concentration": [
-                {"inputs": D, **kept_all, "gini": gini, "effective_inputs": used}
-                | {name: float(value) for name, value in shares.items()}
-            ],
+            "concentration": [{"inputs": D, **kept_all, "gini": gini, "effective_inputs": used} | shares],
             "overlap": [
                 {"lag": lag, "pairs": count, "jaccard": total_share / count}
                 for lag, (count, total_share) in self.lags.items()
@@ -364,7 +397,7 @@ def _batch_unions(workload: Workload, layer: int, matrix: str, fed: pa.Table) ->
 
     The decoding sequences are taken in order, `size` at a time; a union counts where each of them has an n-th token.
     """
-    decode = np.flatnonzero(np.array(fed["phase"].to_pylist()) == "decode")
+    decode = np.flatnonzero(pc.equal(fed["phase"].cast(pa.string()), "decode").to_numpy())
     token, sequence = fed["token"].to_numpy()[decode], fed["sequence"].to_numpy()[decode]
     bounds = list(runs(sequence))
     found = {size: [0, 0] for size in SIZES}

@@ -6,6 +6,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from sparsetrace.files import InputError
 from sparsetrace.reader import Workload
 
 
@@ -15,9 +16,13 @@ class OperandDataset(Dataset[Tensor]):
     Args:
         workload: any selection.
         layer, matrix: which.
+
+    Raises:
+        InputError: no such layer or matrix, or values that were not captured: here, not in a worker.
     """
 
     def __init__(self, workload: Workload, layer: int, matrix: str) -> None:
+        _check(workload, layer, matrix)
         self.workload = workload
         self.layer = layer
         self.matrix = matrix
@@ -40,9 +45,13 @@ class OperandStream(IterableDataset[Tensor]):
     Args:
         workload: any selection.
         layer, matrix: which.
+
+    Raises:
+        InputError: no such layer or matrix, or values that were not captured: here, not in a worker.
     """
 
     def __init__(self, workload: Workload, layer: int, matrix: str) -> None:
+        _check(workload, layer, matrix)
         self.workload = workload
         self.layer = layer
         self.matrix = matrix
@@ -55,3 +64,9 @@ class OperandStream(IterableDataset[Tensor]):
         own = tokens[len(tokens) * number // count : len(tokens) * (number + 1) // count]
         for rows in self.workload.blocks(self.layer, self.matrix, tokens=own):
             yield from rows.torch()
+
+
+def _check(workload: Workload, layer: int, matrix: str) -> None:
+    workload.features(layer, matrix)
+    if workload.level != "full":
+        raise InputError(f"torch_data: values must have been captured, got capture level `{workload.level}`")

@@ -2,7 +2,8 @@
 
 Of each file: its hash; that it can be read, page checksums included; its schema; the rows that it
 should have; nnz = popcount of the mask = number of values; absmax and l2; no -0.0, Inf or NaN; the method's rule. Of
-the whole: the manifest's own hash, strangers in `data/`, tokens and sequences, and the counts in `matrices.parquet`.
+the whole: the manifest's own hash and keys, strangers in `data/`, tokens and sequences, and the counts in
+`matrices.parquet`. Only a manifest that lacks a key, or holds another type there, ends the search at once.
 
 What stored fields determine of a method's rule; the inputs that were dropped are not stored:
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import numpy as np
@@ -34,7 +36,9 @@ from sparsetrace.pack import given_hash
 from sparsetrace.reader import Workload
 from sparsetrace.rows import Rows, decode_rows, operand_columns, popcounts, row_figures
 from sparsetrace.schema import (
+    ENCODINGS,
     FORMATS,
+    LEVELS,
     MATRIX_TABLE,
     ROW_GROUP_ROWS,
     SEQUENCES,
@@ -44,6 +48,23 @@ from sparsetrace.schema import (
     leaf,
     mask_bytes,
 )
+
+# Types of the manifest's keys, and of each file's: docs/format.md says what they are.
+MANIFEST: dict[str, type | UnionType] = {
+    **dict.fromkeys(("model_hash", "source", "source_hash", "dtype", "label", "method", "encoding", "device"), str),
+    **dict.fromkeys(("parameters", "decoding", "batching", "capture", "versions", "packed_with"), dict),
+    **dict.fromkeys(("threads", "tokens", "rows", "nnz"), int),
+    **dict.fromkeys(("given", "tuning"), str | None),
+    **dict.fromkeys(("calibration", "study"), dict | None),
+    **{"share_inputs": bool, "engine": str, "smaller_batches": dict, "commits": list, "files": list},
+}
+FILE: dict[str, type | UnionType] = {"path": str, "rows": int, "bytes": int, "sha256": str}
+DATA_FILE = FILE | {"layer": int, "matrix": str, "nnz": int, "first_token": int | None, "last_token": int | None}
+# Beside the tables. People may write into them, so that their hash says nothing.
+TEXTS = ("README.md", "views.sql")
+
+# Columns that must have statistics.
+INDEXED = ("layer", "matrix", "token", "sequence", "position", "nnz", "absmax", "l2")
 
 TABLES = {"tokens.parquet": TOKENS, "sequences.parquet": SEQUENCES, "matrices.parquet": MATRIX_TABLE}
 
@@ -84,10 +105,13 @@ def verify(folder: Path, report: Callable[[int, int], None] | None = None) -> li
     content = {name: value for name, value in manifest.items() if name != "sha256"}
     if manifest.get("sha256") != sha256_json(content):
         faults.append(Fault("manifest.json", "its own sha256 must fit its content: it was edited or damaged"))
+    if misshapen := list(_manifest_faults(manifest)):
+        return faults + misshapen
     known = {file["path"] for file in manifest["files"]}
-    for path in sorted((folder / "data").rglob("*.parquet")):
-        if path.relative_to(folder).as_posix() not in known:
+    for path in sorted((folder / "data").rglob("*")):
+        if path.is_file() and path.relative_to(folder).as_posix() not in known:
             faults.append(Fault(path.relative_to(folder).as_posix(), "must be in the manifest, got a file it lacks"))
+    faults += [Fault(name, "must be there, got nothing") for name in TEXTS if not (folder / name).is_file()]
     tables = {}
     for name, schema in TABLES.items():
         entry = next((file for file in manifest["files"] if file["path"] == name), None)
@@ -119,6 +143,34 @@ def verify(folder: Path, report: Callable[[int, int], None] | None = None) -> li
         # what follows compares files with each other, by the reader, which takes them for sound
         faults += _output_faults(Workload(folder), method)
     return faults
+
+
+def _manifest_faults(manifest: dict[str, Any]) -> Iterator[Fault]:
+    """Keys that the manifest, or one of its files, lacks or that hold what they cannot."""
+    parts = [("", manifest, MANIFEST)]
+    if isinstance(manifest.get("files"), list):
+        for file in manifest["files"]:
+            if not isinstance(file, dict):
+                yield Fault("manifest.json", f"files must be objects, got {file!r}")
+                continue
+            named = "layer" in file or str(file.get("path", "")).startswith("data/")
+            parts.append((f" of {file.get('path', 'a file')}", file, DATA_FILE if named else FILE))
+    for of, part, types in parts:
+        for key, kind in types.items():
+            if key not in part:
+                yield Fault("manifest.json", f"{key}{of} must be there, got nothing")
+            elif not isinstance(part[key], kind):
+                name = getattr(kind, "__name__", str(kind))
+                yield Fault("manifest.json", f"{key}{of} must be {name}, got {part[key]!r}")
+    capture = manifest.get("capture")
+    level = capture.get("level") if isinstance(capture, dict) else None
+    for key, value, among in (
+        ("dtype", manifest.get("dtype"), tuple(FORMATS)),
+        ("encoding", manifest.get("encoding"), ENCODINGS),
+        ("level", level, LEVELS),
+    ):
+        if value not in among:
+            yield Fault("manifest.json", f"{key} must be one of {', '.join(among)}, got {value}")
 
 
 def _method(manifest: dict[str, Any], faults: list[Fault]) -> Method | None:
@@ -274,10 +326,10 @@ def _data_faults(
         for name, value in (("rows", count), ("nnz", nnz), ("achieved_sparsity", achieved)):
             if row[name] != value:
                 yield Fault("matrices.parquet", f"layer {layer} {matrix}: {name} must be {value}, got {row[name]}")
-        expected = row["rows"] * len(rows_of_leaf)
-        if manifest["rows"] != expected:
-            yield Fault("manifest.json", f"rows must be {expected}, got {manifest['rows']}")
-            break
+    for name in ("rows", "nnz"):
+        expected = sum(row[name] for row in rows_of_leaf.values())
+        if manifest[name] != expected:
+            yield Fault("manifest.json", f"{name} must be {expected}, got {manifest[name]}")
 
 
 def _completeness(where: str, held: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> Iterator[Fault]:
@@ -315,8 +367,8 @@ class _Leaf:
         self.file = file
         self.matrix = matrix
         self.dtype = manifest["dtype"]
-        self.level = manifest.get("capture", {}).get("level", "full")
-        self.encoding = manifest.get("encoding", "split")
+        self.level = manifest["capture"]["level"]
+        self.encoding = manifest["encoding"]
         self.method = method
         self.bound = matrix["threshold_bits"] if method is not None and method.score == "input" else None
         self.index: dict[str, np.ndarray] = {}
@@ -339,6 +391,7 @@ class _Leaf:
             self.unreadable = True
             yield Fault(where, "schema must be that of the format, got another")
             return
+        yield from self._statistics_faults(file.metadata)
         for group in range(file.num_row_groups):
             columns = {}
             for name in schema.names:
@@ -371,6 +424,15 @@ class _Leaf:
                 yield Fault("manifest.json", f"{name} of {where} must be {value}, got {self.file[name]}")
         if not (np.diff(token) > 0).all():
             yield Fault(where, "column token: must ascend, got a number that does not")
+
+    def _statistics_faults(self, metadata: pq.FileMetaData) -> Iterator[Fault]:
+        """Columns by which a query, the reader's own too, skips row groups."""
+        for group in range(metadata.num_row_groups):
+            chunks = map(metadata.row_group(group).column, range(metadata.num_columns))
+            for chunk in chunks:
+                if chunk.path_in_schema in INDEXED and not (chunk.statistics and chunk.statistics.has_min_max):
+                    what = f"column {chunk.path_in_schema} of row group {group} must have statistics, got none"
+                    yield Fault(self.file["path"], what)
 
     def _row_faults(self, table: pa.Table) -> Iterator[tuple[str, str]]:
         """(column, what) of one row group."""

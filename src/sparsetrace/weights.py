@@ -25,7 +25,7 @@ class Checkpoint:
         folder: a runtime model made by `sparsetrace convert`, or the Hugging Face folder that it was made from.
 
     Raises:
-        InputError: there is no safetensors file.
+        InputError: there is no safetensors file, or one that is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -114,11 +114,26 @@ class Checkpoint:
 
 
 def _header(file: Path) -> dict[str, dict[str, Any]]:
+    """Entries of a safetensors file by tensor, each with the `start` of the data; nothing else is read.
+
+    Raises:
+        InputError: the file is cut short or is no safetensors file.
+    """
+    size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(_PREFIX_BYTES), "little")
-        header = json.loads(opened.read(length))
-    header.pop("__metadata__", None)
-    return {name: entry | {"start": _PREFIX_BYTES + length} for name, entry in header.items()}
+        # the length of what is no safetensors file may be any number
+        text = opened.read(min(length, size))
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        start = _PREFIX_BYTES + length
+        needed = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise InputError(f"weights: {file} must be a safetensors file, got {error!r}") from None
+    if size < needed:
+        raise InputError(f"weights: {file} must have {needed} bytes, got {size}: copy it again")
+    return {name: entry | {"start": start} for name, entry in header.items()}
 
 
 def _map(file: Path) -> mmap.mmap:

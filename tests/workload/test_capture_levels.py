@@ -14,15 +14,15 @@ from click.testing import CliRunner
 
 import sparsetrace
 from sparsetrace import cli
-from sparsetrace.config import Batching, Capture, Decoding, Machine, PromptSet, parse_study
-from sparsetrace.estimate import captured_positions, estimate
+from sparsetrace.config import Batching, Capture, Decoding, Machine, Packing, PromptSet, parse_study
+from sparsetrace.estimate import Shape, captured_positions, estimate, sizes
 from sparsetrace.files import InputError, sha256_file, sha256_json
 from sparsetrace.generate import generate
 from sparsetrace.pack import index, pack
 from sparsetrace.prompts import split, write_split
 from sparsetrace.recompute import recompute
 from sparsetrace.rows import row_figures
-from sparsetrace.schema import FORMATS
+from sparsetrace.schema import FORMATS, MATRICES
 from sparsetrace.verify import verify
 
 BATCHING = Batching(max_new_tokens=6, batch_size=3, shards=2)
@@ -86,20 +86,12 @@ def test_shared_inputs_are_stored_once(run):
     ds = sparsetrace.open(shared)
     assert [str(fault) for fault in verify(shared)] == []
     others = {(row["layer"], row["matrix"]): row["shares_input_with"] for row in ds.matrix_table.to_pylist()}
-    assert others == {
-        (layer, m): {"k": "q", "v": "q", "up": "gate"}.get(m) for layer in (0, 1) for m in sparsetrace_matrices()
-    }
+    assert others == {(layer, m): {"k": "q", "v": "q", "up": "gate"}.get(m) for layer in (0, 1) for m in MATRICES}
     for leaf in full.leaves:
         assert np.array_equal(ds.matrix(*leaf).dense(), full.matrix(*leaf).dense())
     sizes = [sum(f["bytes"] for f in w.manifest["files"] if "matrix" in f) for w in (ds, full)]
     assert sizes[0] < 0.7 * sizes[1]
     assert all(row["shares_input_with"] is None for row in full.matrix_table.to_pylist())
-
-
-def sparsetrace_matrices():
-    from sparsetrace.schema import MATRICES
-
-    return MATRICES
 
 
 def test_a_layer_that_the_model_lacks(run):
@@ -239,6 +231,34 @@ def test_estimated_time_is_that_of_the_passes(run, tmp_path, monkeypatch, decodi
     assert told == [bool(dense), False]
 
 
+@pytest.mark.parametrize("encoding", ["split", "open"])
+@pytest.mark.parametrize("share_inputs", [False, True])
+def test_estimated_bytes_of_what_is_stored(encoding, share_inputs):
+    """Against the definition: rows that have files, each with its index, and its operand as the encoding has it."""
+    shape = Shape(2, dict.fromkeys(MATRICES, 4096), dict.fromkeys(MATRICES, 1), "float16")
+    packing = Packing(encoding=encoding, share_inputs=share_inputs)
+    operand = 2048 * (1.62 + (0.65 if encoding == "open" else 0.25))
+    for matrices, stored in (((), 4 if share_inputs else 7), (("k", "v", "up"), 2 if share_inputs else 3)):
+        capture = Capture(matrices=matrices)
+        made = sizes(shape, [8], 6, Decoding(), capture, packing, lambda layer, matrix: 0.5)
+        assert made.tokens == 5
+        assert made.workload_bytes == pytest.approx(5 * 2 * stored * (operand + 12), abs=1)
+
+
+def test_estimate_adds_up_the_workloads(run, tmp_path, monkeypatch):
+    """Each fits the disk, all together do not; dumps go as they are packed, so that the largest counts alone."""
+    methods = [{"name": "teal", "sparsity": [0.5, 0.6]}]
+    content, path = study(run, tmp_path, methods=methods)
+    rows = estimate(content, CPU)
+    kept, dump = sum(row.sizes.workload_bytes for row in rows), max(row.sizes.dump_bytes for row in rows)
+    for free, warned in ((kept + dump, False), (kept + dump - 1, True)):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: type("usage", (), {"free": free}))
+        code, text = invoke("estimate", path, "--device", "cpu")
+        assert code == 0
+        assert ("all 2 workloads, with the largest dump beside them: needs " in text) == warned
+        assert f"{sum(row.sizes.rows for row in rows):,}" in text
+
+
 def test_estimate_says_when_the_disk_is_too_small(run, tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 10})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
@@ -279,6 +299,11 @@ def test_commands(run, tmp_path):
     assert "Jaccard of neighbouring tokens" in text
     assert {row["layer"] for row in pq.read_table(tmp_path / "stats" / "overlap.parquet").to_pylist()} == {1}
 
+    # of one position no two tokens are neighbours
+    code, text = invoke("stats", run.full, "--out", tmp_path / "stats", "--position", 5)
+    assert code == 0
+    assert "Jaccard of neighbouring tokens" not in text
+
     words = ("--matrix", "q", "--matrix", "down", "--position", "2:6", "--out", tmp_path / "out", "--twin", 3)
     code, text = invoke("export", run.full, "--format", "npy", *words)
     assert code == 0
@@ -291,3 +316,18 @@ def test_commands(run, tmp_path):
     code, text = invoke("estimate", study(run, tmp_path)[1], "--device", "cpu")
     assert code == 0
     assert "tiny/one/teal-0.5" in text
+
+
+def refused(*words):
+    return str(CliRunner().invoke(cli.cli, [str(word) for word in words]).exception)
+
+
+def test_commands_refuse(run, tmp_path):
+    sample = run("sampled", Capture(layers=(1,)))
+    to = ("--out", tmp_path / "none")
+    message = f"export: the selection must hold a layer and matrix that {sample} captured, got none"
+    assert refused("export", sample, "--format", "npy", "--layer", 0, *to) == message
+    assert refused("export", run.full, "--format", "csv", *to).startswith("export: --format must be one of mtx, smtx,")
+    # before the long search, not after it
+    assert refused("verify", tmp_path, "--recompute", 1).startswith("verify: --model must be given with --recompute")
+    assert not (tmp_path / "none").exists()

@@ -1,5 +1,7 @@
 """Every export format read back: by its own well-kept reader where there is one, else by a parser written out here."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.io
@@ -28,7 +30,7 @@ def selection(request, built):
 
 
 def written(selection, form, tmp_path, **settings):
-    path = tmp_path / f"x{FORMS[form][0]}"
+    path = tmp_path / f"x{FORMS[form].suffix}"
     export(selection, *LEAF, form, path, **settings)
     return path
 
@@ -37,7 +39,8 @@ def test_mtx(selection, tmp_path):
     ds, x = selection
     found = scipy.io.mmread(written(ds, "mtx", tmp_path))
     assert found.nnz == (x != 0).sum()
-    assert np.array_equal(found.toarray().astype(np.float32), x)
+    # in the reader's own float64, not only when rounded
+    assert np.array_equal(found.toarray(), x.astype(np.float64))
 
 
 def test_smtx(selection, tmp_path):
@@ -137,6 +140,8 @@ def test_traces(selection, tmp_path, layout, monkeypatch):
         ({"tile": 0}, "tile must be at least 1, got 0"),
         ({"matrix": "w"}, "layer and matrix must be 0 to 1 and one of q, k"),
         ({"form": "ramulator", "layout": Layout(stride=8)}, "stride must be at least the 74 bytes of a row, got 8"),
+        ({"form": "dramsim3", "layout": Layout(base=(1 << 63) - 9)}, "base must leave the weight below address 0x8000"),
+        ({"form": "libcachesim", "layout": Layout(base=1 << 64)}, "base must leave the weight below address 0x8000"),
     ],
 )
 def test_refusals(half, tmp_path, change, message):
@@ -152,6 +157,40 @@ def test_refuses_nothing_and_what_was_not_captured(half, tmp_path):
     with pytest.raises(InputError, match="line must be at least 1, got 0"):
         Layout(line=0)
     ds = sparsetrace.open(build(tmp_path / "masks", "float16", level="masks").workload)
-    with pytest.raises(InputError, match="values must have been captured"):
-        export(ds, *LEAF, "mtx", tmp_path / "x.mtx")
-    assert written(ds, "ramulator", tmp_path).stat().st_size > 0
+    for name, form in FORMS.items():
+        if form.values:
+            message = f"values must have been captured for {name}, got capture level `masks`: use smtx, bitmask, "
+            with pytest.raises(InputError, match=message):
+                written(ds, name, tmp_path)
+        else:
+            assert written(ds, name, tmp_path).stat().st_size > 0
+    stats = sparsetrace.open(build(tmp_path / "stats", "float16", level="stats").workload)
+    with pytest.raises(InputError, match="masks must have been captured, got capture level `stats`"):
+        written(stats, "smtx", tmp_path)
+
+
+def test_formats_lie_in_one_folder():
+    assert len({form.suffix for form in FORMS.values()}) == len(FORMS)
+
+
+def test_the_last_addresses(half, tmp_path):
+    """A weight may end right below the last address that is allowed."""
+    ds = sparsetrace.open(half.workload)
+    base = (1 << 63) - 64 - ds.features(*LEAF) * 2 * OUTPUTS["down"]
+    last = written(ds, "ramulator", tmp_path, layout=Layout(base=base)).read_text().splitlines()[-1]
+    assert base < int(last.split()[1], 16) < 1 << 63
+
+
+def test_what_is_interrupted_leaves_nothing(half, tmp_path, monkeypatch):
+    ds = sparsetrace.open(half.workload)
+    path = written(ds, "smtx", tmp_path)
+    whole = path.read_bytes()
+
+    def stop(job, path):
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(FORMS, "smtx", replace(FORMS["smtx"], write=stop))
+    with pytest.raises(KeyboardInterrupt):
+        written(ds, "smtx", tmp_path)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [whole]

@@ -1,6 +1,8 @@
 """The DuckDB views and macros, and polars, against the dense operands: plain tools must read the same bits."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,3 +95,38 @@ def test_polars_example(built):
         assert np.array_equal(planes[0] | planes[1].astype(np.uint16) << 8, x[keep])
     mean = ds.group_by("layer", "matrix").agg(pl.col("nnz").mean()).collect()
     assert mean.height == LAYERS * len(MATRICES)
+
+
+def documented(language):
+    """The block of docs/format.md in one language that reads a workload from outside."""
+    text = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
+    (block,) = re.findall(rf"```{language}\n(.*?)```", text[text.index("DuckDB, with the folder") :], re.DOTALL)
+    return block
+
+
+def test_documented_queries(half):
+    """As they stand in docs/format.md, but for a layer and a matrix of this workload."""
+    sql = connect(half.workload)
+    block = documented("sql").replace("layer = 2", "layer = 1").replace("token = 17", f"token = {half.tokens[5]}")
+    sparsity, row, overlap = (sql.execute(query).fetchall() for query in block.split(";")[:3])
+    x = half.dense[1, "down"]
+    assert len(sparsity) == LAYERS * len(MATRICES)
+    kept = np.flatnonzero(x[5])
+    assert row == [(kept.tolist(), half.values(1, "down")[5][kept].astype(float).tolist())]
+    keep = dict(zip(half.tokens.tolist(), x != 0, strict=True))
+    pairs = [(keep[t], keep[t - 1]) for t in keep if t - 1 in keep]
+    shares = [(a & b).sum() / (a | b).sum() for a, b in pairs if (a | b).any()]
+    assert overlap == [(pytest.approx(np.mean(shares)),)]
+
+
+def test_documented_polars(half, tmp_path, monkeypatch):
+    pl = pytest.importorskip("polars")
+    monkeypatch.chdir(half.folder)
+    block = documented("python").replace("layer=2", "layer=1").replace("token=17", f"token={half.tokens[5]}")
+    *lines, last = block.strip().splitlines()
+    names = {"pl": pl}
+    # the text of our own page
+    exec("\n".join(lines), names)  # noqa: S102
+    assert names["row"]["nnz"] == np.count_nonzero(half.dense[1, "down"][5])
+    means = {row[:2]: row[2] for row in eval(last, names).rows()}
+    assert means[1, "down"] == pytest.approx(np.count_nonzero(half.dense[1, "down"], axis=1).mean())

@@ -3,6 +3,7 @@
 from itertools import combinations
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from workload_testing import LAYERS, build
 
@@ -192,6 +193,52 @@ def test_layers(tables, masks):
         pairs = zip(keep[0, row["matrix"]], keep[1, row["matrix"]], strict=True)
         shares = [share for share in (jaccard(a, b) for a, b in pairs) if share is not None]
         assert (row["pairs"], row["jaccard"]) == (len(shares), pytest.approx(mean(shares)))
+
+
+def test_every_table_is_there_whatever_is_selected(half, tmp_path):
+    """Of one position no two tokens are neighbours, of one layer there is no next: empty, not of an earlier call."""
+    ds = sparsetrace.open(half.workload)
+    stats.statistics(ds, tmp_path, seed=1)
+    tables = stats.statistics(ds.select(layer=1, position=6), tmp_path, seed=2)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(stats.TABLES)
+    for name, schema in stats.TABLES.items():
+        table = pq.read_table(tmp_path / f"{name}.parquet")
+        assert table.equals(tables[name])
+        assert table.schema.equals(schema)
+        assert table.schema.metadata == {
+            b"sparsetrace_workload": ds.manifest["sha256"].encode(),
+            b"sparsetrace_tokens": b"6",
+            b"sparsetrace_seed": b"2",
+        }
+        assert set(table["layer"].to_pylist()) <= {1}
+    assert [len(tables[name]) for name in ("overlap", "layers", "unions")] == [0, 0, 2 * 7 * 2]
+    assert "Jaccard of neighbouring tokens" not in [name for name, _, _ in stats.summary(tables)]
+
+
+def test_a_row_that_keeps_nothing(half):
+    """Shares of no hits are null, and the columns stay."""
+    ds = sparsetrace.open(half.workload)
+    empty = ds.tokens[ds.matrix(0, "q").nnz == 0]
+    tables = stats.statistics(ds.select(token=empty))
+    (row,) = [r for r in tables["concentration"].to_pylist() if r["masks"] == "real" and r["layer"] == 0][:1]
+    assert (row["gini"], row["share_of_top_10_percent"], row["effective_inputs"]) == (None, None, 0)
+    assert set(tables["sparsity"]["sparsity"].to_pylist()) == {1}
+
+
+def test_what_is_interrupted_leaves_nothing(half, tmp_path, monkeypatch):
+    """Interrupted as the last table is written: none has its name yet, nor is a part of one left."""
+    written = []
+
+    def stop(table, path, **settings):
+        written.append(path)
+        if len(written) == len(stats.TABLES):
+            raise KeyboardInterrupt
+        pq.ParquetWriter(path, table.schema).close()
+
+    monkeypatch.setattr(stats.pq, "write_table", stop)
+    with pytest.raises(KeyboardInterrupt):
+        stats.statistics(sparsetrace.open(half.workload).select(layer=0, matrix="q"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_refusals(half, tmp_path):

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from workload_testing import build
 
 import sparsetrace
+from sparsetrace.files import InputError
 from sparsetrace.torch_data import OperandDataset, OperandStream
 
 
@@ -49,3 +51,20 @@ def test_a_training_step_learns(half):
             optimizer.step()
             losses.append(loss.item())
     assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+
+
+@pytest.mark.parametrize("kind", [OperandDataset, OperandStream])
+def test_refusals(half, tmp_path, kind):
+    """When it is made, not in a worker."""
+    with pytest.raises(InputError, match="layer and matrix must be 0 to 1"):
+        kind(sparsetrace.open(half.workload), 9, "down")
+    masks = sparsetrace.open(build(tmp_path, "float16", level="masks").workload)
+    with pytest.raises(InputError, match="values must have been captured, got capture level `masks`"):
+        kind(masks, 1, "down")
+
+
+def test_more_workers_than_rows(half):
+    part = sparsetrace.open(half.workload).select(token=[3, 4])
+    loader = DataLoader(OperandStream(part, 1, "down"), batch_size=None, num_workers=3)
+    assert np.array_equal(torch.stack(list(loader)).numpy(), part[1, "down", :])
+    assert list(DataLoader(OperandStream(part.select(phase="forced"), 1, "down"), num_workers=2)) == []

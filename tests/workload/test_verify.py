@@ -11,7 +11,7 @@ from workload_testing import build
 
 from sparsetrace.files import InputError, sha256_file, sha256_json
 from sparsetrace.schema import FORMATS, LEVELS, column_encodings, data_schema
-from sparsetrace.verify import verify
+from sparsetrace.verify import DATA_FILE, MANIFEST, verify
 
 PART = "data/L01/down/part-00000.parquet"
 
@@ -192,6 +192,89 @@ def test_edited_manifest(folder):
     path = folder / "manifest.json"
     path.write_text(path.read_text().replace('"temperature": 0.0', '"temperature": 1.0'))
     assert said(folder) == ["manifest.json: its own sha256 must fit its content: it was edited or damaged"]
+
+
+def edit_manifest(folder, change):
+    """Change the manifest's content, and make its own hash fit."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    manifest.pop("sha256")
+    path.write_text(json.dumps(manifest | {"sha256": sha256_json(manifest)}))
+
+
+@pytest.mark.parametrize("key", MANIFEST)
+def test_a_key_of_the_manifest(folder, key):
+    keep = (folder / "manifest.json").read_text()
+    edit_manifest(folder, lambda manifest: manifest.pop(key))
+    assert f"manifest.json: {key} must be there, got nothing" in said(folder)
+    (folder / "manifest.json").write_text(keep)
+    edit_manifest(folder, lambda manifest: manifest.update({key: 1.5}))
+    assert any(fault.startswith(f"manifest.json: {key} must be ") for fault in said(folder))
+
+
+@pytest.mark.parametrize("key", DATA_FILE)
+def test_a_key_of_a_file_of_the_manifest(folder, key):
+    keep = (folder / "manifest.json").read_text()
+    path = json.loads(keep)["files"][3]["path"]
+    edit_manifest(folder, lambda manifest: manifest["files"][3].pop(key))
+    assert said(folder) == [f"manifest.json: {key} of {'a file' if key == 'path' else path} must be there, got nothing"]
+    (folder / "manifest.json").write_text(keep)
+    edit_manifest(folder, lambda manifest: manifest["files"][3].update({key: 1.5}))
+    assert any(fault.startswith(f"manifest.json: {key} of ") and fault.endswith("got 1.5") for fault in said(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(nnz=m["nnz"] + 1), "nnz must be "),
+        (lambda m: m.update(rows=m["rows"] + 1), "rows must be "),
+        (lambda m: m["capture"].update(level="half"), "level must be one of full, masks, stats, got half"),
+        (lambda m: m.update(dtype="int8"), "dtype must be one of float16, bfloat16, float32, got int8"),
+        (lambda m: m.update(encoding="zip"), "encoding must be one of split, open, got zip"),
+        (lambda m: m["files"].append("x"), "files must be objects, got 'x'"),
+    ],
+    ids=str,
+)
+def test_a_manifest_that_says_something_else(folder, change, message):
+    edit_manifest(folder, change)
+    assert any(fault.startswith(f"manifest.json: {message}") for fault in said(folder))
+
+
+def test_any_flipped_bit_of_the_manifest_is_named(folder):
+    """In a number, a key or a path: it is not JSON any more, or its hash does not fit; never a traceback."""
+    path = folder / "manifest.json"
+    whole = path.read_bytes()
+    for place in range(0, len(whole) - 1, 97):
+        data = bytearray(whole)
+        data[place] ^= 1 << place % 7
+        path.write_bytes(data)
+        try:
+            assert "manifest.json: its own sha256 must fit its content: it was edited or damaged" in said(folder), place
+        except InputError as error:
+            assert "manifest.json must be JSON" in str(error) or "must be a sparsetrace workload" in str(error)
+
+
+@pytest.mark.parametrize("name", ["README.md", "views.sql"])
+def test_missing_text(folder, name):
+    (folder / name).unlink()
+    assert said(folder) == [f"{name}: must be there, got nothing"]
+
+
+@pytest.mark.parametrize("name", ["data/L00/q/notes.txt", "data/L00/.part-00000.parquet.partial"])
+def test_a_stranger_among_the_data(folder, name):
+    (folder / name).write_text("")
+    assert said(folder) == [f"{name}: must be in the manifest, got a file it lacks"]
+
+
+def test_missing_statistics(folder):
+    """Without those of `token` the reader does not know which row group holds a token."""
+    table = pq.read_table(folder / PART, partitioning=None)
+    pq.write_table(table, folder / PART, write_statistics=["layer", "matrix", "sequence", "position", "nnz", "absmax"])
+    resign(folder)
+    assert said(folder) == [
+        f"{PART}: column {name} of row group 0 must have statistics, got none" for name in ("token", "l2")
+    ]
 
 
 def test_edited_tokens(folder):
