@@ -97,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of a converted model")
     parser.add_argument("--warm", type=int, default=2, help="runs after the cold one")
+    parser.add_argument("--kernels", type=Path, help="Triton's cache of an earlier run, which stands for the cold one")
     parser.add_argument("--csv", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     source = json.loads((arguments.model / "config.json").read_text())["source"]
@@ -109,10 +110,11 @@ def main() -> None:
         batching = ["--batch-size", "1", "--max-new-tokens", "2"]
         split_words = ["split", str(arguments.model), "--prompts", str(prompts), "--out", str(split), *batching]
         subprocess.run([sys.executable, "-m", "sparsetrace", *split_words], check=True, env=environment())
-        for number in range(1 + arguments.warm):
+        kernels = arguments.kernels or folder / "kernels"
+        for number in range(1 if arguments.kernels else 0, 1 + arguments.warm):
             out = folder / str(number) / "manifest.json"
             words = ["dense-tokens", str(arguments.model), "--prompts", str(split), "--out", str(out), *batching]
-            seconds = measure(words, folder / "marks.json", folder / "kernels")
+            seconds = measure(words, folder / "marks.json", kernels)
             run = "warm" if number else "cold"
             append(arguments.csv, COLUMNS, [row | {"run": run} | {k: f"{v:.2f}" for k, v in seconds.items()}])
             print(run, *(f"{name} {value:.2f}" for name, value in seconds.items()), flush=True)
