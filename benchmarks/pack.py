@@ -68,6 +68,7 @@ COLUMNS = {
 REPEATS = 5
 SYNTHETIC = "synthetic-4096"
 SOURCES = ["demo", "random-1024", "random-2048", "random-4096", SYNTHETIC]
+DTYPES = ["float16", "bfloat16"]
 LENGTHS = ["short", "long"]
 
 
@@ -264,6 +265,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and dumps, a few GB")
     parser.add_argument("--source", nargs="*", default=SOURCES, help="by their names above; may be none")
     parser.add_argument("--checkpoint", type=Path, nargs="*", default=[], help="more checkpoints")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.75])
     parser.add_argument("--length", nargs="+", choices=LENGTHS, default=LENGTHS, help="of the runs of trained models")
     parser.add_argument(
         "--encoding", nargs="+", choices=ENCODINGS, default=ENCODINGS, help="open: of short runs at 50 %%"
@@ -281,13 +284,13 @@ def main() -> None:
     rows = []
     for source, checkpoint in checkpoints.items():
         texts = checkpoint if (checkpoint / "prompts.jsonl").is_file() else made("demo", arguments.work)
-        for dtype in ("float16", "bfloat16"):
+        for dtype in arguments.dtype:
             folder = arguments.work / f"{source}-{dtype}"
             if not (folder / "histograms.safetensors").is_file():
                 prepare(checkpoint, texts, folder, dtype)
             # a processor without float16 units takes minutes for each setting of a wide model
             lengths = ["short"] if source.startswith("random") else arguments.length
-            for sparsity, length in product((0.5, 0.75), lengths):
+            for sparsity, length in product(arguments.sparsity, lengths):
                 dump = folder / (f"{sparsity}-long" if length == "long" else f"{sparsity}") / "dump" / "00000"
                 if not (dump / "manifest.json").is_file():
                     dump = capture(folder, texts, sparsity, arguments.limit, length == "long")
