@@ -1,8 +1,8 @@
 """Time to fetch one random row by layer, matrix and token, warm, and to replay a workload in the order of execution.
 
-The leaf has 4,096 inputs, half of them kept, synthetic; every reader fetches the same tokens and ends with the dense
-row. Replay walks the masks of all 32 layers of an 8B model (hidden 4,096, inner 14,336), 8 sequences at a time, in a
-process of its own, and touches every mask.
+The leaf is synthetic, half of its inputs kept; every reader fetches the same tokens and ends with the dense row. Replay
+walks the masks of all 32 layers of an 8B model (hidden 4,096, inner 14,336), 8 sequences at a time, in a process of its
+own, and touches every mask.
 
 `lookup.csv`:
 
@@ -10,6 +10,7 @@ process of its own, and touches every mask.
 |---|---|
 | commit | `+` where the tree differed from it |
 | rows_in_leaf | tokens |
+| inputs | of the matrix |
 | reader | sparsetrace, duckdb, polars |
 | ms_p50, ms_p95 | wall time of one row |
 
@@ -35,6 +36,8 @@ import sparsetrace
 
 RESULTS = Path(__file__).parent / "results"
 LOOKUPS = 300
+# a large model's, and the demonstration model's, whose row groups have the most rows
+LOOKUP_WIDTHS = (4096, 192)
 WIDTHS = dict.fromkeys(("q", "k", "v", "o", "gate", "up"), 4096) | {"down": 14336}
 
 
@@ -70,10 +73,10 @@ def readers(folder: Path, width: int) -> dict[str, Callable[[int], np.ndarray]]:
     }
 
 
-def lookup(work: Path, known: str) -> list[dict[str, object]]:
+def lookup(work: Path, known: str, width: int) -> list[dict[str, object]]:
     """Rows of lookup.csv; the readers take turns, token by token."""
-    sequences, length, width = 8, 12_600, 4096
-    folder = work / "lookup"
+    sequences, length = 8, 12_600
+    folder = work / f"lookup-{width}"
     if not (folder / "workload" / "manifest.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         make_workload(folder, {(0, "q"): width}, sequences, length)
@@ -92,6 +95,7 @@ def lookup(work: Path, known: str) -> list[dict[str, object]]:
         {
             "commit": known,
             "rows_in_leaf": len(tokens),
+            "inputs": width,
             "reader": name,
             "ms_p50": f"{np.percentile(spent, 50):.3g}",
             "ms_p95": f"{np.percentile(spent, 95):.3g}",
@@ -156,7 +160,8 @@ def main() -> None:
     if arguments.work is None:
         parser.error("--work must be given")
     known = commit()
-    append("lookup.csv", lookup(arguments.work, known))
+    for width in LOOKUP_WIDTHS:
+        append("lookup.csv", lookup(arguments.work, known, width))
     append("replay.csv", replay(arguments.work, known))
 
 

@@ -1,14 +1,20 @@
 """Size and speed of packing, on operands captured from real model runs that this script makes itself.
 
-Each source is a checkpoint taken through the pipeline's own steps (convert, calibrate, thresholds, split, generate);
-its dump is then packed and read back to dense by one thread, several times in alternation, in one process.
+Each source is a checkpoint taken through the pipeline's own steps (convert, calibrate, thresholds, split, generate), on
+a GPU where there is one; its dump is then packed and read back to dense by one thread, several times in alternation, in
+one process. For a trained model of realistic width, alone:
+
+    python benchmarks/trained_checkpoint.py /scratch/trained-1024
+    python benchmarks/pack.py --work /scratch/pack --source --checkpoint /scratch/trained-1024 \
+        --length long --encoding split
 
 | source | what |
 |---|---|
 | `demo` | the embedded demonstration model, trained by `sparsetrace demo-checkpoint`: 192 inputs wide |
 | `random-<hidden>` | a Llama of two layers with random weights, of realistic width |
-| a folder given by `--checkpoint` | under its folder's name |
-| `<narrow model>-long` | the same over all prompts and 192 sampled tokens each: longer files, other text |
+| a folder given by `--checkpoint` | under its folder's name; with its own texts where it has them, as those of \
+`trained_checkpoint.py` do, else with the demonstration model's |
+| `<trained model>-long` | the same with 192 sampled tokens of each prompt: longer files, other text |
 | `synthetic-4096` | not captured: 16,384 rows of one matrix, for the speed of files of ordinary length |
 
 Appends rows to three CSV files. `pack.csv`:
@@ -30,12 +36,13 @@ are ready, and zstd_gbps that of level 1 on the planes and masks alone; medians 
 import argparse
 import csv
 import json
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +53,7 @@ from synthetic import commit, make_dump
 import sparsetrace
 from sparsetrace.pack import index, pack, writer_settings
 from sparsetrace.rows import operand_columns
-from sparsetrace.schema import ROW_GROUP_ROWS
+from sparsetrace.schema import ENCODINGS
 
 RESULTS = Path(__file__).parent / "results"
 SETTING = ("commit", "source", "dtype", "sparsity", "tokens")
@@ -59,11 +66,26 @@ COLUMNS = {
     "pack_floor.csv": [*SETTING, "write_gbps", "arrow_write_gbps", "zstd_gbps"],
 }
 REPEATS = 5
+SYNTHETIC = "synthetic-4096"
+SOURCES = ["demo", "random-1024", "random-2048", "random-4096", SYNTHETIC]
+DTYPES = ["float16", "bfloat16"]
+LENGTHS = ["short", "long"]
 
 
 def step(*words: object) -> None:
     """One step of the pipeline, as a user would run it."""
     subprocess.run([sys.executable, "-m", "sparsetrace", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+
+
+def made(source: str, work: Path) -> Path:
+    """The checkpoint of `demo` or `random-<hidden>`, made where it is not there yet."""
+    folder = work / source
+    if not folder.is_dir():
+        if source == "demo":
+            step("demo-checkpoint", "--out", folder)
+        else:
+            random_llama(made("demo", work), folder, int(source.removeprefix("random-")))
+    return folder
 
 
 def random_llama(demo: Path, folder: Path, hidden: int) -> None:
@@ -157,23 +179,26 @@ def parts(workload: Path, files: list[dict[str, object]]) -> dict[str, float]:
 
 def floor(workload: Path, files: list[dict[str, object]]) -> tuple[float, float]:
     """Seconds of CPU time: pyarrow's writer alone, and zstd alone, on what the data files hold."""
-    tables = [pq.read_table(workload / str(file["path"]), partitioning=None).combine_chunks() for file in files]
+    tables = []
     codec = pa.Codec("zstd", compression_level=1)
     planes = []
-    for table in tables:
+    for path in (workload / str(file["path"]) for file in files):
+        table = pq.read_table(path, partitioning=None).combine_chunks()
+        group_rows = pq.read_metadata(path).row_group(0).num_rows
+        tables.append((table, group_rows))
         for name in operand_columns(table.column_names):
             column = table[name].chunk(0)
             if column.null_count:
                 continue
             offsets = np.frombuffer(column.buffers()[1], np.int32)[: len(column) + 1]
-            edges = [*offsets[::ROW_GROUP_ROWS].tolist(), int(offsets[-1])]
+            edges = [*offsets[::group_rows].tolist(), int(offsets[-1])]
             planes += [column.buffers()[2].slice(a, b - a) for a, b in pairwise(edges) if b > a]
     write, compress = [], []
     for _ in range(REPEATS):
         began = time.process_time()
-        for table in tables:
+        for table, group_rows in tables:
             with pq.ParquetWriter(pa.BufferOutputStream(), table.schema, **writer_settings(table.schema)) as writer:
-                writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+                writer.write_table(table, row_group_size=group_rows)
         write.append(time.process_time() - began)
         began = time.process_time()
         for plane in planes:
@@ -238,38 +263,46 @@ def main() -> None:
     """Run everything and append to the CSV."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and dumps, a few GB")
-    parser.add_argument("--hidden", type=int, nargs="*", default=[1024, 2048, 4096], help="widths of the random models")
+    parser.add_argument("--source", nargs="*", default=SOURCES, help="by their names above; may be none")
     parser.add_argument("--checkpoint", type=Path, nargs="*", default=[], help="more checkpoints")
-    parser.add_argument("--limit", type=int, default=16, help="prompts")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.75])
+    parser.add_argument("--length", nargs="+", choices=LENGTHS, default=LENGTHS, help="of the runs of trained models")
+    parser.add_argument(
+        "--encoding", nargs="+", choices=ENCODINGS, default=ENCODINGS, help="open: of short runs at 50 %%"
+    )
+    parser.add_argument("--limit", type=int, default=16, help="prompts of a short run; a long one has all")
     arguments = parser.parse_args()
-    demo = arguments.work / "demo"
+    known = re.compile(rf"demo|random-\d+|{SYNTHETIC}")
+    if unknown := [source for source in arguments.source if not known.fullmatch(source)]:
+        parser.error(f"--source must be demo, random-<hidden> or {SYNTHETIC}, got {', '.join(unknown)}")
     arguments.work.mkdir(parents=True, exist_ok=True)
-    if not demo.is_dir():
-        step("demo-checkpoint", "--out", demo)
-    sources = {"demo": demo} | {path.name: path for path in arguments.checkpoint}
-    for hidden in arguments.hidden:
-        sources[f"random-{hidden}"] = arguments.work / f"random-{hidden}"
-        if not sources[f"random-{hidden}"].is_dir():
-            random_llama(demo, sources[f"random-{hidden}"], hidden)
+    checkpoints = {path.name: path for path in arguments.checkpoint}
+    for source in arguments.source:
+        if source != SYNTHETIC:
+            checkpoints[source] = made(source, arguments.work)
     rows = []
-    for source, checkpoint in sources.items():
-        for dtype in ("float16", "bfloat16"):
+    for source, checkpoint in checkpoints.items():
+        texts = checkpoint if (checkpoint / "prompts.jsonl").is_file() else made("demo", arguments.work)
+        for dtype in arguments.dtype:
             folder = arguments.work / f"{source}-{dtype}"
             if not (folder / "histograms.safetensors").is_file():
-                prepare(checkpoint, demo, folder, dtype)
+                prepare(checkpoint, texts, folder, dtype)
             # a processor without float16 units takes minutes for each setting of a wide model
-            for sparsity in (0.5, 0.75):
-                for long in (False,) if source.startswith("random") else (False, True):
-                    dump = folder / f"{sparsity}{'-long' if long else ''}" / "dump" / "00000"
-                    if not (dump / "manifest.json").is_file():
-                        dump = capture(folder, demo, sparsity, arguments.limit, long)
-                    name = f"{source}-long" if long else source
-                    for encoding in ("split", "open") if sparsity == 0.5 and not long else ("split",):
+            lengths = ["short"] if source.startswith("random") else arguments.length
+            for sparsity, length in product(arguments.sparsity, lengths):
+                dump = folder / (f"{sparsity}-long" if length == "long" else f"{sparsity}") / "dump" / "00000"
+                if not (dump / "manifest.json").is_file():
+                    dump = capture(folder, texts, sparsity, arguments.limit, length == "long")
+                name = f"{source}-long" if length == "long" else source
+                for encoding in arguments.encoding:
+                    if encoding == "split" or (sparsity == 0.5 and length == "short"):
                         rows.append(row(name, dtype, sparsity, encoding, dump, folder))
-    folder = arguments.work / "synthetic-4096"
-    if not (folder / "dump" / "manifest.json").is_file():
-        make_dump(folder / "dump", {(0, "q"): 4096}, sequences=8, tokens=2048)
-    rows += [row("synthetic-4096", "float16", 0.5, encoding, folder / "dump", folder) for encoding in ("split", "open")]
+    if SYNTHETIC in arguments.source:
+        folder = arguments.work / SYNTHETIC
+        if not (folder / "dump" / "manifest.json").is_file():
+            make_dump(folder / "dump", {(0, "q"): 4096}, sequences=8, tokens=2048)
+        rows += [row(SYNTHETIC, "float16", 0.5, encoding, folder / "dump", folder) for encoding in arguments.encoding]
     for name, columns in COLUMNS.items():
         new = not (RESULTS / name).is_file()
         with (RESULTS / name).open("a", newline="") as file:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from sparsetrace.dump import block_name, group_name, write_block
 from sparsetrace.pack import index, pack
-from sparsetrace.schema import SEQUENCES, SITE_OF, TOKENS, mask_bytes
+from sparsetrace.schema import DUMP_VERSION, SEQUENCES, SITE_OF, TOKENS, mask_bytes
 
 # Elements drawn for one width.
 DRAWN = 1 << 26
@@ -78,7 +78,13 @@ def make_dump(dump: Path, leaves: dict[tuple[int, str], int], sequences: int, to
     matrices = [_matrix(layer, matrix, width) for (layer, matrix), width in leaves.items()]
     empty = dict.fromkeys(("model_hash", "source", "source_hash", "label", "method", "parameters", "calibration"), "")
     empty |= {"decoding": {}, "batching": {}, "device": "", "threads": 1, "versions": {}}
-    manifest = {"version": 1, "dtype": "float16", "groups": [0], "rows": rows, "capture": {"level": level}} | empty
+    manifest = {
+        "version": DUMP_VERSION,
+        "dtype": "float16",
+        "groups": [0],
+        "rows": rows,
+        "capture": {"level": level},
+    } | empty
     (dump / "manifest.json").write_text(json.dumps(manifest | {"matrices": matrices}))
     return dump
 
@@ -111,7 +117,8 @@ def _matrix(layer: int, matrix: str, width: int) -> dict[str, object]:
     assert mask_bytes(width) * 8 == width
     numbers = dict.fromkeys(("threshold", "threshold_bits", "target_sparsity", "calibrated_sparsity"))
     return {
-        **{"layer": layer, "matrix": matrix, "site": SITE_OF[matrix], "in_features": width, "out_features": 1},
+        **{"layer": layer, "matrix": matrix, "held_by": matrix, "site": SITE_OF[matrix]},
+        **{"in_features": width, "out_features": 1},
         **{"dtype": "float16", "method": "", "parameters": "", "weight": "", "weight_column": 0},
         **{"weight_sha256": "", "source_weight": "", **numbers},
     }

@@ -240,7 +240,7 @@ class Tiny:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from sparsetrace.schema import SEQUENCES, TOKENS
+        from sparsetrace.schema import DUMP_VERSION, SEQUENCES, TOKENS
 
         folder.mkdir(parents=True, exist_ok=True)
         rows = 0
@@ -300,7 +300,7 @@ class Tiny:
             (folder / f"group-{group:05d}.json").write_text(json.dumps(seal))
         first = next(block for blocks in groups.values() for block in blocks)
         manifest = {
-            "version": 1,
+            "version": DUMP_VERSION,
             "sparsetrace": "0.1.0",
             "model_hash": "0" * 64,
             "label": "teal-0.5",
@@ -331,6 +331,7 @@ class Tiny:
         return {
             "layer": layer,
             "matrix": matrix,
+            "held_by": matrix,
             "site": SITE_OF[matrix],
             "in_features": width,
             "out_features": 5,

@@ -22,6 +22,7 @@ import peers  # noqa: E402
 import random_checkpoint  # noqa: E402
 import record  # noqa: E402
 import startup  # noqa: E402
+import trained_checkpoint  # noqa: E402
 
 
 def files(folder):
@@ -60,6 +61,45 @@ def test_checkpoint_converts_runs_and_names_every_id(checkpoint, tmp_path):
     o = decoder.layers[1].attn_out.weight
     assert o.float().std().item() == pytest.approx(o.shape[0] ** -0.5, rel=0.05)
     assert torch.equal(decoder.norm.weight, torch.ones_like(decoder.norm.weight))
+
+
+def test_trained_checkpoint_is_of_the_shape_asked_for_and_is_taken_through_the_pipeline(tmp_path, monkeypatch, capsys):
+    """A tiny one, trained for two steps, from its command line to a dump that `pack.py` measures alone."""
+    import pack as packing
+
+    folder, size = tmp_path / "trained-128", ("--hidden", "128", "--layers", "1", "--steps", "2")
+    monkeypatch.setattr(sys, "argv", ["trained_checkpoint.py", str(folder), *size, "--step-tokens", "512"])
+    trained_checkpoint.main()
+    assert "0.00 M tokens" in capsys.readouterr().out
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]) == (128, 352, 1)
+
+    monkeypatch.setattr(packing, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(packing, "REPEATS", 1)
+    arguments = ["--source", "--checkpoint", str(folder), "--length", "short", "--encoding", "split", "--limit", "2"]
+    arguments += ["--dtype", "bfloat16", "--sparsity", "0.75"]
+    monkeypatch.setattr(sys, "argv", ["pack.py", "--work", str(tmp_path / "work"), *arguments])
+    (tmp_path / "results").mkdir()
+    packing.main()
+    for name in packing.COLUMNS:
+        rows = list(csv.DictReader((tmp_path / "results" / name).open()))
+        settings = [(row["source"], row["dtype"], row["sparsity"]) for row in rows]
+        assert settings == [("trained-128", "bfloat16", "0.75")]
+    assert not (tmp_path / "work" / "demo").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--hidden", "100"], "--hidden must be a multiple of 128, got 100"),
+        (["--step-tokens", "500"], "--step-tokens must be a multiple of 512, got 500"),
+    ],
+)
+def test_trained_checkpoint_refuses_what_it_cannot_train(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.setattr(sys, "argv", ["trained_checkpoint.py", str(tmp_path / "out"), *words])
+    with pytest.raises(SystemExit, match="2"):
+        trained_checkpoint.main()
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_checkpoint_is_the_same_for_one_seed(checkpoint, tmp_path):

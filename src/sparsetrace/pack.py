@@ -9,9 +9,8 @@ the shards' tables and writes the manifest, last. The format is docs/format.md.
 | `parts/00003.tokens.parquet`, `.sequences.parquet` | the shard's tables |
 | `parts/00003.json` | every file with rows, nonzeros, token range and sha256 |
 
-Memory: one piece of rows of each thread (`PIECE_BYTES`, or one row group where that is more), and `ORDER_ROWS` rows
-of the index; the order of a longer shard lies in a nameless file beside `parts/`, and its files are cut at `FILE_ROWS`,
-since the footer of each open file takes some 40 bytes a row until it is closed.
+Memory: one row group of each thread, and `ORDER_ROWS` rows of the index; the order of a longer shard lies in a nameless
+file beside `parts/`, and its files are cut at `FILE_ROWS`, since the footer of each open file grows until it is closed.
 """
 
 import json
@@ -51,6 +50,7 @@ from sparsetrace.schema import (
     leaf,
     mask_bytes,
     part_name,
+    row_group_rows,
 )
 
 # Statistics on the index and the row figures only: on masks and planes they would cost space and select nothing.
@@ -58,14 +58,13 @@ STATISTICS = ["layer", "matrix", "token", "sequence", "position", "nnz", "absmax
 # Of a dump's manifest: may differ among the shards of one run.
 VARYING = ("commit", "smaller_batches", "given")
 SHARD_TABLES = {"tokens": TOKENS, "sequences": SEQUENCES}
-# Bytes of the dump that one thread maps before it gives their pages back, and blocks that a piece may lie in.
+# Bytes of the dump that one thread maps before it gives their pages back.
 RELEASE_BYTES = 32 << 20
+# Blocks that the rows of a row group may lie in; of one that lies in more, so many rows are gathered at a time.
 MAPPED_BLOCKS = 64
+PIECE_ROWS = ROW_GROUP_ROWS[0]
 # What the system maps around a byte that is read; a row of an operand lies in two places, mask and values.
 FAULT_BYTES = 2 << 16
-# Dense bytes of the row groups that are encoded together: a narrow matrix pays for a call of numpy or Arrow once for
-# many of them, and what they take still lies in the processor's cache.
-PIECE_BYTES = 2 << 20
 # Bytes that are handed to the system at a time: the pages of a narrow matrix have a few hundred each.
 SINK_BYTES = 1 << 20
 # Rows of a table that are held before they are written.
@@ -336,7 +335,7 @@ class _Shard:
     def _write_leaf(
         self, matrix: dict[str, Any], cut: int | None, blocks: list[Block], order: _Order
     ) -> dict[str, Any]:
-        """Write a file, a piece of some row groups at a time; returns its entry in the manifest."""
+        """Write a file, a row group at a time; returns its entry in the manifest."""
         path = self.workload / self._path(matrix, cut)
         if cut is not None:
             order = order.part(slice(cut * FILE_ROWS, (cut + 1) * FILE_ROWS))
@@ -344,16 +343,20 @@ class _Shard:
         schema = data_schema(matrix["dtype"], self.encoding, level, matrix["in_features"])
         held = {(other["layer"], other["held_by"]): other["in_features"] for other in self.dump["matrices"]}
         share = matrix["in_features"] / sum(held.values())
-        nnz = 0
+        group_rows, nnz = row_group_rows(matrix["in_features"]), 0
         with (
             write_beside(path) as partial,
             pa.output_stream(partial, compression=None, buffer_size=SINK_BYTES) as sink,
             pq.ParquetWriter(sink, schema, **writer_settings(schema)) as writer,
         ):
+            waiting: list[pa.Table] = []
             for index, figures, rows in _pieces(matrix, share, level, blocks, order):
-                table = encode_rows(schema, matrix["layer"], matrix["matrix"], index, figures, rows)
-                writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+                waiting.append(encode_rows(schema, matrix["layer"], matrix["matrix"], index, figures, rows))
                 nnz += int(figures.nnz.sum())
+                if sum(map(len, waiting)) == group_rows:
+                    _write_row_group(writer, waiting)
+            if waiting:
+                _write_row_group(writer, waiting)
         first, last = order.span()
         return {
             "path": self._path(matrix, cut),
@@ -385,6 +388,13 @@ def writer_settings(schema: pa.Schema) -> dict[str, Any]:
     }
 
 
+def _write_row_group(writer: pq.ParquetWriter, pieces: list[pa.Table]) -> None:
+    """Write pieces as one row group, and forget them; joined first, since the bytes depend on where a piece ends."""
+    table = pieces[0] if len(pieces) == 1 else pa.concat_tables(pieces).combine_chunks()
+    writer.write_table(table, row_group_size=len(table))
+    pieces.clear()
+
+
 def _note(journal: TextIO, entry: dict[str, Any]) -> None:
     journal.write(json.dumps(entry) + "\n")
     journal.flush()
@@ -404,10 +414,13 @@ def _in_threads(work: Callable[[_File], dict[str, Any]], items: list[_File], thr
 
 def _threads(threads: int, matrices: list[dict[str, Any]], rows: int) -> int:
     """As many as asked for, or as `MEMORY_BYTES` allows."""
-    widest = max((m["in_features"] * FORMATS[m["dtype"]].bits.itemsize for m in matrices), default=1)
-    footer = FOOTER_BYTES * min(rows, FILE_ROWS) // ROW_GROUP_ROWS
-    one = MEMORY_FACTOR * ROW_GROUP_ROWS * widest + 2 * RELEASE_BYTES + footer
-    return max(1, min(threads, MEMORY_BYTES // one))
+
+    def most(matrix: dict[str, Any]) -> int:
+        group_rows = row_group_rows(matrix["in_features"])
+        dense = group_rows * matrix["in_features"] * FORMATS[matrix["dtype"]].bits.itemsize
+        return MEMORY_FACTOR * dense + 2 * RELEASE_BYTES + FOOTER_BYTES * min(rows, FILE_ROWS) // group_rows
+
+    return max(1, min(threads, MEMORY_BYTES // max(map(most, matrices), default=1)))
 
 
 def _has_size(path: Path, size: int) -> bool:
@@ -424,19 +437,18 @@ def _is_whole(packed: dict[str, Any], workload: Path, parts: Path) -> bool:
 def _pieces(
     matrix: dict[str, Any], share: float, level: str, blocks: list[Block], order: _Order
 ) -> Iterable[tuple[Index, Figures, Rows | None]]:
-    """Whole row groups of one layer and matrix, some at a time, in order; `share` is about its share of each block."""
+    """Rows of one layer and matrix in order, no more than a row group at a time; `share` is its share of each block."""
     layer = f"L{matrix['layer']:02d}"
     name, outputs = f"{layer}.{matrix['held_by']}", f"{layer}.{matrix['matrix']}.out_mask"
     number = FORMATS[matrix["dtype"]]
     row_bytes = matrix["in_features"] * number.bits.itemsize
-    room = max(1, PIECE_BYTES // (row_bytes * ROW_GROUP_ROWS)) * ROW_GROUP_ROWS
-    start, mapped = 0, 0
+    group_rows, start, mapped = row_group_rows(matrix["in_features"]), 0, 0
     touched: set[int] = set()
     while start < len(order):
-        place = order[start : start + room]
+        place = order[start : start + group_rows - start % group_rows]
         used = np.unique(place["block"])
-        if len(place) > ROW_GROUP_ROWS and len(used) > MAPPED_BLOCKS:
-            place = place[:ROW_GROUP_ROWS]
+        if len(used) > MAPPED_BLOCKS:
+            place = place[:PIECE_ROWS]
             used = np.unique(place["block"])
         start += len(place)
         block, row = np.ascontiguousarray(place["block"]), np.ascontiguousarray(place["row"])
@@ -622,7 +634,8 @@ def _merge(pieces: list[Path], out: Path, schema: pa.Schema) -> int:
     with pq.ParquetWriter(out, schema, compression="zstd", write_page_checksum=True) as writer:
         waiting: list[pa.Table] = []
         for number, piece in enumerate(pieces, start=1):
-            waiting.append(pq.read_table(piece, schema=schema, partitioning=None))
+            # in under half the time of `read_table`, which takes a file for a data set
+            waiting.append(pq.ParquetFile(piece).read(use_threads=False))
             if number == len(pieces) or sum(map(len, waiting)) >= MERGED_ROWS:
                 rows += sum(map(len, waiting))
                 writer.write_table(pa.concat_tables(waiting))

@@ -29,7 +29,7 @@ from sparsetrace.folder import Folder
 from sparsetrace.ragged import runs
 from sparsetrace.rows import Rows, decode_rows, join, no_rows, operand_columns
 from sparsetrace.schedule import Step, batches, replay
-from sparsetrace.schema import FORMATS, MATRICES, PHASES, ROW_GROUP_ROWS, SITE_OF, WORKLOAD_VERSION
+from sparsetrace.schema import FORMATS, MATRICES, PHASES, SITE_OF, WORKLOAD_VERSION
 from sparsetrace.twin import twin
 from sparsetrace.weights import Checkpoint
 
@@ -443,7 +443,6 @@ class Workload:
     def _places(self, source: tuple[int, str], wanted: np.ndarray) -> Iterator[tuple[str, tuple[int, int], np.ndarray]]:
         """Part, neighbouring row groups (first, last + 1) and tokens, for ascending tokens of a stored leaf."""
         row_bytes = self.features(*source) * FORMATS[self.manifest["dtype"]].bits.itemsize
-        together = max(1, READ_BYTES // (ROW_GROUP_ROWS * row_bytes))
         parts = self._files.parts.get(source, [])
         # a part that starts after a token does not hold it
         which = np.searchsorted([part["first_token"] for part in parts], wanted, side="right") - 1
@@ -451,7 +450,9 @@ class Workload:
             if which[start] < 0:
                 self._found(np.empty(0, np.int64), wanted[start:])
             path, chosen = parts[which[start]]["path"], wanted[start:stop]
-            group = np.searchsorted(self._files.footer(path)[1], chosen, side="right") - 1
+            metadata, first_tokens, _ = self._files.footer(path)
+            together = max(1, READ_BYTES // (metadata.row_group(0).num_rows * row_bytes))
+            group = np.searchsorted(first_tokens, chosen, side="right") - 1
             first = 0
             for low, high in _neighbours(group[np.r_[True, np.diff(group) > 0]].tolist(), together):
                 last = int(np.searchsorted(group, high))

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Rows expanded at once, so that temporaries stay in the processor's cache and small beside the result.
 CHUNK_ROWS = 512
+# Values, about, whose figures are made at once: two thirds of the time of a whole row group's.
+FIGURE_VALUES = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,17 +201,18 @@ def row_figures(patterns: np.ndarray, offsets: np.ndarray, number: NumberFormat)
         offsets: int64 [T + 1], where each row's values begin.
         number: format of the values.
     """
-    filled = np.diff(offsets) > 0
-    absmax, l2 = np.zeros(len(filled), np.float32), np.zeros(len(filled), np.float32)
-    if filled.any():
-        # reduceat needs the starts of rows that have values; empty ones add none between them
-        starts = offsets[:-1][filled]
-        magnitudes = patterns & number.bits.type(number.sign - 1)
-        absmax[filled] = number.to_float(np.maximum.reduceat(magnitudes, starts)).astype(np.float32)
-        squares = number.to_float(magnitudes).astype(np.float64)
-        squares *= squares
+    absmax, l2 = np.zeros((2, len(offsets) - 1), np.float32)
+    # reduceat needs the starts of rows that have values; empty ones add none between them
+    filled = np.flatnonzero(np.diff(offsets))
+    step = max(1, FIGURE_VALUES * len(filled) // max(1, len(patterns)))
+    for rows in (filled[start : start + step] for start in range(0, len(filled), step)):
+        first, last = offsets[rows[0]], offsets[rows[-1] + 1]
+        magnitudes = patterns[first:last] & number.bits.type(number.sign - 1)
+        starts = offsets[rows] - first
+        absmax[rows] = number.magnitudes(np.maximum.reduceat(magnitudes, starts))
+        squares = np.square(number.magnitudes(magnitudes), dtype=np.float64)
         with np.errstate(over="ignore"):
-            l2[filled] = np.sqrt(np.add.reduceat(squares, starts)).astype(np.float32)
+            l2[rows] = np.sqrt(np.add.reduceat(squares, starts)).astype(np.float32)
     return absmax, l2
 
 

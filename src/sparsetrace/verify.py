@@ -40,13 +40,13 @@ from sparsetrace.schema import (
     FORMATS,
     LEVELS,
     MATRIX_TABLE,
-    ROW_GROUP_ROWS,
     SEQUENCES,
     TOKENS,
     WORKLOAD_VERSION,
     data_schema,
     leaf,
     mask_bytes,
+    row_group_rows,
 )
 
 # Types of the manifest's keys, and of each file's: docs/format.md says what they are.
@@ -437,8 +437,8 @@ class _Leaf:
     def _row_faults(self, table: pa.Table) -> Iterator[tuple[str, str]]:
         """(column, what) of one row group."""
         number, features = FORMATS[self.dtype], self.matrix["in_features"]
-        if len(table) > ROW_GROUP_ROWS:
-            yield "token", f"must hold at most {ROW_GROUP_ROWS} rows, got {len(table)}"
+        if len(table) > row_group_rows(features):
+            yield "token", f"must hold at most {row_group_rows(features)} rows, got {len(table)}"
         for name in ("layer", "matrix"):
             if set(table[name].unique().to_pylist()) != {self.file[name]}:
                 yield name, f"must be {self.file[name]} in every row, got another"

@@ -19,9 +19,20 @@ from workload_testing import build, pack_all, write_dump
 
 import sparsetrace
 from sparsetrace import pack as packing
+from sparsetrace import verify as verification
 from sparsetrace.files import InputError
 from sparsetrace.rows import Figures, Index, Rows, decode_rows, encode_rows
-from sparsetrace.schema import ENCODINGS, FORMATS, LEVELS, MATRIX_TABLE, SEQUENCES, TOKENS, WEIGHT_MASKS, data_schema
+from sparsetrace.schema import (
+    ENCODINGS,
+    FORMATS,
+    LEVELS,
+    MATRIX_TABLE,
+    SEQUENCES,
+    TOKENS,
+    WEIGHT_MASKS,
+    data_schema,
+    row_group_rows,
+)
 from sparsetrace.verify import verify
 
 # one row of nine inputs; inputs 0, 3 and 8 are kept: 1.0, -2.5 and the smallest positive number
@@ -129,7 +140,7 @@ def test_golden_schema():
 
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_files_hold_the_schema_and_small_row_groups(tmp_path, dtype, monkeypatch):
-    monkeypatch.setattr(packing, "ROW_GROUP_ROWS", 8)
+    monkeypatch.setattr(packing, "row_group_rows", lambda features: 8)
     built = build(tmp_path, dtype)
     ds = sparsetrace.open(built.workload)
     for layer, matrix in ds.leaves:
@@ -144,6 +155,36 @@ def test_files_hold_the_schema_and_small_row_groups(tmp_path, dtype, monkeypatch
             assert column.compression == "ZSTD"
             operand = column.path_in_schema in ("mask", *FORMATS[dtype].planes)
             assert column.is_stats_set is not operand or column.path_in_schema in ("expert", "out_mask")
+
+
+@pytest.mark.parametrize(
+    ("features", "rows"),
+    [
+        (1, 8192),
+        (192, 8192),
+        (256, 8192),
+        (257, 4096),
+        (1024, 2048),
+        (4095, 512),
+        (4096, 512),
+        (14336, 512),
+        (1 << 22, 512),
+    ],
+)
+def test_rows_of_a_row_group(features, rows):
+    """Those of the table in docs/format.md."""
+    assert row_group_rows(features) == rows
+
+
+def test_a_large_row_group_is_found(tmp_path, monkeypatch):
+    """More rows than the format allows; as many as it allows are none too many."""
+    monkeypatch.setattr(verification, "row_group_rows", lambda features: 8)
+    monkeypatch.setattr(packing, "row_group_rows", lambda features: 8)
+    built = build(tmp_path, "float16")
+    assert [str(fault) for fault in verify(built.workload)] == []
+    monkeypatch.setattr(verification, "row_group_rows", lambda features: 7)
+    faults = {str(fault) for fault in verify(built.workload)}
+    assert any("column token of row group 0: must hold at most 7 rows, got 8" in fault for fault in faults)
 
 
 def test_unknown_versions_are_refused(tmp_path, half):
@@ -168,14 +209,17 @@ def test_bytes_do_not_depend_on_threads_or_blocks(tmp_path, monkeypatch):
     assert tree(pack_all(built, "threads", threads=3)) == tree(built.workload)
 
 
-@pytest.mark.parametrize("setting", ["ORDER_ROWS", "ORDER_CELLS", "PIECE_BYTES", "MAPPED_BLOCKS", "SINK_BYTES"])
-def test_bytes_do_not_depend_on_what_is_held_at_a_time(tmp_path, monkeypatch, setting):
-    monkeypatch.setattr(packing, "ROW_GROUP_ROWS", 4)
-    built = build(tmp_path, "float16")
+@pytest.mark.parametrize("setting", ["ORDER_ROWS", "ORDER_CELLS", "PIECE_ROWS", "SINK_BYTES"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_bytes_do_not_depend_on_what_is_held_at_a_time(tmp_path, monkeypatch, setting, encoding):
+    monkeypatch.setattr(packing, "row_group_rows", lambda features: 4)
+    built = build(tmp_path, "float16", encoding=encoding)
     if setting == "ORDER_CELLS":
         monkeypatch.setattr(packing, "ORDER_ROWS", 3)
-    monkeypatch.setattr(packing, setting, 2 if setting.startswith("ORDER") else 1)
-    assert tree(pack_all(built, "again")) == tree(built.workload)
+    if setting == "PIECE_ROWS":
+        monkeypatch.setattr(packing, "MAPPED_BLOCKS", 1)
+    monkeypatch.setattr(packing, setting, 1 if setting == "SINK_BYTES" else 3 if setting == "PIECE_ROWS" else 2)
+    assert tree(pack_all(built, "again", encoding=encoding)) == tree(built.workload)
     assert not [path for path in tmp_path.rglob("*") if "tmp" in path.name]
 
 

@@ -225,7 +225,7 @@ def test_threads_read_what_one_reads(half):
 
 @pytest.mark.parametrize("read_bytes", [1, 4 << 20], ids=["one", "all"])
 def test_row_groups_are_read_one_or_many_at_a_time(tmp_path, monkeypatch, rng, read_bytes):
-    monkeypatch.setattr(pack, "ROW_GROUP_ROWS", 3)
+    monkeypatch.setattr(pack, "row_group_rows", lambda features: 3)
     monkeypatch.setattr(reader, "READ_BYTES", read_bytes)
     built = build(tmp_path, "float16")
     ds = sparsetrace.open(built.workload)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from sparsetrace.dump import block_name, group_name, write_block
 from sparsetrace.pack import index, pack
-from sparsetrace.schema import FORMATS, MATRICES, SEQUENCES, SITE_OF, SITES, TOKENS
+from sparsetrace.schema import DUMP_VERSION, FORMATS, MATRICES, SEQUENCES, SITE_OF, SITES, TOKENS
 
 # widths that are no multiple of 8, of 4, of anything
 WIDTHS = {"attn_in": 37, "attn_out": 40, "mlp_in": 37, "mlp_mid": 67}
@@ -147,7 +147,7 @@ def _write_shard(folder, shard, fed, captured, dense, table, dtype, level):
         pq.write_table(pa.Table.from_pylist(sequences, schema=SEQUENCES), stem.with_suffix(".sequences.parquet"))
         stem.with_suffix(".json").write_text(json.dumps({"key": "k", "blocks": names, "rows": len(mine)}))
     manifest = {
-        "version": 1,
+        "version": DUMP_VERSION,
         "sparsetrace": "0",
         "model_hash": "0" * 64,
         "label": "teal-0.5",
