@@ -282,15 +282,15 @@ def test_dump_that_lost_a_block(whole, tmp_path, command):
 
 
 def test_a_journal_cut_off_by_a_full_disk_is_taken_up_twice(whole, tmp_path, monkeypatch):
-    plain, calls = _Shard._write_leaf, []
+    plain, calls = _Shard._write_files, []
 
-    def failing(shard, matrix, cut, blocks, order):
-        calls.append(matrix)
+    def failing(shard, matrices, cut, blocks, order):
+        calls.append(matrices)
         if len(calls) in (4, 7):
             with (tmp_path / "again" / ".00000.json.journal").open("a") as journal:
                 journal.write('{"path": "da')
             raise OSError(28, "No space left on device")
-        return plain(shard, matrix, cut, blocks, order)
+        return plain(shard, matrices, cut, blocks, order)
 
     def run(name: str) -> None:
         # the blocks go with the first packing that ends
@@ -300,13 +300,14 @@ def test_a_journal_cut_off_by_a_full_disk_is_taken_up_twice(whole, tmp_path, mon
         pack(dump / "manifest.json", tmp_path / name / "workload", tmp_path / name / "00000.json")
 
     run("plain")
-    monkeypatch.setattr(_Shard, "_write_leaf", failing)
+    monkeypatch.setattr(_Shard, "_write_files", failing)
     for _ in range(2):
         with pytest.raises(OSError, match="No space left"):
             run("again")
     run("again")
-    # two failed, and no finished one was done again
-    assert len(calls) == 2 * 7 + 2
+    # two failed, and no finished one was done again; matrices that read one operand are written together
+    assert {len(matrices) for matrices in calls} == {1, 2, 3}
+    assert len(calls) == 2 * 4 + 2
     assert files(tmp_path / "again") == files(tmp_path / "plain")
 
 

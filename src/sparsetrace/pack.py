@@ -18,8 +18,9 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from sparsetrace.dump import Block, group_name
 from sparsetrace.files import InputError, read_json, sha256_file, sha256_json, write_beside, write_json
 from sparsetrace.provenance import merged
 from sparsetrace.ragged import offsets_of, runs, take
-from sparsetrace.rows import Figures, Index, Rows, encode_rows, popcounts, row_figures
+from sparsetrace.rows import Figures, Index, Rows, as_read_by, encode_rows, popcounts, row_figures
 from sparsetrace.schema import (
     DUMP_VERSION,
     FORMATS,
@@ -44,7 +45,6 @@ from sparsetrace.schema import (
     SEQUENCES,
     TOKENS,
     WORKLOAD_VERSION,
-    NumberFormat,
     column_encodings,
     data_schema,
     leaf,
@@ -254,8 +254,8 @@ def pack(
     return packed
 
 
-# A matrix of the dump, and which of its files.
-_File = tuple[dict[str, Any], int | None]
+# Matrices of the dump that read one operand, and which of their files.
+_Files = tuple[list[dict[str, Any]], int | None]
 
 
 def _journal(out: Path) -> Path:
@@ -290,20 +290,28 @@ class _Shard:
             same = ((matrix, matrix.get("same_input_as")) for matrix in self.dump["matrices"])
             shared = {leaf(matrix["layer"], matrix["matrix"]): other for matrix, other in same if other}
         stored = [m for m in self.dump["matrices"] if leaf(m["layer"], m["matrix"]) not in shared]
-        files = [(matrix, cut) for matrix in stored for cut in _cuts(len(order))]
+        paths = [self._path(matrix, cut) for matrix in stored for cut in _cuts(len(order))]
         done = self._finished()
-        todo = [file for file in files if self._path(*file) not in done]
+        # what reads one operand is written together: collecting, taking figures and planes is most of the work
+        readers: dict[tuple[int, str], list[dict[str, Any]]] = {}
+        for matrix in stored:
+            readers.setdefault((matrix["layer"], matrix["held_by"]), []).append(matrix)
+        todo: list[_Files] = []
+        for matrices, cut in ((matrices, cut) for matrices in readers.values() for cut in _cuts(len(order))):
+            if left := [matrix for matrix in matrices if self._path(matrix, cut) not in done]:
+                todo.append((left, cut))
         _journal(self.out).parent.mkdir(parents=True, exist_ok=True)
         with _journal(self.out).open("a" if done else "w", encoding="utf-8") as journal:
             if not done:
                 _note(journal, {"dump": self.wanted})
-            for entry in _in_threads(
-                lambda file: self._write_leaf(*file, blocks, order), todo, _threads(threads, stored, len(order))
+            for entries in _in_threads(
+                lambda files: self._write_files(*files, blocks, order), todo, _threads(threads, stored, len(order))
             ):
-                _note(journal, entry)
-                done[entry["path"]] = entry
-                if report is not None:
-                    report(len(done), len(files))
+                for entry in entries:
+                    _note(journal, entry)
+                    done[entry["path"]] = entry
+                    if report is not None:
+                        report(len(done), len(paths))
         for table, schema in SHARD_TABLES.items():
             with write_beside(self.out.with_suffix(f".{table}.parquet")) as partial:
                 _merge([self.folder / f"{name}.{table}.parquet" for name in names], partial, schema)
@@ -313,7 +321,7 @@ class _Shard:
             "encoding": self.encoding,
             "shared": shared,
             "manifest": self.dump,
-            "files": [done[self._path(*file)] for file in files],
+            "files": [done[path] for path in paths],
         }
 
     def _path(self, matrix: dict[str, Any], cut: int | None) -> str:
@@ -332,43 +340,58 @@ class _Shard:
             return {}
         return {e["path"]: e for e in entries[1:] if _has_size(self.workload / e["path"], e["bytes"])}
 
-    def _write_leaf(
-        self, matrix: dict[str, Any], cut: int | None, blocks: list[Block], order: _Order
-    ) -> dict[str, Any]:
-        """Write a file, a row group at a time; returns its entry in the manifest."""
-        path = self.workload / self._path(matrix, cut)
+    def _write_files(
+        self, matrices: list[dict[str, Any]], cut: int | None, blocks: list[Block], order: _Order
+    ) -> list[dict[str, Any]]:
+        """Write the files of matrices that read one operand, a row group at a time; returns their manifest entries."""
         if cut is not None:
             order = order.part(slice(cut * FILE_ROWS, (cut + 1) * FILE_ROWS))
         level = self.dump.get("capture", {}).get("level", "full")
-        schema = data_schema(matrix["dtype"], self.encoding, level, matrix["in_features"])
+        first = matrices[0]
+        schema = data_schema(first["dtype"], self.encoding, level, first["in_features"])
         held = {(other["layer"], other["held_by"]): other["in_features"] for other in self.dump["matrices"]}
-        share = matrix["in_features"] / sum(held.values())
-        group_rows, nnz = row_group_rows(matrix["in_features"]), 0
-        with (
-            write_beside(path) as partial,
-            pa.output_stream(partial, compression=None, buffer_size=SINK_BYTES) as sink,
-            pq.ParquetWriter(sink, schema, **writer_settings(schema)) as writer,
-        ):
-            waiting: list[pa.Table] = []
-            for index, figures, rows in _pieces(matrix, share, level, blocks, order):
-                waiting.append(encode_rows(schema, matrix["layer"], matrix["matrix"], index, figures, rows))
+        share = first["in_features"] / sum(held.values())
+        group_rows, nnz = row_group_rows(first["in_features"]), 0
+        paths = [self._path(matrix, cut) for matrix in matrices]
+        with ExitStack() as stack:
+            writers = [stack.enter_context(_writer(self.workload / path, schema)) for path in paths]
+            waiting: list[list[pa.Table]] = [[] for _ in matrices]
+            for index, figures, rows, out_masks in _pieces(matrices, share, level, blocks, order):
+                table = encode_rows(schema, first["layer"], first["matrix"], index, figures, rows)
                 nnz += int(figures.nnz.sum())
-                if sum(map(len, waiting)) == group_rows:
-                    _write_row_group(writer, waiting)
-            if waiting:
-                _write_row_group(writer, waiting)
-        first, last = order.span()
-        return {
-            "path": self._path(matrix, cut),
-            "layer": matrix["layer"],
-            "matrix": matrix["matrix"],
-            "rows": len(order),
-            "nnz": nnz,
-            "first_token": first,
-            "last_token": last,
-            "bytes": path.stat().st_size,
-            "sha256": sha256_file(path),
-        }
+                for matrix, out_mask, writer, tables in zip(matrices, out_masks, writers, waiting, strict=True):
+                    tables.append(as_read_by(table, matrix["matrix"], out_mask))
+                    if sum(map(len, tables)) == group_rows:
+                        _write_row_group(writer, tables)
+            for writer, tables in zip(writers, waiting, strict=True):
+                if tables:
+                    _write_row_group(writer, tables)
+        first_token, last_token = order.span()
+        return [
+            {
+                "path": path,
+                "layer": matrix["layer"],
+                "matrix": matrix["matrix"],
+                "rows": len(order),
+                "nnz": nnz,
+                "first_token": first_token,
+                "last_token": last_token,
+                "bytes": (self.workload / path).stat().st_size,
+                "sha256": sha256_file(self.workload / path),
+            }
+            for matrix, path in zip(matrices, paths, strict=True)
+        ]
+
+
+@contextmanager
+def _writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """A data file, written beside its name."""
+    with (
+        write_beside(path) as partial,
+        pa.output_stream(partial, compression=None, buffer_size=SINK_BYTES) as sink,
+        pq.ParquetWriter(sink, schema, **writer_settings(schema)) as writer,
+    ):
+        yield writer
 
 
 def _cuts(rows: int) -> list[int | None]:
@@ -400,7 +423,9 @@ def _note(journal: TextIO, entry: dict[str, Any]) -> None:
     journal.flush()
 
 
-def _in_threads(work: Callable[[_File], dict[str, Any]], items: list[_File], threads: int) -> Iterable[dict[str, Any]]:
+def _in_threads(
+    work: Callable[[_Files], list[dict[str, Any]]], items: list[_Files], threads: int
+) -> Iterable[list[dict[str, Any]]]:
     """Results in the order of the items; after an error or an interrupt nothing more is begun."""
     if threads == 1:
         yield from map(work, items)
@@ -435,14 +460,25 @@ def _is_whole(packed: dict[str, Any], workload: Path, parts: Path) -> bool:
 
 
 def _pieces(
-    matrix: dict[str, Any], share: float, level: str, blocks: list[Block], order: _Order
-) -> Iterable[tuple[Index, Figures, Rows | None]]:
-    """Rows of one layer and matrix in order, no more than a row group at a time; `share` is its share of each block."""
-    layer = f"L{matrix['layer']:02d}"
-    name, outputs = f"{layer}.{matrix['held_by']}", f"{layer}.{matrix['matrix']}.out_mask"
-    number = FORMATS[matrix["dtype"]]
-    row_bytes = matrix["in_features"] * number.bits.itemsize
-    group_rows, start, mapped = row_group_rows(matrix["in_features"]), 0, 0
+    matrices: list[dict[str, Any]], share: float, level: str, blocks: list[Block], order: _Order
+) -> Iterable[tuple[Index, Figures, Rows | None, list[np.ndarray | None]]]:
+    """Rows of matrices that read one operand in order, no more than a row group at a time.
+
+    Args:
+        matrices: of the dump.
+        share: of each block that the operand takes, about.
+        level: of the capture.
+        blocks: of the dump.
+        order: of the rows.
+
+    Yields:
+        Index, figures and operands of rows, and the `out_mask` of each matrix.
+    """
+    first = matrices[0]
+    layer, width, number = f"L{first['layer']:02d}", first["in_features"], FORMATS[first["dtype"]]
+    name = f"{layer}.{first['held_by']}"
+    row_bytes = width * number.bits.itemsize
+    group_rows, start, mapped = row_group_rows(width), 0, 0
     touched: set[int] = set()
     while start < len(order):
         place = order[start : start + group_rows - start % group_rows]
@@ -451,41 +487,27 @@ def _pieces(
             place = place[:PIECE_ROWS]
             used = np.unique(place["block"])
         start += len(place)
-        block, row = np.ascontiguousarray(place["block"]), np.ascontiguousarray(place["row"])
+        places = _Places(blocks, place["block"], place["row"])
         index = Index(*(np.ascontiguousarray(place[column]) for column in ("token", "sequence", "position")))
-        rows, out_mask = None, None
-        if outputs in blocks[block[0]]:
-            out_mask = _pick(blocks, outputs, block, row)
+        mask = None if level == "stats" else places.pick(f"{name}.mask")
+        if mask is not None and mask.shape[1] != mask_bytes(width):
+            raise InputError(f"pack: {name} must have {width} inputs, got {mask.shape[1]} mask bytes")
+        rows, bits = None, None
         if level == "full":
-            mask, offsets, patterns = gather(blocks, name, block, row, number)
-            figures = Figures(np.diff(offsets), *row_figures(patterns, offsets, number))
-            bits = patterns
+            offsets, bits = places.ragged(f"{name}.offsets", f"{name}.values")
+            bits = bits.astype(number.bits, copy=False)
+            figures = Figures(np.diff(offsets), *row_figures(bits, offsets, number))
         else:
-            absmax, l2 = (_pick(blocks, f"{name}.{figure}", block, row) for figure in ("absmax", "l2"))
-            if level == "masks":
-                mask = _pick(blocks, f"{name}.mask", block, row)
-                figures, bits = Figures(popcounts(mask), absmax, l2), None
-            else:
-                figures = Figures(_pick(blocks, f"{name}.nnz", block, row), absmax, l2)
-        if level != "stats":
-            if mask.shape[1] != mask_bytes(matrix["in_features"]):
-                raise InputError(
-                    f"pack: {name} must have {matrix['in_features']} inputs, got {mask.shape[1]} mask bytes"
-                )
-            rows = Rows(
-                matrix["layer"],
-                matrix["matrix"],
-                matrix["in_features"],
-                number.name,
-                index.token,
-                mask,
-                offsets_of(figures.nnz),
-                bits,
-                out_mask,
-            )
-        yield index, figures, rows
+            absmax, l2 = (places.pick(f"{name}.{figure}") for figure in ("absmax", "l2"))
+            nnz = places.pick(f"{name}.nnz") if mask is None else popcounts(mask)
+            figures = Figures(nnz, absmax, l2)
+        if mask is not None:
+            kept = offsets_of(figures.nnz)
+            rows = Rows(first["layer"], first["matrix"], width, number.name, index.token, mask, kept, bits)
+        outputs = [f"{layer}.{matrix['matrix']}.out_mask" for matrix in matrices]
+        yield index, figures, rows, [places.pick(name) if places.has(name) else None for name in outputs]
         # rows that lie apart map what is between them
-        mapped += min(int(share * sum(blocks[at].size for at in used)), len(block) * (row_bytes + FAULT_BYTES))
+        mapped += min(int(share * sum(blocks[at].size for at in used)), len(place) * (row_bytes + FAULT_BYTES))
         touched.update(used.tolist())
         if mapped > RELEASE_BYTES or start == len(order):
             mapped = 0
@@ -493,33 +515,40 @@ def _pieces(
                 blocks[touched.pop()].release()
 
 
-def gather(
-    blocks: list[Block], name: str, block: np.ndarray, row: np.ndarray, number: NumberFormat
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Collect rows of one layer and matrix from the blocks, in the order asked for.
+class _Places:
+    """Where rows of a dump lie: taken from each block at once, then put into the order that they are asked for in.
 
     Args:
         blocks: of the dump.
-        name: such as `L07.q`.
-        block, row: [R], where each row lies.
-        number: format of the values.
-
-    Returns:
-        mask [R, bytes] uint8, offsets [R + 1] int64, patterns [nnz].
+        block, row: [R], of each row.
     """
-    lengths, patterns = [], []
-    for start, stop in runs(block):
-        source = blocks[block[start]]
-        values, offsets = take(source[f"{name}.values"], source[f"{name}.offsets"], row[start:stop])
-        lengths.append(np.diff(offsets))
-        patterns.append(values)
-    offsets = offsets_of(_joined(lengths))
-    return _pick(blocks, f"{name}.mask", block, row), offsets, _joined(patterns).astype(number.bits, copy=False)
 
+    def __init__(self, blocks: list[Block], block: np.ndarray, row: np.ndarray) -> None:
+        sorted_R = np.lexsort((row, block))
+        block, row = block[sorted_R], row[sorted_R]
+        self._parts = [(blocks[block[start]], row[start:stop]) for start, stop in runs(block)]
+        self._back: np.ndarray | None = None
+        if not np.array_equal(sorted_R, np.arange(len(sorted_R))):
+            self._back = np.empty_like(sorted_R)
+            self._back[sorted_R] = np.arange(len(sorted_R))
 
-def _pick(blocks: list[Block], name: str, block: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """Rows of an array that has one line for each, in the order asked for."""
-    return _joined([blocks[block[start]][name][row[start:stop]] for start, stop in runs(block)])
+    def has(self, name: str) -> bool:
+        """Whether there is an array of this name."""
+        return name in self._parts[0][0]
+
+    def pick(self, name: str) -> np.ndarray:
+        """Rows of an array that has one line for each."""
+        joined = _joined([block[name][rows] for block, rows in self._parts])
+        return joined if self._back is None else joined[self._back]
+
+    def ragged(self, offsets: str, values: str) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of different length: int64 offsets [R + 1] and values."""
+        parts = [take(block[values], block[offsets], rows) for block, rows in self._parts]
+        joined = _joined([part for part, _ in parts])
+        joined_offsets = offsets_of(_joined([np.diff(part_offsets) for _, part_offsets in parts]))
+        if self._back is not None:
+            joined, joined_offsets = take(joined, joined_offsets, self._back)
+        return joined_offsets, joined
 
 
 def _joined(pieces: list[np.ndarray]) -> np.ndarray:

@@ -253,7 +253,7 @@ def encode_rows(
     T = len(index.token)
     columns: dict[str, Any] = {
         "layer": np.full(T, layer, np.int16),
-        "matrix": pa.DictionaryArray.from_arrays(np.zeros(T, np.int8), [matrix]),
+        "matrix": _named(matrix, T),
         "token": index.token,
         "sequence": index.sequence.astype(np.int32),
         "position": index.position.astype(np.int32),
@@ -275,6 +275,21 @@ def encode_rows(
             planes = number.to_planes(rows.patterns)
             columns |= {name: _binary(plane, rows.offsets) for name, plane in zip(number.planes, planes, strict=True)}
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
+
+
+def as_read_by(table: pa.Table, matrix: str, out_mask: np.ndarray | None) -> pa.Table:
+    """The rows of a data file as those of another matrix that reads the same operand.
+
+    Args:
+        table: from `encode_rows`.
+        matrix: which.
+        out_mask: uint8 [T, ceil(N / 8)] of its own, or None.
+    """
+    columns = {name: table[name] for name in table.column_names}
+    columns["matrix"] = _named(matrix, len(table))
+    if out_mask is not None:
+        columns["out_mask"] = _fixed(out_mask)
+    return pa.table(columns, schema=table.schema)
 
 
 def operand_columns(names: list[str], values: bool = True) -> list[str]:
@@ -305,6 +320,10 @@ def decode_rows(table: pa.Table, layer: int, matrix: str, features: int, number:
     planes = [_bytes(table[name]) for name in number.planes]
     patterns = number.from_planes([plane for plane, _ in planes])
     return Rows(layer, matrix, features, number.name, token, mask, planes[0][1], patterns, out_mask)
+
+
+def _named(matrix: str, rows: int) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(np.zeros(rows, np.int8), [matrix])
 
 
 def _binary(data: np.ndarray, offsets: np.ndarray) -> pa.Array:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from workload_testing import build, pack_all, write_dump
+from workload_testing import LAYERS, SHARDS, build, pack_all, write_dump
 
 import sparsetrace
 from sparsetrace import pack as packing
@@ -203,6 +203,26 @@ def tree(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize(
+    ("dtype", "level", "settings"),
+    [
+        ("float16", "full", {}),
+        ("float32", "full", {"encoding": "open"}),
+        ("bfloat16", "full", {"share_inputs": True, "threads": 2}),
+        ("float16", "masks", {}),
+        ("float16", "stats", {}),
+    ],
+)
+def test_an_operand_that_the_dump_holds_once_makes_the_same_bytes(tmp_path, dtype, level, settings):
+    built, once = (build(tmp_path / name, dtype, level, once=name == "once", **settings) for name in ("each", "once"))
+    each_bytes, once_bytes = (sum(f.stat().st_size for f in b.folder.rglob("*.block-*")) for b in (built, once))
+    assert once_bytes < 0.8 * each_bytes
+    whole = tree(built.workload)
+    assert whole == tree(once.workload)
+    leaves = LAYERS * (4 if "share_inputs" in settings else 7)
+    assert len([path for path in whole if path.startswith("data/")]) == leaves * len(SHARDS)
+
+
 def test_bytes_do_not_depend_on_threads_or_blocks(tmp_path, monkeypatch):
     built = build(tmp_path, "bfloat16")
     monkeypatch.setattr(packing, "RELEASE_BYTES", 1)
@@ -261,18 +281,18 @@ def test_a_long_shard_is_cut_into_files(tmp_path, monkeypatch, spilled):
     monkeypatch.setattr(packing, "FILE_ROWS", 7)
     if spilled:
         monkeypatch.setattr(packing, "ORDER_ROWS", 5)
-    written, write = [], packing._Shard._write_leaf
+    written, write = [], packing._Shard._write_files
 
-    def dies(self, matrix, cut, *rest):
+    def dies(self, matrices, cut, *rest):
         if len(written) == 9:
             raise KeyboardInterrupt
         written.append(cut)
-        return write(self, matrix, cut, *rest)
+        return write(self, matrices, cut, *rest)
 
-    monkeypatch.setattr(packing._Shard, "_write_leaf", dies)
+    monkeypatch.setattr(packing._Shard, "_write_files", dies)
     with pytest.raises(KeyboardInterrupt):
         packing.pack(dump, tmp_path / "cut", tmp_path / "parts" / "00000.json")
-    monkeypatch.setattr(packing._Shard, "_write_leaf", write)
+    monkeypatch.setattr(packing._Shard, "_write_files", write)
     packed = packing.pack(dump, tmp_path / "cut", tmp_path / "parts" / "00000.json")
     cuts = -(-rows // 7)
     assert cuts > 2 and len(packed["files"]) == 14 * cuts
@@ -293,15 +313,15 @@ def test_a_long_shard_is_cut_into_files(tmp_path, monkeypatch, spilled):
 def test_an_interrupted_pack_goes_on(tmp_path, monkeypatch):
     built = build(tmp_path, "float16")
     dump, out = built.folder / "dump" / "00000" / "manifest.json", tmp_path / "again-parts" / "00000.json"
-    written, write = [], packing._Shard._write_leaf
+    written, write = [], packing._Shard._write_files
 
-    def dies_after_five(self, matrix, *rest):
+    def dies_after_five(self, matrices, *rest):
         if len(written) == 5:
             raise KeyboardInterrupt
-        written.append(matrix)
-        return write(self, matrix, *rest)
+        written.append(matrices)
+        return write(self, matrices, *rest)
 
-    monkeypatch.setattr(packing._Shard, "_write_leaf", dies_after_five)
+    monkeypatch.setattr(packing._Shard, "_write_files", dies_after_five)
     with pytest.raises(KeyboardInterrupt):
         packing.pack(dump, tmp_path / "again", out)
     assert not out.exists()
@@ -313,7 +333,7 @@ def test_an_interrupted_pack_goes_on(tmp_path, monkeypatch):
     damaged.write_bytes(b"short")
 
     monkeypatch.setattr(
-        packing._Shard, "_write_leaf", lambda self, m, *rest: written.append(m) or write(self, m, *rest)
+        packing._Shard, "_write_files", lambda self, m, *rest: written.append(m) or write(self, m, *rest)
     )
     packing.pack(dump, tmp_path / "again", out)
     assert len(written) == 5 + 14 - 4

@@ -65,8 +65,11 @@ def schedule():
     return [row | {"token": 100 * row["sequence"] + row["position"]} for row in rows]
 
 
-def write_dump(folder, dtype, seed=0, level="full", matrices=MATRICES):
-    """The dump of every shard under `folder/dump`, and the `Built` without its workload."""
+def write_dump(folder, dtype, seed=0, level="full", matrices=MATRICES, once=False):
+    """The dump of every shard under `folder/dump`, and the `Built` without its workload.
+
+    With `once`, what the matrices of a site read is there under the name of the first.
+    """
     rng = np.random.default_rng(seed)
     number = FORMATS[dtype]
     fed = schedule()
@@ -88,7 +91,7 @@ def write_dump(folder, dtype, seed=0, level="full", matrices=MATRICES):
             "layer": layer,
             "matrix": matrix,
             "site": SITE_OF[matrix],
-            "held_by": matrix,
+            "held_by": next(m for m in SITES[SITE_OF[matrix]] if m in matrices) if once else matrix,
             "same_input_as": SITES[SITE_OF[matrix]][0] if SITES[SITE_OF[matrix]][0] != matrix else None,
             "in_features": WIDTHS[SITE_OF[matrix]],
             "out_features": OUTPUTS[matrix],
@@ -181,7 +184,7 @@ def _block(rows, places, dense, table, dtype, level):
         "rows.sequence": np.array([row["sequence"] for row in rows], np.int32),
         "rows.position": np.array([row["position"] for row in rows], np.int32),
     }
-    for matrix in table:
+    for matrix in (row for row in table if row["held_by"] == row["matrix"]):
         name = f"L{matrix['layer']:02d}.{matrix['matrix']}"
         x = dense[matrix["layer"], matrix["matrix"]][places]
         values = number.to_float(x).astype(np.float64)
@@ -214,8 +217,8 @@ def pack_all(built, name="workload", **settings):
     return built.folder / name
 
 
-def build(folder, dtype, level="full", name="workload", **settings):
+def build(folder, dtype, level="full", name="workload", once=False, **settings):
     """A whole workload."""
-    built = write_dump(folder, dtype, level=level)
+    built = write_dump(folder, dtype, level=level, once=once)
     built.workload = pack_all(built, name, **settings)
     return built
