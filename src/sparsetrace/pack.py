@@ -603,15 +603,22 @@ def index(
     else:
         (workload / "weight_masks.parquet").unlink(missing_ok=True)
 
+    capture = first.get("capture", {"level": "full"})
+    encoding, share_inputs = shards[0]["encoding"], bool(shards[0]["shared"])
+    with write_beside(workload / "views.sql") as partial:
+        views = duckdb_views(first["dtype"], encoding, capture["level"], share_inputs)
+        partial.write_text(views, encoding="utf-8")
+    tables.append(_table_entry(workload, "views.sql", 0))
+
     model = ("model_hash", "source", "source_hash", "dtype")
     settings = ("label", "method", "parameters", "calibration", "decoding", "batching")
     manifest = {
         "format": "sparsetrace-workload",
         "version": WORKLOAD_VERSION,
         **{name: first[name] for name in (*model, *settings)},
-        "capture": first.get("capture", {"level": "full"}),
-        "encoding": shards[0]["encoding"],
-        "share_inputs": bool(shards[0]["shared"]),
+        "capture": capture,
+        "encoding": encoding,
+        "share_inputs": share_inputs,
         "given": given,
         "engine": first.get("engine", "torch"),
         "device": first["device"],
@@ -626,10 +633,8 @@ def index(
         "nnz": sum(matrices["nnz"].to_pylist()),
         "files": [file for shard in shards for file in shard["files"]] + tables,
     }
-    views = duckdb_views(first["dtype"], manifest["encoding"], manifest["capture"]["level"], manifest["share_inputs"])
-    for name, text in (("README.md", data_card(manifest, matrices)), ("views.sql", views)):
-        with write_beside(workload / name) as partial:
-            partial.write_text(text, encoding="utf-8")
+    with write_beside(workload / "README.md") as partial:
+        partial.write_text(data_card(manifest, matrices), encoding="utf-8")
     write_json(workload / "manifest.json", manifest | {"sha256": sha256_json(manifest)})
     return manifest
 

@@ -60,8 +60,8 @@ MANIFEST: dict[str, type | UnionType] = {
 }
 FILE: dict[str, type | UnionType] = {"path": str, "rows": int, "bytes": int, "sha256": str}
 DATA_FILE = FILE | {"layer": int, "matrix": str, "nnz": int, "first_token": int | None, "last_token": int | None}
-# Beside the tables. People may write into them, so that their hash says nothing.
-TEXTS = ("README.md", "views.sql")
+# The data card. People write into it, its licence to begin with, so that its hash would say nothing.
+CARD = "README.md"
 
 # Columns that must have statistics.
 INDEXED = ("layer", "matrix", "token", "sequence", "position", "nnz", "absmax", "l2")
@@ -111,7 +111,8 @@ def verify(folder: Path, report: Callable[[int, int], None] | None = None) -> li
     for path in sorted((folder / "data").rglob("*")):
         if path.is_file() and path.relative_to(folder).as_posix() not in known:
             faults.append(Fault(path.relative_to(folder).as_posix(), "must be in the manifest, got a file it lacks"))
-    faults += [Fault(name, "must be there, got nothing") for name in TEXTS if not (folder / name).is_file()]
+    if not (folder / CARD).is_file():
+        faults.append(Fault(CARD, "must be there, got nothing"))
     tables = {}
     for name, schema in TABLES.items():
         entry = next((file for file in manifest["files"] if file["path"] == name), None)

@@ -1,6 +1,7 @@
 """Each kind of damage is found and named; an undamaged workload has none."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -259,6 +260,15 @@ def test_any_flipped_bit_of_the_manifest_is_named(folder):
 def test_missing_text(folder, name):
     (folder / name).unlink()
     assert said(folder) == [f"{name}: must be there, got nothing"]
+
+
+def test_edited_views(folder):
+    """The data card alone may be written into."""
+    for name in ("README.md", "views.sql"):
+        path = folder / name
+        path.write_text(path.read_text().replace("token", "tokem", 1))
+    (fault,) = said(folder)
+    assert re.fullmatch("views.sql: must have sha256 [0-9a-f]{12}, got [0-9a-f]{12}", fault)
 
 
 @pytest.mark.parametrize("name", ["data/L00/q/notes.txt", "data/L00/.part-00000.parquet.partial"])
