@@ -40,8 +40,9 @@ import numpy as np
 
 from sparsetrace.files import InputError, write_beside
 
-_CODES = {"uint8": "U8", "uint16": "U16", "uint32": "U32", "int32": "I32", "int64": "I64", "float32": "F32"}
-_DTYPES = {code: np.dtype(name).newbyteorder("<") for name, code in _CODES.items()}
+_NAMES = {"U8": "uint8", "U16": "uint16", "U32": "uint32", "I32": "int32", "I64": "int64", "F32": "float32"}
+_DTYPES = {code: np.dtype(name).newbyteorder("<") for code, name in _NAMES.items()}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _PREFIX_BYTES = 8
 # From this size on a block is written around the page cache, in chunks.
 _DIRECT_BYTES = 64 << 20
@@ -70,7 +71,7 @@ def write_block(path: Path, arrays: dict[str, np.ndarray]) -> None:
             pieces.append(np.zeros(gap, np.uint8))
             add(f"fill.{len(pieces)}", "U8", (gap,), gap)
         for name in names:
-            add(name, _CODES[arrays[name].dtype.name], arrays[name].shape, arrays[name].nbytes)
+            add(name, _CODES[arrays[name].dtype], arrays[name].shape, arrays[name].nbytes)
         pieces.append(piece)
     text = json.dumps(header, separators=(",", ":")).encode()
     direct = offset >= _DIRECT_BYTES
@@ -86,19 +87,26 @@ def write_block(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def _runs(arrays: dict[str, np.ndarray]) -> Iterator[tuple[list[str], np.ndarray]]:
     """The bytes of arrays that lie one after the other in memory, and the arrays' names."""
     names: list[str] = []
-    run = np.empty(0, np.uint8)
+    run, end = np.empty(0, np.uint8), -1
+    # a block of a large model has hundreds, and Python's lock is held meanwhile
     for name, array in arrays.items():
-        piece = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        if names and _address(run) + len(run) == _address(piece) and len(piece):
-            # `arrays` keeps the memory of both
-            run = np.lib.stride_tricks.as_strided(run, (len(run) + len(piece),), (1,))
+        piece = np.ascontiguousarray(array)
+        # a copy would not outlive this loop
+        if (address := _address(piece)) == end and piece.nbytes and piece is array:
             names.append(name)
-            continue
-        if names:
-            yield names, run
-        names, run = [name], piece
+        else:
+            if names:
+                yield names, _bytes(run, end)
+            names, run = [name], piece
+        end = address + piece.nbytes
     if names:
-        yield names, run
+        yield names, _bytes(run, end)
+
+
+def _bytes(start: np.ndarray, end: int) -> np.ndarray:
+    """Memory from the first byte of an array up to an address."""
+    flat = start.reshape(-1).view(np.uint8)
+    return np.lib.stride_tricks.as_strided(flat, (end - _address(start),), (1,))
 
 
 def _address(piece: np.ndarray) -> int:
