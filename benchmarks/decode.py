@@ -115,9 +115,9 @@ class Bench:
         for sink, (rate, size) in best.items():
             limit = {"no capture": best["none"][0]}
             if packed and sink != "none":
-                limit["copy"] = self.limits["copy"] * 1e9 / packed
-                if sink == "disk":
-                    limit["disk"] = self.limits["disk"] * 1e9 / packed
+                # 0 where it was not measured
+                links = ("copy", "disk") if sink == "disk" else ("copy",)
+                limit |= {link: self.limits[link] * 1e9 / packed for link in links if self.limits[link]}
             name = min(limit, key=limit.__getitem__)
             self.note(
                 batch=batch,

@@ -421,8 +421,11 @@ def test_block_rows_hold_a_batch_and_fit_the_memory(tiny, tmp_path, rng, monkeyp
     config = tiny.model(tmp_path, rng, torch_dtype="bfloat16").config
     row_bytes = 2 * (5 * 36 + 32 + 43) * 2
     monkeypatch.setattr(capture, "BLOCK_BYTES", 10 * row_bytes + 1)
-    assert block_rows(config, 4, torch.device("cpu")) == 10
-    assert block_rows(config, 11, torch.device("cpu")) == 11
+    assert block_rows(config, apart(config), 4, torch.device("cpu")) == 10
+    assert block_rows(config, apart(config), 11, torch.device("cpu")) == 11
+    # an operand that several read takes its room once
+    together = {(layer, site): [list(matrices)] for layer in range(2) for site, matrices in SITES.items()}
+    assert block_rows(config, together, 4, torch.device("cpu")) == 10 * (5 * 36 + 32 + 43) // (2 * 36 + 32 + 43)
 
 
 def test_observe_sees_every_site_and_leaves_no_hook(tiny, tmp_path, rng):

@@ -36,9 +36,9 @@ LABELS = ("token", "sequence", "position")
 WriteBlock = Callable[[Path, dict[str, np.ndarray]], None]
 
 
-def block_rows(config: ModelConfig, batch: int, device: torch.device) -> int:
-    """Rows of one block: what fits the memory, but at least one pass of the batch."""
-    width = sum(config.in_features(SITE_OF[matrix]) for matrix in MATRICES) * config.num_hidden_layers
+def block_rows(config: ModelConfig, parts: Parts, batch: int, device: torch.device) -> int:
+    """Rows of one block of all operands: what fits the memory, but at least one pass of the batch."""
+    width = sum(config.in_features(site) * len(site_parts) for (_, site), site_parts in parts.items())
     room = GPU_BLOCK_BYTES if device.type == "cuda" else BLOCK_BYTES
     return max(batch, room // (width * FORMATS[config.dtype].bits.itemsize))
 

@@ -90,8 +90,8 @@ class Engine:
     """Runs groups through a model.
 
     Args:
-        model: with or without a method installed.
-        patch: the installed method; None runs the model as it is, which the torch engine alone does.
+        model: with a method installed.
+        patch: the method.
         decoding: how tokens are produced.
         batching: how sequences are multiplied together.
         eos: ids that end a sequence.
@@ -105,7 +105,7 @@ class Engine:
     def __init__(
         self,
         model: Decoder,
-        patch: Patch | None,
+        patch: Patch,
         decoding: Decoding,
         batching: Batching,
         eos: frozenset[int],
@@ -117,19 +117,18 @@ class Engine:
         self.decoding = decoding
         self.batching = batching
         self.eos = frozenset() if decoding.ignore_eos else eos
-        if patch is not None and patch.method.needs_dense_prefill and decoding.prefill == "all":
+        if patch.method.needs_dense_prefill and decoding.prefill == "all":
             raise InputError(
                 f"generate: prefill must be none or half with method {patch.method.name}, which decides by the dense "
                 "part of the prompt, got all"
             )
         self.device = model.embedding.device
-        self.block_rows = block_rows(model.config, batching.batch_size, self.device)
+        self.block_rows = block_rows(model.config, patch.parts, batching.batch_size, self.device)
         # tokens that are given end where they end
         self._ending = self.eos if decoding.tokens_from == "own" else frozenset()
         self._given = decoding.tokens_from != "own" and decoding.replay == "steps"
         self._fused: _Fused | None = None
         if kind == "triton":
-            assert patch is not None
             self._fused = _Fused(model, patch, batching.batch_size, positions, self._ending, decoding.temperature)
 
     @torch.inference_mode()
@@ -148,8 +147,7 @@ class Engine:
         """
         plan = self._plan(group, given)
         B = self.batching.batch_size
-        if self.patch is not None:
-            self.patch.begin()
+        self.patch.begin()
         if self._fused is not None:
             # before anything is captured: this may run a step
             self._fused.prepare(self, plan, recorder)
@@ -305,14 +303,11 @@ class Engine:
             some = chosen_BT is not None and chosen_BT.any()
             return torch.from_numpy(chosen_BT).to(self.device) if some else None
 
-        if self.patch is not None:
-            masked = flags(masked_BT)
-            self.patch.sparsified_BT = masked_BT is None if masked is None else masked
-            self.patch.dense_BT = flags(dense_BT)
-            self.patch.record = recorder.record if recorder is not None else None
-            self.patch.record_outputs = recorder.record_outputs if recorder is not None else None
-        else:
-            assert recorder is None, "capture needs an installed method; `dense` drops nothing"
+        masked = flags(masked_BT)
+        self.patch.sparsified_BT = masked_BT is None if masked is None else masked
+        self.patch.dense_BT = flags(dense_BT)
+        self.patch.record = recorder.record if recorder is not None else None
+        self.patch.record_outputs = recorder.record_outputs if recorder is not None else None
         hidden: Tensor = self.model(tokens_BT, positions_BT, cache)
         return hidden
 

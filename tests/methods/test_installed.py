@@ -135,7 +135,7 @@ def test_griffin_in_the_dump(tiny, tmp_path, rng, prefill, rows, monkeypatch):
     from sparsetrace import engine as engine_module
 
     if rows:
-        monkeypatch.setattr(engine_module, "block_rows", lambda config, batch, device: rows)
+        monkeypatch.setattr(engine_module, "block_rows", lambda config, parts, batch, device: rows)
     model = tiny.model(tmp_path, rng, **EVEN)
     group = group_of(rng, [9, 6])
     _, blocks = run(tmp_path / "dump", model, Griffin(sparsity=0.5), group, prefill=prefill)
