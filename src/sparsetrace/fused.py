@@ -28,7 +28,7 @@ from sparsetrace.patch import Patch, SparseProjection
 from sparsetrace_kernels.add_rmsnorm import add_rmsnorm
 from sparsetrace_kernels.configs import TuningTable, choose_config
 from sparsetrace_kernels.decode_attention import choose_splits, decode_attention, decode_attention_list
-from sparsetrace_kernels.list_gemv import list_gemv
+from sparsetrace_kernels.list_gemv import MAX_SECTIONS, list_gemv
 from sparsetrace_kernels.masked_rows import launch_add_rmsnorm_rows, launch_mask_rows, launch_silu_mul_rows
 from sparsetrace_kernels.rotate_rows import launch_rotate_rows
 from sparsetrace_kernels.silu_mul import silu_mul
@@ -44,6 +44,8 @@ def unsupported(config: ModelConfig, method: Method, rules: list[MatrixRule]) ->
         return "the kernels are for 16-bit types, and the model is float32"
     if config.hidden_act != "silu":
         return f"the kernels compute silu, and the model uses {config.hidden_act}"
+    if config.num_attention_heads > MAX_SECTIONS:
+        return f"the kernels take {MAX_SECTIONS} heads at most, and the model has {config.num_attention_heads}"
     if any(method.exceeds(rule) is None for rule in rules):
         return f"method {method.name} decides by more than a threshold of the input"
     return None

@@ -305,7 +305,7 @@ class _Shard:
             if not done:
                 _note(journal, {"dump": self.wanted})
             for entries in _in_threads(
-                lambda files: self._write_files(*files, blocks, order), todo, _threads(threads, stored, len(order))
+                lambda files: self._write_files(*files, blocks, order), todo, _threads(threads, todo, len(order))
             ):
                 for entry in entries:
                     _note(journal, entry)
@@ -437,15 +437,17 @@ def _in_threads(
             pool.shutdown(cancel_futures=True)
 
 
-def _threads(threads: int, matrices: list[dict[str, Any]], rows: int) -> int:
+def _threads(threads: int, todo: list[_Files], rows: int) -> int:
     """As many as asked for, or as `MEMORY_BYTES` allows."""
 
-    def most(matrix: dict[str, Any]) -> int:
-        group_rows = row_group_rows(matrix["in_features"])
-        dense = group_rows * matrix["in_features"] * FORMATS[matrix["dtype"]].bits.itemsize
-        return MEMORY_FACTOR * dense + 2 * RELEASE_BYTES + FOOTER_BYTES * min(rows, FILE_ROWS) // group_rows
+    def most(files: _Files) -> int:
+        matrices, _ = files
+        group_rows = row_group_rows(matrices[0]["in_features"])
+        dense = group_rows * matrices[0]["in_features"] * FORMATS[matrices[0]["dtype"]].bits.itemsize
+        footers = len(matrices) * FOOTER_BYTES * min(rows, FILE_ROWS) // group_rows
+        return MEMORY_FACTOR * dense + 2 * RELEASE_BYTES + footers
 
-    return max(1, min(threads, MEMORY_BYTES // max(map(most, matrices), default=1)))
+    return max(1, min(threads, MEMORY_BYTES // max(map(most, todo), default=1)))
 
 
 def _has_size(path: Path, size: int) -> bool:

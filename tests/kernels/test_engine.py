@@ -5,6 +5,8 @@ stored, bit for bit; the product is within twice torch's own error of the float6
 two engines on given tokens then agree to what 16-bit activations allow, and exactly in all that is discrete.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -317,13 +319,15 @@ def test_refuses_what_the_kernels_cannot_run(tiny, tmp_path, rng):
     assert choose_kind("torch", gpu, half.config, teal, rules) == "torch"
     assert choose_kind("auto", gpu, wide.config, teal, rules) == "torch"
     assert choose_kind("auto", gpu, half.config, topk, rules) == "torch"
-    for device, model, method, words in (
-        (cpu, half, teal, "without a GPU"),
-        (gpu, wide, teal, "the model is float32"),
-        (gpu, half, topk, "method topk decides by more than a threshold"),
+    many = replace(half.config, num_attention_heads=132)
+    for device, config, method, words in (
+        (cpu, half.config, teal, "without a GPU"),
+        (gpu, wide.config, teal, "the model is float32"),
+        (gpu, many, teal, "the kernels take 128 heads at most, and the model has 132"),
+        (gpu, half.config, topk, "method topk decides by more than a threshold"),
     ):
         with pytest.raises(InputError, match=words):
-            choose_kind("triton", device, model.config, method, rules)
+            choose_kind("triton", device, config, method, rules)
 
 
 @pytest.mark.gpu
