@@ -70,8 +70,8 @@ def test_schedule_is_the_brute_force_list(inputs, tmp_path, machine, prefill, mo
     _, _, shard = inputs
     folder = make(inputs, tmp_path, machine, Decoding(prefill=prefill))
     outputs = {row["sequence"]: row["output_ids"] for row in table(folder, "sequences")}
-    # chunks of prefill hold what a block holds, a row being both layers' operands in float32
-    row_bytes = 2 * (5 * 36 + 32 + 43) * 4
+    # chunks of prefill hold what a block holds, a row being both layers' operands in float32, of equal thresholds
+    row_bytes = 2 * (2 * 36 + 32 + 43) * 4
     chunk = 10**9 if prefill == "none" else 20_000 // row_bytes // 4
     expected = []
     for group in read_shard(shard, 0):

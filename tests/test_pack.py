@@ -123,7 +123,7 @@ def test_round_trip_of_a_real_run(tiny, tmp_path, rng, dtype, monkeypatch):
     """Engine -> dump -> Parquet -> dense: the bits of the blocks come back, and the counts are those of DESIGN."""
     from sparsetrace import capture, generate
 
-    monkeypatch.setattr(capture, "BLOCK_BYTES", 15_000)
+    monkeypatch.setattr(capture, "BLOCK_BYTES", 9_000)
     model = tiny.model(tmp_path, rng, torch_dtype=dtype)
     blocks = {}
     seal = generate._seal
