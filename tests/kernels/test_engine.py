@@ -22,6 +22,7 @@ from sparsetrace.patch import install
 from sparsetrace.prompts import Sequence
 from sparsetrace.schema import FORMATS, MATRICES, SITES
 from sparsetrace.settings import Batching, Capture, Decoding
+from sparsetrace_kernels import decode_attention
 from sparsetrace_kernels.add_rmsnorm import add_rmsnorm
 from sparsetrace_kernels.list_gemv import list_gemv
 from sparsetrace_kernels.masked_rows import add_rmsnorm_rows
@@ -46,6 +47,13 @@ METHODS = {
 
 # the second is what each is tried with where not everything is
 KINDS = {"torch": "half", "triton": "all"}
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch):
+    """Without a GPU, fewer splits of attention: the interpreter runs programs one after the other, 0.1 s each."""
+    if not WHOLE:
+        monkeypatch.setattr(decode_attention, "TARGET_PROGRAMS", 16)
 
 
 def scaled(rule):
