@@ -10,7 +10,7 @@ rule pack:
         f"{RESULTS}/logs/pack/{{model}}/{{run}}/{{label}}/{{shard}}.bench.tsv"
     conda:
         "../envs/pack.yaml"
-    threads: 4
+    threads: 2
     resources:
         mem_mb=lambda wildcards, attempt: attempt * 1500,
         runtime=lambda wildcards, attempt: attempt * 120,
