@@ -157,13 +157,12 @@ class Bench:
         ]
         recorder = Recorder(self.config, engines[0].block_rows, engines[0].device, self.patch.parts)
         ratios = []
-        for pair in range(pairs + 1):
+        for _ in range(pairs):
             folder = Path(tempfile.mkdtemp(dir=self.scratch))
             on = time_groups(engines[0], recorder, made, folder)[0]
             off = time_groups(engines[1], None, made, folder)[0]
             shutil.rmtree(folder)
-            # the first pair warms up
-            ratios += [on / off] if pair else []
+            ratios.append(on / off)
         recorder.shutdown()
         p20, _, _, p80 = statistics.quantiles(ratios, n=5)
         row = {**self.where, "model": self.name, "dtype": self.dtype, "batch": batch, "metric": "capture_cost"}
@@ -230,6 +229,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--gigabytes", type=float, default=20.0, help="written in each timing of many rows")
     parser.add_argument("--new", type=int, default=200, help="tokens generated of each sequence at batch 1")
+    parser.add_argument("--groups", type=int, default=24, help="in each timing of what capture costs")
     parser.add_argument("--parts", nargs="+", default=["one", "cost", "many", "forced", "profile"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -251,7 +251,7 @@ def main() -> None:
             if "one" in arguments.parts:
                 bench.run(1, arguments.new, 12)
             if "cost" in arguments.parts:
-                bench.capture_cost(1, arguments.new, 8, 3)
+                bench.capture_cost(1, arguments.new, arguments.groups, 3)
             if "many" in arguments.parts:
                 bench.run(64, max(2, rows // 64 + 1), 1)
             if "forced" in arguments.parts:

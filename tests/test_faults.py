@@ -420,7 +420,7 @@ def test_a_model_that_does_not_fit_the_gpu_is_refused(whole, tmp_path, command, 
 def test_interrupt_before_the_program_starts_its_work_is_one_line(tmp_path):
     code = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
     program = f"from sparsetrace import cli; cli.check_config.callback = lambda config: exec({code!r}); cli.main()"
-    env = os.environ | {"PYTHONPATH": str(Path(sparsetrace.cli.__file__).parents[1])}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(sparsetrace.cli.__file__).parents[1]), *sys.path])}
     run = subprocess.run(
         [sys.executable, "-c", program, "check-config", "x"], env=env, cwd=tmp_path, capture_output=True, text=True
     )

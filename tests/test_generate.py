@@ -66,7 +66,8 @@ def test_two_runs_give_identical_files(inputs, tmp_path, machine, prefill, tempe
 @pytest.mark.parametrize("prefill", ["none", "half", "all"])
 def test_schedule_is_the_brute_force_list(inputs, tmp_path, machine, prefill, monkeypatch):
     """Every position fed, in which pass and slot, which are sparsified and captured, and how many rows come of it."""
-    monkeypatch.setattr(capture, "BLOCK_BYTES", 20_000)
+    for limit in ("BLOCK_BYTES", "GPU_BLOCK_BYTES"):
+        monkeypatch.setattr(capture, limit, 20_000)
     _, _, shard = inputs
     folder = make(inputs, tmp_path, machine, Decoding(prefill=prefill))
     outputs = {row["sequence"]: row["output_ids"] for row in table(folder, "sequences")}
@@ -286,7 +287,8 @@ def test_small_blocks_hold_the_same_numbers(inputs, tmp_path, machine, monkeypat
     batching = Batching(max_new_tokens=6, batch_size=4)
     decoding = Decoding(ignore_eos=True)
     _, whole = run_group(model, group, machine, batching, tmp_path / "whole", decoding)
-    monkeypatch.setattr(capture, "BLOCK_BYTES", 1)
+    for limit in ("BLOCK_BYTES", "GPU_BLOCK_BYTES"):
+        monkeypatch.setattr(capture, limit, 1)
     _, cut = run_group(model, group, machine, batching, tmp_path / "cut", decoding)
     assert len(list((tmp_path / "cut").glob("*.safetensors"))) == 5
     assert len(list((tmp_path / "whole").glob("*.safetensors"))) == 1

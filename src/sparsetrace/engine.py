@@ -1,8 +1,9 @@
 """The engines: they decode one group of sequences at fixed shapes, and capture.
 
 `torch` is the reference, on any device, in eager mode. `triton` runs `fused.FusedDecoder` on a GPU, each decoding step
-as one CUDA graph. Both share everything else: a step works on static tensors of the device, sampling included, and the
-host only looks now and then whether any sequence still runs.
+as one CUDA graph, and so each pass over known tokens whose shape comes again. Both share everything else: a step works
+on static tensors of the device, sampling included, and the host only looks now and then whether any sequence still
+runs.
 
 Everything that shapes a sum (batch, padding, prefill chunks) follows from the group and the configuration alone, with
 capture on or off.
@@ -14,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -33,11 +34,14 @@ from sparsetrace.settings import Batching, Decoding
 from sparsetrace_kernels.reference import DENSE, advance_ref, sample
 
 Kind = Literal["torch", "triton"]
+Returned = TypeVar("Returned")
 
 # Caches are a multiple of so many positions long: attention with a bias pads others.
 ALIGNED_POSITIONS = 8
 # Decoding steps between two looks at whether any sequence still runs, and looks that the device may be behind.
 GPU_BURST, GPU_BEHIND = 8, 1
+# Graphs of passes over known tokens that are kept, of the shapes seen last.
+KEPT_PASSES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +133,9 @@ class Engine:
         self._given = decoding.tokens_from != "own" and decoding.replay == "steps"
         self._fused: _Fused | None = None
         if kind == "triton":
-            self._fused = _Fused(model, patch, batching.batch_size, positions, self._ending, decoding.temperature)
+            self._fused = _Fused(
+                model, patch, batching.batch_size, positions, self._ending, decoding.temperature, self.block_rows
+            )
 
     @torch.inference_mode()
     def run(
@@ -229,48 +235,50 @@ class Engine:
         tokens_BP = np.zeros((B, longest), dtype=np.int64)
         for slot, ids in enumerate(plan.at_once):
             tokens_BP[slot, : len(ids)] = ids
+        positions_BP = np.broadcast_to(np.arange(longest), (B, longest))
+        real_BP = positions_BP < lengths_B[:, None]
+        real_BP[len(group) :] = False
+        sparsified_BP = real_BP & (positions_BP >= plan.sparse_from[:, None])
+        captured_BP = sparsified_BP & (recorder.samples(positions_BP) if recorder is not None else False)
+        phase_BP = np.where(positions_BP >= plan.forced_from[:, None], "forced", "prefill")
         bases_B, numbers_B = _labels(group, B)
+        # to the device at once: a copy between two passes would wait for the first
+        host = tokens_BP, positions_BP, sparsified_BP, bases_B[:, None], numbers_B[:, None], lengths_B[:, None]
+        device = [torch.from_numpy(np.broadcast_to(part, (B, longest)).copy()).to(self.device) for part in host]
         hidden_BC: Tensor | None = None
         for start, stop in self._chunks(longest):
-            positions_BT = np.broadcast_to(np.arange(start, stop), (B, stop - start))
-            real_BT = positions_BT < lengths_B[:, None]
-            real_BT[len(group) :] = False
-            sparsified_BT = real_BT & (positions_BT >= plan.sparse_from[:, None])
-            captured_BT = sparsified_BT & (recorder.samples(positions_BT) if recorder is not None else False)
+            span = np.s_[:, start:stop]
+            tokens_BT, positions_BT, *places, ends_BT = (part_BP[span].contiguous() for part_BP in device)
+            chosen_n, bases_n, numbers_n = (part_BT.view(-1) for part_BT in places)
             fed.append(
                 _note(
                     group,
                     step=len(fed),
-                    tokens_BT=tokens_BP[:, start:stop],
-                    positions_BT=positions_BT,
-                    real_BT=real_BT,
-                    sparsified_BT=sparsified_BT,
-                    captured_BT=captured_BT,
-                    phase_BT=np.where(positions_BT >= plan.forced_from[:, None], "forced", "prefill"),
+                    tokens_BT=tokens_BP[span],
+                    positions_BT=positions_BP[span],
+                    real_BT=real_BP[span],
+                    sparsified_BT=sparsified_BP[span],
+                    captured_BT=captured_BP[span],
+                    phase_BT=phase_BP[span],
                 )
             )
-            tokens = torch.from_numpy(tokens_BP[:, start:stop].copy()).to(self.device)
-            positions = torch.from_numpy(positions_BT.copy()).to(self.device)
             rows_n = None
-            if recorder is not None and captured_BT.any():
-                recorder.reserve(int(captured_BT.sum()))
-                places = (sparsified_BT, positions_BT, bases_B[:, None], numbers_B[:, None])
-                rows_n = recorder.place(
-                    *(
-                        torch.from_numpy(np.broadcast_to(part, positions_BT.shape).reshape(-1).copy()).to(self.device)
-                        for part in places
-                    )
-                )
+            if recorder is not None and captured_BP[span].any():
+                recorder.reserve(int(captured_BP[span].sum()))
+                rows_n = recorder.place(chosen_n, positions_BT.view(-1), bases_n, numbers_n)
             # with all of the prompt sparsified, padding is too: its rows are nobody's
-            masked_BT = None if self.decoding.prefill == "all" else sparsified_BT
+            whole = self.decoding.prefill == "all"
             if self._fused is not None and not reference:
-                hidden_BTC = self._fused.rows(tokens, positions, cache, rows_n, masked_BT)
+                masked_n = None if whole else chosen_n
+                hidden_BTC = self._fused.rows(tokens_BT, positions_BT, cache, rows_n, masked_n)
             else:
                 taken = recorder if rows_n is not None else None
-                hidden_BTC = self._run_model(tokens, positions, cache, taken, masked_BT, real_BT & ~sparsified_BT)
-            last_B = torch.from_numpy(np.clip(lengths_B - 1 - start, 0, stop - start - 1)).to(self.device)
-            chunk_BC = hidden_BTC[torch.arange(B, device=self.device), last_B]
-            ends_here_B = torch.from_numpy((lengths_B > start) & (lengths_B <= stop)).to(self.device)
+                masked_BT = None if whole else sparsified_BP[span]
+                dense_BT = real_BP[span] & ~sparsified_BP[span]
+                hidden_BTC = self._run_model(tokens_BT, positions_BT, cache, taken, masked_BT, dense_BT)
+            last_B = ends_BT[:, 0] - 1 - start
+            chunk_BC = hidden_BTC[torch.arange(B, device=self.device), last_B.clamp(0, stop - start - 1)]
+            ends_here_B = (last_B >= 0) & (last_B < stop - start)
             hidden_BC = chunk_BC if hidden_BC is None else torch.where(ends_here_B[:, None], chunk_BC, hidden_BC)
         return hidden_BC
 
@@ -517,10 +525,21 @@ class _Loop:
 
 
 class _Fused:
-    """The kernels' decoder with what a CUDA graph of a step points to; laid out once for all groups."""
+    """The kernels' decoder with what CUDA graphs point to; laid out once for all groups.
+
+    Args:
+        graph_rows: of a pass over known tokens, at most, for it to be recorded in a graph, whose memory is its own.
+    """
 
     def __init__(
-        self, model: Decoder, patch: Patch, batch: int, positions: int, eos: frozenset[int], temperature: float
+        self,
+        model: Decoder,
+        patch: Patch,
+        batch: int,
+        positions: int,
+        eos: frozenset[int],
+        temperature: float,
+        graph_rows: int,
     ) -> None:
         # imported late: the torch engine also runs where Triton is not installed
         from sparsetrace.fused import FusedDecoder
@@ -529,6 +548,8 @@ class _Fused:
 
         self._batch = batch
         self._eos = eos
+        self._graph_rows = graph_rows
+        self._recorder: Recorder | None = None
         self.device = model.embedding.device
         self.graphs = self.device.type == "cuda"
         table = active_table(torch.cuda.get_device_name(self.device)) if self.graphs else None
@@ -542,36 +563,35 @@ class _Fused:
         self.positions = positions
         self.cache = KVCache(self.decoder.config, self._batch, positions, self.device)
         self.loop = _Loop(self._batch, positions, self._eos, self.device)
+        self._forget_graphs()
+
+    def _forget_graphs(self) -> None:
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._recorder: Recorder | None = None
+        # by (T, positions of the cache), in the order of their last use; they take turns in one pool of memory
+        self._passes: dict[tuple[int, int], _Pass] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
 
     def prepare(self, engine: Engine, plan: _Plan, recorder: Recorder | None) -> None:
         """Begin a group: enough memory, an empty cache, and a captured step if it takes any."""
         if plan.positions() > self.positions:
             self.decoder.extend(plan.positions())
             self._lay_out(plan.positions())
-        if recorder is not self._recorder or self._graph is None:
-            self._graph, self._recorder = None, recorder
+        if recorder is not self._recorder:
             self.decoder.use(recorder)
-            if self.graphs and plan.steps:
-                self._capture(engine, recorder)
+            self._recorder = recorder
+            self._forget_graphs()
+        if self._graph is None and self.graphs and plan.steps:
+            self.loop.rest()
+            side = torch.cuda.Stream(self.device)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                # compiles, and takes all memory, outside the capture, where running out of it can be caught
+                engine.step(self.loop, self.cache, recorder)
+            torch.cuda.current_stream().wait_stream(side)
+            self._graph, _ = _captured(lambda: engine.step(self.loop, self.cache, recorder))
         used = self.cache.first(plan.positions())
         used.k_LBSGD.zero_()
         used.v_LBSGD.zero_()
-
-    def _capture(self, engine: Engine, recorder: Recorder | None) -> None:
-        self.loop.rest()
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            # compiles, and takes all memory, outside the capture, where running out of it can be caught
-            engine.step(self.loop, self.cache, recorder)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # a writing thread may be at work meanwhile
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            engine.step(self.loop, self.cache, recorder)
-        self._graph = graph
 
     def replay(self) -> None:
         """One step."""
@@ -589,14 +609,24 @@ class _Fused:
         positions_BT: Tensor,
         cache: KVCache,
         rows_n: Tensor | None,
-        masked_BT: np.ndarray | None,
+        masked_n: Tensor | None,
     ) -> Tensor:
         """Hidden states [B, T, C] of what is fed at once; rows that are not masked stay as they are, None masks all."""
         rows_n = self._nowhere(tokens_BT.numel()) if rows_n is None else rows_n
-        if masked_BT is not None:
-            masked_n = torch.from_numpy(masked_BT.reshape(-1)).to(self.device)
+        if masked_n is not None:
             rows_n = torch.where(masked_n, rows_n, DENSE)
-        return self.decoder(tokens_BT, positions_BT, cache, rows_n, one=False)
+
+        def run(tokens_BT: Tensor, positions_BT: Tensor, rows_n: Tensor) -> Tensor:
+            return self.decoder(tokens_BT, positions_BT, cache, rows_n, one=False)
+
+        if not self.graphs or len(rows_n) > self._graph_rows:
+            return run(tokens_BT, positions_BT, rows_n)
+        shape = tokens_BT.shape[1], cache.k_LBSGD.shape[2]
+        taken = self._passes.pop(shape) if shape in self._passes else _Pass(run, self._pool)
+        self._passes[shape] = taken
+        if len(self._passes) > KEPT_PASSES:
+            del self._passes[next(iter(self._passes))]
+        return taken(tokens_BT, positions_BT, rows_n)
 
     def draw(self, hidden_BC: Tensor, loop: _Loop) -> tuple[Tensor, Tensor]:
         """Each slot's next token, drawn from all of the vocabulary, and whether its logits are finite."""
@@ -606,6 +636,38 @@ class _Fused:
     def _nowhere(self, rows: int) -> Tensor:
         """Masked and not captured."""
         return torch.full((rows,), -1, dtype=torch.int64, device=self.device)
+
+
+class _Pass:
+    """A pass of one shape: launch by launch the first time, which compiles, and as a CUDA graph from the second on."""
+
+    def __init__(self, run: Callable[..., Tensor], pool: Any) -> None:
+        self._run, self._pool = run, pool
+        self._ran = False
+        self._inputs: list[Tensor] = []
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Hidden states, until the next pass."""
+        if not self._ran:
+            self._ran = True
+            return self._run(*inputs)
+        if self._graph is None:
+            self._inputs = [given.clone(memory_format=torch.contiguous_format) for given in inputs]
+            self._graph, self._hidden = _captured(lambda: self._run(*self._inputs), self._pool)
+        for static, given in zip(self._inputs, inputs, strict=True):
+            static.copy_(given)
+        self._graph.replay()
+        return self._hidden
+
+
+def _captured(run: Callable[[], Returned], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Returned]:
+    """A CUDA graph of what `run` launches, and what it returned."""
+    graph = torch.cuda.CUDAGraph()
+    # a writing thread may be at work meanwhile
+    with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+        returned = run()
+    return graph, returned
 
 
 def _aligned(positions: int) -> int:

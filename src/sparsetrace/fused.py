@@ -23,7 +23,7 @@ from torch.nn import functional
 from sparsetrace.capture import Recorder
 from sparsetrace.files import InputError
 from sparsetrace.methods import MatrixRule, Method
-from sparsetrace.model import Block, Decoder, KVCache, ModelConfig, context_of, rotary_factors
+from sparsetrace.model import Block, Decoder, KVCache, ModelConfig, attended, rotary_factors
 from sparsetrace.patch import Patch, SparseProjection
 from sparsetrace_kernels.add_rmsnorm import add_rmsnorm
 from sparsetrace_kernels.configs import TuningTable, choose_config
@@ -208,7 +208,7 @@ class FusedDecoder:
 
     def _bias(self, positions_BT: Tensor, cache: KVCache) -> Tensor:
         """[B, 1, T, S]: 0 where a query attends, minus infinity elsewhere; made once for all layers."""
-        mask = context_of(self.config, positions_BT, cache).mask
+        mask = attended(self.config, positions_BT, cache)
         return torch.zeros(mask.shape, dtype=self.config.torch_dtype, device=mask.device).masked_fill_(
             ~mask, -torch.inf
         )

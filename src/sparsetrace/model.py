@@ -201,7 +201,7 @@ class Context:
     Args:
         positions: int64 [B, T].
         rotary: cosines and sines of the positions, [B, T, 1, D] in the model's dtype.
-        mask: [B, 1, T, S], which keys each query attends to.
+        mask: bool [B, 1, T, S], as `attended` makes it.
     """
 
     positions: Tensor
@@ -213,13 +213,18 @@ def context_of(config: ModelConfig, positions_BT: Tensor, cache: KVCache | None)
     """Rotary factors and attention mask of a pass; without a cache, its tokens attend to one another."""
     cos_BTE, sin_BTE = rotary_factors(config, positions_BT)
     rotary = cos_BTE.repeat(1, 1, 2)[:, :, None], sin_BTE.repeat(1, 1, 2)[:, :, None]
+    return Context(positions_BT, rotary, attended(config, positions_BT, cache))
+
+
+def attended(config: ModelConfig, positions_BT: Tensor, cache: KVCache | None) -> Tensor:
+    """bool [B, 1, T, S]: which keys each query attends to; without a cache, those of the same pass."""
     device = positions_BT.device
     keys_S = torch.arange(cache.k_LBSGD.shape[2], device=device) if cache else positions_BT[:, None, :]
     distance_BTS = positions_BT[:, :, None] - keys_S
     mask_BTS = distance_BTS >= 0
     if config.sliding_window is not None:
         mask_BTS &= distance_BTS < config.sliding_window
-    return Context(positions_BT, rotary, mask_BTS[:, None])
+    return mask_BTS[:, None]
 
 
 def rotary_factors(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -353,6 +353,33 @@ def test_graph_equals_eager(tiny, tmp_path, rng, device, batch, monkeypatch):
     assert found[0][0].output_ids == found[1][0].output_ids
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("prefill", ["all", "half"])
+def test_passes_in_a_graph_equal_eager(tiny, tmp_path, rng, device, prefill, monkeypatch):
+    """Bitwise equal operands of given texts in passes of one shape, and of groups of other lengths between them."""
+    monkeypatch.setattr("sparsetrace.capture.GPU_BLOCK_BYTES", 20_000)
+    decoder, patch = installed(tiny, tmp_path, rng, device)
+    groups = [group_of(rng, lengths) for lengths in ([61, 40], [57, 57], [61, 9], [30, 30], [61, 61])]
+    found = []
+    for graphs in (True, False):
+        decoding = Decoding(tokens_from="text", prefill=prefill)
+        engine = engine_of(decoder, patch, decoding, 2, positions=61)
+        engine._fused.graphs = graphs
+        recorder = Recorder(decoder.config, engine.block_rows, device, patch.parts)
+        arrays = []
+        for number, group in enumerate(groups):
+            folder = tmp_path / str(graphs)
+            folder.mkdir(exist_ok=True)
+            recorder.open(folder, number)
+            engine.run(group, recorder)
+            arrays += [(folder / name).read_bytes() for name in recorder.close()[0]]
+        recorder.shutdown()
+        found.append(arrays)
+        assert any(taken._graph is not None for taken in engine._fused._passes.values()) == graphs
+    assert len(found[0]) >= 2 * len(groups)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("one", [True, False], ids=["one", "many"])
 def test_compiled_code_captures(tiny, tmp_path, rng, device, one):
     """Under torch.compile the ops run as they are: same bits, and the ring is written, not a copy of it."""
