@@ -1,10 +1,12 @@
 # make run    set everything up in .venv and run config.yaml (the embedded model; minutes, no GPU needed)
-# make test   set everything up in .venv and run the tests
+# make test   set everything up in .venv and run the tests, in as many processes as PROCESSES says
 # make lint   formatting, types, import layers, workflow
 # Both take PYTHON=/my/env/bin/python: an environment that already has torch; what is missing is installed into it.
 # make run CORES=4 ARGS="--configfile my.yaml" passes arguments on to snakemake.
 
 CORES ?= all
+# some tests wait more than they compute
+PROCESSES ?= 3
 BASE_PYTHON ?= python3
 
 ifdef PYTHON
@@ -32,7 +34,7 @@ run: $(STAMPS)/run
 	@$(RUN) sparsetrace show results/*/*/*/workload
 
 test: $(STAMPS)/test
-	$(RUN) $(PYTHON) -m pytest $(ARGS)
+	$(RUN) $(PYTHON) -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMPS)/test
 	$(RUN) ruff check .

@@ -6,6 +6,7 @@
 import json
 import os
 import secrets
+import signal
 import zlib
 from pathlib import Path
 
@@ -15,8 +16,14 @@ import torch
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 
+# in the environment, from which the processes that tests are spread over take the same
 SEED = int(os.environ.get("SPARSETRACE_SEED") or secrets.randbelow(1 << 31))
+os.environ["SPARSETRACE_SEED"] = str(SEED)
 VOCABULARY = 96
+
+# a worker of pytest-xdist ignores Ctrl-C, and so would every program that a test starts
+if "PYTEST_XDIST_WORKER" in os.environ:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # tiny matrices gain nothing from threads, which on a busy machine spin for each other
 torch.set_num_threads(1)
@@ -26,7 +33,13 @@ def pytest_report_header(config):
     return f"SPARSETRACE_SEED={SEED}"
 
 
+# Files that take minutes: begun first, so that the processes that share the files end together.
+LONGEST = ("test_workflow.py", "test_slurm.py", "test_engine.py", "test_demo.py", "test_kill.py", "test_benchmarks.py")
+
+
 def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
@@ -44,6 +57,14 @@ def poisoned_empty():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", lambda *args, **kwargs: poison(plain_empty(*args, **kwargs)))
         patch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(plain_empty_like(*args, **kwargs)))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_rings():
+    """Tiny models need no GiB of a GPU's memory, which tests side by side would run out of."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsetrace.capture.GPU_BLOCK_BYTES", 32 << 20)
         yield
 
 

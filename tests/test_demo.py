@@ -7,15 +7,22 @@ import json
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sparsetrace import demo
+from sparsetrace.calibrate import calibrate
+from sparsetrace.convert import convert
 from sparsetrace.files import InputError
+from sparsetrace.methods import Teal
 from sparsetrace.model import Decoder
 from sparsetrace.prompts import read_documents
+from sparsetrace.quality import measure
+from sparsetrace.settings import Calibration, Conversion, Machine, Quality
+from sparsetrace.thresholds import derive_thresholds
 from sparsetrace.tokenizer import Tokenizer, begin_token
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -245,3 +252,29 @@ def test_refuses_to_replace_other_files(tmp_path):
     with pytest.raises(InputError, match="must be a folder, got a file"):
         demo.make_checkpoint(tmp_path / "thesis.tex", steps=1)
     assert (tmp_path / "thesis.tex").read_text(encoding="utf-8") == "mine"
+
+
+def test_quality_of_the_demo_model_falls_with_sparsity(tmp_path, parts, monkeypatch):
+    """The embedded model after a short training: every figure is finite and worse at every step."""
+    monkeypatch.setattr(demo, "divide", lambda documents: parts)
+    monkeypatch.setattr(demo, "gather", lambda stdlib: [])
+    folder, cpu = tmp_path, Machine(device="cpu")
+    demo.make_checkpoint(folder / "checkpoint", steps=25, threads=1)
+    model = convert(folder / "checkpoint", folder / "model", Conversion())
+    settings = Calibration(tokens=1024, sequence_length=128)
+    calibrate(model, folder / "checkpoint" / "calibration.txt", folder / "h", settings, cpu)
+    paths = [folder / f"teal-{sparsity}" for sparsity in (0, 0.25, 0.5, 0.65, 0.9)]
+    for path in paths:
+        sparsity = float(path.name.removeprefix("teal-"))
+        derive_thresholds(path.name, Teal(sparsity=sparsity), folder / "h", path)
+    quality = Quality(context=96, stride=32, windows=20)
+    rows = measure(model, folder / "checkpoint" / "quality.txt", paths, folder / "q", quality, cpu).to_pylist()
+    perplexity, kl, agreement = (
+        [row[name] for row in rows[1:]] for name in ("perplexity", "kl_divergence", "top1_agreement")
+    )
+    assert np.isfinite(perplexity + kl).all()
+    assert rows[0]["perplexity"] == perplexity[0]
+    assert perplexity[0] < perplexity[2] < perplexity[3] < perplexity[4]
+    assert kl == sorted(kl)
+    assert (kl[0], agreement[0]) == (0, 1)
+    assert agreement == sorted(agreement, reverse=True)

@@ -117,32 +117,3 @@ def test_refuses(made, tmp_path):
         every = Quality(context=11, stride=5, prefill="all")
         measure(model, text, [table(Griffin(sparsity=0.5))], out, every, CPU)
     assert not out.exists()
-
-
-def test_quality_of_the_demo_model_falls_with_sparsity(tmp_path_factory):
-    """The embedded model after a short training: every figure is finite and worse at every step."""
-    from sparsetrace.calibrate import calibrate
-    from sparsetrace.convert import convert
-    from sparsetrace.demo import make_checkpoint
-    from sparsetrace.settings import Calibration, Conversion
-
-    folder = tmp_path_factory.mktemp("demo")
-    make_checkpoint(folder / "checkpoint", steps=25, threads=1)
-    model = convert(folder / "checkpoint", folder / "model", Conversion())
-    settings = Calibration(tokens=2048, sequence_length=128)
-    calibrate(model, folder / "checkpoint" / "calibration.txt", folder / "h", settings, CPU)
-    paths = [folder / f"teal-{sparsity}" for sparsity in (0, 0.25, 0.5, 0.65, 0.9)]
-    for path in paths:
-        sparsity = float(path.name.removeprefix("teal-"))
-        derive_thresholds(path.name, Teal(sparsity=sparsity), folder / "h", path)
-    quality = Quality(context=96, stride=32, windows=40)
-    rows = measure(model, folder / "checkpoint" / "quality.txt", paths, folder / "q", quality, CPU).to_pylist()
-    perplexity, kl, agreement = (
-        [row[name] for row in rows[1:]] for name in ("perplexity", "kl_divergence", "top1_agreement")
-    )
-    assert np.isfinite(perplexity + kl).all()
-    assert rows[0]["perplexity"] == perplexity[0]
-    assert perplexity[0] < perplexity[2] < perplexity[3] < perplexity[4]
-    assert kl == sorted(kl)
-    assert (kl[0], agreement[0]) == (0, 1)
-    assert agreement == sorted(agreement, reverse=True)

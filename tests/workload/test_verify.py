@@ -235,7 +235,7 @@ def test_a_key_of_a_file_of_the_manifest(folder, key):
         (lambda m: m.update(encoding="zip"), "encoding must be one of split, open, got zip"),
         (lambda m: m["files"].append("x"), "files must be objects, got 'x'"),
     ],
-    ids=str,
+    ids=["nnz", "rows", "level", "dtype", "encoding", "files"],
 )
 def test_a_manifest_that_says_something_else(folder, change, message):
     edit_manifest(folder, change)
