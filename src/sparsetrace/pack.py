@@ -13,6 +13,8 @@ Memory: one row group of each thread, and `ORDER_ROWS` rows of the index; the or
 file beside `parts/`, and its files are cut at `FILE_ROWS`, since the footer of each open file grows until it is closed.
 """
 
+import hashlib
+import io
 import json
 import os
 import platform
@@ -354,7 +356,8 @@ class _Shard:
         group_rows, nnz = row_group_rows(first["in_features"]), 0
         paths = [self._path(matrix, cut) for matrix in matrices]
         with ExitStack() as stack:
-            writers = [stack.enter_context(_writer(self.workload / path, schema)) for path in paths]
+            outputs = [stack.enter_context(_writer(self.workload / path, schema)) for path in paths]
+            writers = [writer for writer, _ in outputs]
             waiting: list[list[pa.Table]] = [[] for _ in matrices]
             for index, figures, rows, out_masks in _pieces(matrices, share, level, blocks, order):
                 table = encode_rows(schema, first["layer"], first["matrix"], index, figures, rows)
@@ -376,22 +379,40 @@ class _Shard:
                 "nnz": nnz,
                 "first_token": first_token,
                 "last_token": last_token,
-                "bytes": (self.workload / path).stat().st_size,
-                "sha256": sha256_file(self.workload / path),
+                "bytes": sink.size,
+                "sha256": sink.digest.hexdigest(),
             }
-            for matrix, path in zip(matrices, paths, strict=True)
+            for matrix, path, (_, sink) in zip(matrices, paths, outputs, strict=True)
         ]
 
 
+class _Sink(io.RawIOBase):
+    """A file that is hashed on its way to the disk; to read it again would take a tenth as long as to pack it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        self.size += self._file.write(data)
+        return len(data)
+
+
 @contextmanager
-def _writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+def _writer(path: Path, schema: pa.Schema) -> Iterator[tuple[pq.ParquetWriter, _Sink]]:
     """A data file, written beside its name."""
-    with (
-        write_beside(path) as partial,
-        pa.output_stream(partial, compression=None, buffer_size=SINK_BYTES) as sink,
-        pq.ParquetWriter(sink, schema, **writer_settings(schema)) as writer,
-    ):
-        yield writer
+    with write_beside(path) as partial, partial.open("wb") as file:
+        sink = _Sink(file)
+        with (
+            pa.output_stream(sink, compression=None, buffer_size=SINK_BYTES) as stream,
+            pq.ParquetWriter(stream, schema, **writer_settings(schema)) as writer,
+        ):
+            yield writer, sink
 
 
 def _cuts(rows: int) -> list[int | None]:

@@ -210,7 +210,8 @@ def row_figures(patterns: np.ndarray, offsets: np.ndarray, number: NumberFormat)
         magnitudes = patterns[first:last] & number.bits.type(number.sign - 1)
         starts = offsets[rows] - first
         absmax[rows] = number.magnitudes(np.maximum.reduceat(magnitudes, starts))
-        squares = np.square(number.magnitudes(magnitudes), dtype=np.float64)
+        squares = number.magnitudes(magnitudes).astype(np.float64)
+        squares *= squares
         with np.errstate(over="ignore"):
             l2[rows] = np.sqrt(np.add.reduceat(squares, starts)).astype(np.float32)
     return absmax, l2
