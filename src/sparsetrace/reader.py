@@ -29,7 +29,7 @@ from sparsetrace.folder import Folder
 from sparsetrace.ragged import runs
 from sparsetrace.rows import Rows, decode_rows, join, no_rows, operand_columns
 from sparsetrace.schedule import Step, batches, replay
-from sparsetrace.schema import FORMATS, MATRICES, PHASES, SITE_OF, WORKLOAD_VERSION
+from sparsetrace.schema import FORMATS, MATRICES, PHASES, SITE_OF, WORKLOAD_VERSION, mask_bytes
 from sparsetrace.twin import twin
 from sparsetrace.weights import Checkpoint
 
@@ -38,9 +38,12 @@ Choice = int | slice | Iterable[int] | None
 # Read row groups and file footers kept, per workload: a row is often followed by its neighbour.
 CACHED_ROW_GROUPS = 8
 CACHED_FOOTERS = 512
-# Dense bytes of the row groups that are read together: a narrow matrix pays for a call of Arrow once for many of them.
+# Bytes of the row groups that are read together: a call of Arrow for each would cost more than what it reads. Of rows
+# that are handed out one piece after another it is dense bytes, into which they may be made.
 READ_BYTES = 4 << 20
 FIGURES = ["token", "sequence", "position", "nnz", "absmax", "l2"]
+# of one row
+FIGURES_BYTES = 28
 
 
 class _Files:
@@ -270,7 +273,8 @@ class Workload:
         """
         wanted = self._numbers(tokens)
         ascending = np.argsort(wanted, kind="stable")
-        pieces = list(self._blocks(layer, matrix, wanted[ascending], values))
+        row_bytes = self._dense_bytes(layer, matrix) if values else mask_bytes(self.features(layer, matrix))
+        pieces = list(self._blocks(layer, matrix, wanted[ascending], values, row_bytes))
         if not pieces:
             held = values and self.level == "full"
             return no_rows(layer, matrix, self.features(layer, matrix), self.manifest["dtype"], held)
@@ -292,7 +296,7 @@ class Workload:
         wanted = self.tokens if tokens is None else self._numbers(tokens)
         if not (np.diff(wanted) > 0).all():
             raise InputError("blocks: tokens must ascend, got others: use matrix(), which takes any order")
-        return self._blocks(layer, matrix, wanted, values)
+        return self._blocks(layer, matrix, wanted, values, self._dense_bytes(layer, matrix))
 
     def figures(self, layer: int, matrix: str) -> pa.Table:
         """token, sequence, position, nnz, absmax and l2 of each row of one layer and matrix, as stored.
@@ -304,7 +308,7 @@ class Workload:
             raise InputError("figures: rows must be real ones, got the i.i.d. twin: use matrix(layer, matrix).nnz")
         source = self._source(layer, matrix)
         pieces = []
-        for path, groups, wanted in self._places(source, self.tokens):
+        for path, groups, wanted in self._places(source, self.tokens, FIGURES_BYTES):
             table = self._files.row_groups(path, *groups, tuple(FIGURES)).select(FIGURES)
             pieces.append(table.take(pa.array(self._found(table["token"].to_numpy(), wanted))))
         types = (pa.int64(), pa.int32(), pa.int32(), pa.int32(), pa.float32(), pa.float32())
@@ -440,9 +444,10 @@ class Workload:
             )
         return at
 
-    def _places(self, source: tuple[int, str], wanted: np.ndarray) -> Iterator[tuple[str, tuple[int, int], np.ndarray]]:
+    def _places(
+        self, source: tuple[int, str], wanted: np.ndarray, row_bytes: int
+    ) -> Iterator[tuple[str, tuple[int, int], np.ndarray]]:
         """Part, neighbouring row groups (first, last + 1) and tokens, for ascending tokens of a stored leaf."""
-        row_bytes = self.features(*source) * FORMATS[self.manifest["dtype"]].bits.itemsize
         parts = self._files.parts.get(source, [])
         # a part that starts after a token does not hold it
         which = np.searchsorted([part["first_token"] for part in parts], wanted, side="right") - 1
@@ -459,12 +464,16 @@ class Workload:
                 yield path, (low, high), chosen[first:last]
                 first = last
 
-    def _blocks(self, layer: int, matrix: str, wanted: np.ndarray, values: bool) -> Iterator[Rows]:
+    def _dense_bytes(self, layer: int, matrix: str) -> int:
+        """Of a row."""
+        return self.features(layer, matrix) * FORMATS[self.manifest["dtype"]].bits.itemsize
+
+    def _blocks(self, layer: int, matrix: str, wanted: np.ndarray, values: bool, row_bytes: int) -> Iterator[Rows]:
         source = self._source(layer, matrix)
         features, number = self.features(layer, matrix), FORMATS[self.manifest["dtype"]]
         if self.level == "stats":
             raise InputError("workload: operands must have been captured, got level `stats`: use figures()")
-        for path, (first_group, stop_group), chosen in self._places(source, wanted):
+        for path, (first_group, stop_group), chosen in self._places(source, wanted, row_bytes):
             names = self._files.footer(path)[2]
             columns = ("token", *operand_columns(names, values))
             # one row of many: the next one asked for is likely its neighbour

@@ -23,7 +23,8 @@ CHUNK_ROWS = 512
 FIGURE_VALUES = 1 << 17
 
 
-@dataclass(frozen=True, slots=True)
+# not frozen, which makes one cost five times as much: a replay makes one for each matrix of each token
+@dataclass(slots=True)
 class Rows:
     """Operands of one layer and matrix, one per token.
 

@@ -34,8 +34,9 @@ class Step:
     group: int
     step: int
     token: np.ndarray
-    _window: dict[tuple[int, str], Rows]
+    _window: dict[tuple[int, str], _Held]
     _start: int
+    _number: int
 
     def __iter__(self) -> Iterator[Rows]:
         """The operands of each layer and matrix, in the order of execution."""
@@ -50,10 +51,9 @@ class Step:
         """
         if key not in self._window:
             raise InputError(f"replay: layer and matrix must be among those of the selection, got {key}")
-        rows, start = self._window[key], self._start
-        stop = start + len(self.token)
-        offsets = rows.offsets[start : stop + 1]
-        bits = None if rows.bits is None else rows.bits[offsets[0] : offsets[-1]]
+        held, start = self._window[key], self._start
+        rows, stop = held.rows, start + len(self.token)
+        bits = None if rows.bits is None else rows.bits[rows.offsets[start] : rows.offsets[stop]]
         out_mask = None if rows.out_mask is None else rows.out_mask[start:stop]
         return Rows(
             rows.layer,
@@ -62,10 +62,23 @@ class Step:
             rows.dtype,
             self.token,
             rows.mask[start:stop],
-            offsets - offsets[0],
+            held.offsets[start + self._number : stop + self._number + 1],
             bits,
             out_mask,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Operands of one layer and matrix in a window.
+
+    Args:
+        rows: of all steps, one after another.
+        offsets: int64, of the rows of each step from 0 on, one after another: one more than rows for each step.
+    """
+
+    rows: Rows
+    offsets: np.ndarray
 
 
 def replay(workload: Workload, values: bool, window_bytes: int = WINDOW_BYTES) -> Iterator[Step]:
@@ -91,10 +104,18 @@ def replay(workload: Workload, values: bool, window_bytes: int = WINDOW_BYTES) -
     while first < len(edges) - 1:
         last = max(first + 1, int(np.searchsorted(edges, edges[first] + room, side="right")) - 1)
         chosen = token[edges[first] : edges[last]]
-        window = {leaf: workload.matrix(*leaf, chosen, values=values) for leaf in workload.leaves}
-        for at in range(first, last):
-            start, stop = int(edges[at]), int(edges[at + 1])
-            yield Step(int(group[start]), int(step[start]), token[start:stop], window, start - int(edges[first]))
+        starts = edges[first : last + 1] - edges[first]
+        # the ends of steps are the starts of those behind them
+        ends = np.sort(np.concatenate([np.arange(starts[-1] + 1), starts[1:-1]]))
+        begins = np.repeat(starts[:-1], np.diff(starts) + 1)
+        window = {}
+        for leaf in workload.leaves:
+            rows = workload.matrix(*leaf, chosen, values=values)
+            window[leaf] = _Held(rows, rows.offsets[ends] - rows.offsets[begins])
+        for number, start in enumerate(starts[:-1].tolist()):
+            at = edges[first] + start
+            tokens = token[at : edges[first + number + 1]]
+            yield Step(int(group[at]), int(step[at]), tokens, window, start, number)
         first = last
 
 
