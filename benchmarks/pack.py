@@ -34,7 +34,6 @@ are ready, and zstd_gbps that of level 1 on the planes and masks alone; medians 
 """
 
 import argparse
-import csv
 import json
 import re
 import shutil
@@ -48,6 +47,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from record import append
 from synthetic import commit, make_dump
 
 import sparsetrace
@@ -249,18 +249,20 @@ def measure(dump: Path, folder: Path, encoding: str) -> dict[str, float]:
     return found
 
 
-def row(source: str, dtype: str, sparsity: float, encoding: str, dump: Path, folder: Path) -> dict[str, object]:
-    """Measure one setting and print its row."""
+def row(source: str, dtype: str, sparsity: float, encoding: str, dump: Path, folder: Path) -> None:
+    """Measure one setting, append it to the CSVs and print it."""
     found = measure(dump, folder, encoding)
     line = {"commit": commit(), "source": source, "encoding": encoding, "dtype": dtype, "sparsity": sparsity}
     line |= {name: value if isinstance(value, int) else f"{value:.4g}" for name, value in found.items()}
     ratio = found["bytes_per_nonzero"] / found["entropy_limit"]
     print(*line.values(), f"({ratio:.3f} of the limit)", flush=True)
-    return line
+    for name, columns in COLUMNS.items():
+        if name == "pack.csv" or encoding == "split":
+            append(RESULTS / name, columns, [{column: line[column] for column in columns}])
 
 
 def main() -> None:
-    """Run everything and append to the CSV."""
+    """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and dumps, a few GB")
     parser.add_argument("--source", nargs="*", default=SOURCES, help="by their names above; may be none")
@@ -281,7 +283,6 @@ def main() -> None:
     for source in arguments.source:
         if source != SYNTHETIC:
             checkpoints[source] = made(source, arguments.work)
-    rows = []
     for source, checkpoint in checkpoints.items():
         texts = checkpoint if (checkpoint / "prompts.jsonl").is_file() else made("demo", arguments.work)
         for dtype in arguments.dtype:
@@ -297,19 +298,13 @@ def main() -> None:
                 name = f"{source}-long" if length == "long" else source
                 for encoding in arguments.encoding:
                     if encoding == "split" or (sparsity == 0.5 and length == "short"):
-                        rows.append(row(name, dtype, sparsity, encoding, dump, folder))
+                        row(name, dtype, sparsity, encoding, dump, folder)
     if SYNTHETIC in arguments.source:
         folder = arguments.work / SYNTHETIC
         if not (folder / "dump" / "manifest.json").is_file():
             make_dump(folder / "dump", {(0, "q"): 4096}, sequences=8, tokens=2048)
-        rows += [row(SYNTHETIC, "float16", 0.5, encoding, folder / "dump", folder) for encoding in arguments.encoding]
-    for name, columns in COLUMNS.items():
-        new = not (RESULTS / name).is_file()
-        with (RESULTS / name).open("a", newline="") as file:
-            writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows(line for line in rows if name == "pack.csv" or line["encoding"] == "split")
+        for encoding in arguments.encoding:
+            row(SYNTHETIC, "float16", 0.5, encoding, folder / "dump", folder)
 
 
 if __name__ == "__main__":
