@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ class Folder:
     Args:
         where: a local path, or a URL such as `s3://bucket/workload` (pyarrow) or `memory://workload` (fsspec).
         filesystem: of pyarrow or fsspec, for one that needs credentials or options; `where` is then a path in it.
+
+    Attributes:
+        where: for messages; of a URL without what may be secret.
     """
 
     def __init__(self, where: str | Path, filesystem: Any = None) -> None:
@@ -27,6 +31,7 @@ class Folder:
             self._files, self._base = pafs._ensure_filesystem(filesystem), self.where
         elif "://" in self.where:
             self._files, self._base = _from_url(self.where)
+            self.where = _without_secrets(self.where)
         else:
             self._files, self._base = pafs.LocalFileSystem(), str(Path(where).absolute())
 
@@ -78,7 +83,13 @@ class Folder:
             raise InputError(f"workload: {self.where}/{name} must be a whole Parquet file, got {error}") from None
 
 
+def _without_secrets(url: str) -> str:
+    """A URL without user, key and options."""
+    return re.sub(r"://[^/]*@", "://", url.split("?")[0])
+
+
 def _from_url(url: str) -> tuple[Any, str]:
+    shown = _without_secrets(url)
     try:
         files, path = pafs.FileSystem.from_uri(url)
         return files, path
@@ -87,9 +98,9 @@ def _from_url(url: str) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
     except ImportError:
-        raise InputError(f"open: fsspec must be installed for {url}, got none: pip install fsspec") from None
+        raise InputError(f"open: fsspec must be installed for {shown}, got none: pip install fsspec") from None
     try:
         files, path = url_to_fs(url)
     except (ValueError, ImportError) as error:
-        raise InputError(f"open: {url} must be a URL that pyarrow or fsspec knows, got {error}") from None
+        raise InputError(f"open: {shown} must be a URL that pyarrow or fsspec knows, got {error}") from None
     return pafs.PyFileSystem(pafs.FSSpecHandler(files)), path

@@ -495,7 +495,7 @@ class Workload:
     def __repr__(self) -> str:
         table = self.matrix_table.to_pydict()
         lines = [
-            f"sparsetrace workload {self.path}",
+            f"sparsetrace workload {self._files.folder.where}",
             f"  model     {self.manifest['source']}, {self.layers} layers, {self.manifest['dtype']}",
             f"  method    {self.manifest['label']}",
             f"  tokens    {self.manifest['tokens']:,} captured of {self.token_table.num_rows:,} fed, "

@@ -300,24 +300,34 @@ class Ranges(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def served(half):
-    """URL of the workload on a web server of this machine."""
-    pytest.importorskip("aiohttp", reason="fsspec reads http with aiohttp")
+def address(half):
+    """Host and port of a server whose `/workload` is the workload."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(half.folder))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/workload"
+        yield f"127.0.0.1:{server.server_port}"
         server.shutdown()
 
 
-def test_a_web_server(half, served):
+@pytest.fixture(params=["http", "s3"])
+def served(request, address):
+    """URL of the workload, read by fsspec's web client or by Arrow's client of object stores, which asks alike."""
+    if request.param == "http":
+        return f"http://{address}/workload"
+    options = f"scheme=http&region=nowhere&endpoint_override={address.replace(':', '%3A')}"
+    return f"s3://someone:secret@workload?{options}"
+
+
+def test_a_server(half, served):
     ds = sparsetrace.open(served)
     assert np.array_equal(patterns(half, ds.matrix(1, "gate").dense()), half.dense[1, "gate"])
     assert np.array_equal(patterns(half, ds[0, "q", half.tokens[3]]), half.dense[0, "q"][3])
+    assert "secret" not in repr(ds)
 
 
-def test_a_web_server_without_the_file(served):
-    with pytest.raises(InputError, match="none/manifest.json must be a file, got nothing there"):
+def test_a_server_without_the_file(served):
+    with pytest.raises(InputError, match="none/manifest.json must be a file, got nothing there") as error:
         sparsetrace.open(served.replace("workload", "none"))
+    assert "secret" not in str(error.value)
 
 
 def test_a_moved_folder_reads_the_same(half, tmp_path):
