@@ -539,7 +539,7 @@ def _pieces(
 
 
 class _Places:
-    """Where rows of a dump lie: taken from each block at once, then put into the order that they are asked for in.
+    """Where rows of a dump lie: taken from each block at once, then put in order where that is not the blocks' own.
 
     Args:
         blocks: of the dump.
@@ -547,13 +547,13 @@ class _Places:
     """
 
     def __init__(self, blocks: list[Block], block: np.ndarray, row: np.ndarray) -> None:
-        sorted_R = np.lexsort((row, block))
-        block, row = block[sorted_R], row[sorted_R]
-        self._parts = [(blocks[block[start]], row[start:stop]) for start, stop in runs(block)]
         self._back: np.ndarray | None = None
-        if not np.array_equal(sorted_R, np.arange(len(sorted_R))):
+        if (np.diff(block) < 0).any():
+            sorted_R = np.lexsort((row, block))
+            block, row = block[sorted_R], row[sorted_R]
             self._back = np.empty_like(sorted_R)
             self._back[sorted_R] = np.arange(len(sorted_R))
+        self._parts = [(blocks[block[start]], row[start:stop]) for start, stop in runs(block)]
 
     def has(self, name: str) -> bool:
         """Whether there is an array of this name."""
