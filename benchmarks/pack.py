@@ -249,10 +249,10 @@ def measure(dump: Path, folder: Path, encoding: str) -> dict[str, float]:
     return found
 
 
-def row(source: str, dtype: str, sparsity: float, encoding: str, dump: Path, folder: Path) -> None:
+def row(known: str, source: str, dtype: str, sparsity: float, encoding: str, dump: Path, folder: Path) -> None:
     """Measure one setting, append it to the CSVs and print it."""
     found = measure(dump, folder, encoding)
-    line = {"commit": commit(), "source": source, "encoding": encoding, "dtype": dtype, "sparsity": sparsity}
+    line = {"commit": known, "source": source, "encoding": encoding, "dtype": dtype, "sparsity": sparsity}
     line |= {name: value if isinstance(value, int) else f"{value:.4g}" for name, value in found.items()}
     ratio = found["bytes_per_nonzero"] / found["entropy_limit"]
     print(*line.values(), f"({ratio:.3f} of the limit)", flush=True)
@@ -279,6 +279,8 @@ def main() -> None:
     if unknown := [source for source in arguments.source if not known.fullmatch(source)]:
         parser.error(f"--source must be demo, random-<hidden> or {SYNTHETIC}, got {', '.join(unknown)}")
     arguments.work.mkdir(parents=True, exist_ok=True)
+    # before the CSVs, which are in the tree, differ
+    known = commit()
     checkpoints = {path.name: path for path in arguments.checkpoint}
     for source in arguments.source:
         if source != SYNTHETIC:
@@ -298,13 +300,13 @@ def main() -> None:
                 name = f"{source}-long" if length == "long" else source
                 for encoding in arguments.encoding:
                     if encoding == "split" or (sparsity == 0.5 and length == "short"):
-                        row(name, dtype, sparsity, encoding, dump, folder)
+                        row(known, name, dtype, sparsity, encoding, dump, folder)
     if SYNTHETIC in arguments.source:
         folder = arguments.work / SYNTHETIC
         if not (folder / "dump" / "manifest.json").is_file():
             make_dump(folder / "dump", {(0, "q"): 4096}, sequences=8, tokens=2048)
         for encoding in arguments.encoding:
-            row(SYNTHETIC, "float16", 0.5, encoding, folder / "dump", folder)
+            row(known, SYNTHETIC, "float16", 0.5, encoding, folder / "dump", folder)
 
 
 if __name__ == "__main__":
