@@ -236,7 +236,10 @@ def test_capture_changes_nothing(tiny, tmp_path, rng, machine, dtype, prefill, m
 
 @pytest.mark.parametrize("prefill", ["none", "half", "all"])
 def test_recorded_tensor_is_the_multiplied_one(tiny, tmp_path, rng, machine, prefill, monkeypatch):
-    """Contract 1, bit for bit: the block holds what `@` was given, seen by a torch dispatch mode."""
+    """Contract 1, bit for bit: the block holds what `@` was given, seen by a torch dispatch mode.
+
+    On a CPU `@` is given float32 copies, in which every operand must be a bfloat16 still.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     model = tiny.model(tmp_path, rng, torch_dtype="bfloat16")
@@ -249,18 +252,26 @@ def test_recorded_tensor_is_the_multiplied_one(tiny, tmp_path, rng, machine, pre
             for matrix, columns in dense.columns.items():
                 weights[layer, matrix] = (dense.weight.data_ptr(), columns, dense.weight.shape[1])
     multiplied = {key: [] for key in weights}
+    # of each copy: itself, so that nothing else comes to lie there, and where the original lies
+    copies = {}
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            result = op(*args, **(kwargs or {}))
+            if op in (torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype):
+                copies[result.data_ptr()] = result, args[0].data_ptr()
             if op in (torch.ops.aten.matmul.default, torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
                 left, right = args[:2]
+                _, origin = copies.get(right.data_ptr(), (right, right.data_ptr()))
                 for key, (pointer, columns, width) in weights.items():
-                    offset = (right.data_ptr() - pointer) // right.element_size()
+                    offset = (origin - pointer) // 2
                     inside = 0 <= offset < width and offset <= columns.start
                     if inside and columns.stop <= offset + right.shape[-1] and patch.sparsified_BT is not False:
                         rows = left.reshape(-1, left.shape[-1])
-                        multiplied[key].append(rows.view(torch.int16).cpu().numpy().view(np.uint16).copy())
-            return op(*args, **(kwargs or {}))
+                        exact = rows.to(torch.bfloat16)
+                        assert torch.equal(exact.float(), rows.float())
+                        multiplied[key].append(exact.view(torch.int16).cpu().numpy().view(np.uint16).copy())
+            return result
 
     batching = Batching(max_new_tokens=4, batch_size=2)
     engine = Engine(decoder, patch, Decoding(prefill=prefill), batching, frozenset())

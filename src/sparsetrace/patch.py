@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsetrace.files import InputError
 from sparsetrace.methods import MatrixRule, Method, operand_parts
-from sparsetrace.model import ACTIVATIONS, Block, Decoder, ModelConfig, Projection
+from sparsetrace.model import ACTIVATIONS, Block, Decoder, ModelConfig, Projection, multiply
 from sparsetrace.schema import SITES, Parts
 from sparsetrace_kernels.reference import mask_operand
 
@@ -113,7 +113,7 @@ class SparseProjection(nn.Module):
             if patch.record is not None:
                 for rule in rules:
                     patch.record(rule.layer, rule.matrix, operand_BTK)
-            parts_y.append(operand_BTK @ self.dense.weight[:, columns])
+            parts_y.append(multiply(operand_BTK, self.dense.weight[:, columns]))
         y = parts_y[0] if len(parts_y) == 1 else torch.cat(parts_y, dim=-1)
         if patch.method.out_masks and "up" in self.rules:
             y = self._drop_outputs(y)
