@@ -124,9 +124,8 @@ def entry_x(b_entry, dtype: tl.constexpr):
 @triton.jit
 def place_entries(o_list, b_ends, b_gaps):
     """Find where entries of a list lie that was left in sections: each section before an entry's own leaves a gap."""
-    # sections along the slow axis, so that a thread holds all of them for its entries and adds without shuffles
-    b_passed = o_list[None, :] >= b_ends[:, None]
-    return o_list + tl.sum(tl.where(b_passed, b_gaps[:, None], 0), axis=0)
+    b_passed = o_list[:, None] >= b_ends[None, :]
+    return o_list + tl.sum(tl.where(b_passed, b_gaps[None, :], 0), axis=1)
 
 
 @triton.jit
