@@ -19,7 +19,6 @@ the process).
 """
 
 import argparse
-import csv
 import resource
 import shutil
 import statistics
@@ -30,6 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from record import append
 from synthetic import commit, make_workload
 
 import sparsetrace
@@ -135,15 +135,9 @@ def replay(work: Path, known: str) -> list[dict[str, object]]:
     return found
 
 
-def append(name: str, rows: list[dict[str, object]]) -> None:
-    """Append to a CSV, with a header where it is new."""
-    path = RESULTS / name
-    new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+def note(name: str, rows: list[dict[str, object]]) -> None:
+    """Append to a CSV, and print."""
+    append(RESULTS / name, list(rows[0]), rows)
     for row in rows:
         print(*row.values(), flush=True)
 
@@ -161,8 +155,8 @@ def main() -> None:
         parser.error("--work must be given")
     known = commit()
     for width in LOOKUP_WIDTHS:
-        append("lookup.csv", lookup(arguments.work, known, width))
-    append("replay.csv", replay(arguments.work, known))
+        note("lookup.csv", lookup(arguments.work, known, width))
+    note("replay.csv", replay(arguments.work, known))
 
 
 if __name__ == "__main__":

@@ -387,7 +387,7 @@ class _Shard:
 
 
 class _Sink(io.RawIOBase):
-    """A file that is hashed on its way to the disk; to read it again would take a tenth as long as to pack it."""
+    """A file that is hashed on its way to the disk, so that it need not be read again."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -399,8 +399,9 @@ class _Sink(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
-        self.size += self._file.write(data)
-        return len(data)
+        written = self._file.write(data)
+        self.size += written
+        return written
 
 
 @contextmanager
