@@ -17,5 +17,6 @@ Importing this package loads nothing: `reference` needs torch only, the other mo
 | pack | `pack`, `pack_regions` | masked block, or a ring of them, to bitmask, kept bit patterns and row starts |
 | histogram | `add_histogram` | exact counts of 16-bit patterns |
 | configs, tune | | choice of kernel configurations; measurement of a table of them |
+| partials | | partial sums that programs of one launch hand to the last of them |
 | primitives, checks | | what the kernels, and the ops' checks, share |
 """

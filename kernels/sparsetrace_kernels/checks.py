@@ -1,7 +1,7 @@
 """Checks that the ops share; each refuses with `<op>: <name> must be <rule>, got <value>`."""
 
 # Shape suffixes: K = input features, N = output features, S = column segments, R = ring slots,
-# M = bitmask bytes of a row, ceil(K / 8); C = arrival counters.  Of attention: B = slots, S = cache positions,
+# M = bitmask bytes of a row, ceil(K / 8); W = words of `new_partials`.  Of attention: B = slots, S = cache positions,
 # G = kv heads, D = head dim.
 
 import torch
@@ -133,14 +133,14 @@ def require_ring(
         require(op, "slot", slot, (1,), torch.int64, device)
 
 
-def require_arrivals(op: str, arrivals_C: Tensor, num_blocks: int, device: torch.device) -> None:
-    """Refuse arrival counters that are too few for the launch."""
-    if arrivals_C.ndim != 1 or arrivals_C.dtype != torch.int32 or arrivals_C.device != device:
-        raise ValueError(f"{op}: arrivals_C must be an int32 vector on {device}, got {_describe(arrivals_C)}")
-    if arrivals_C.shape[0] < num_blocks or not arrivals_C.is_contiguous():
+def require_partials(op: str, partials_W: Tensor, num_senders: int, words: int, device: torch.device) -> None:
+    """Refuse words for partial results that are too few for so many programs to send so many each."""
+    if partials_W.ndim != 1 or partials_W.dtype != torch.int32 or partials_W.device != device:
+        raise ValueError(f"{op}: partials_W must be an int32 vector on {device}, got {_describe(partials_W)}")
+    if partials_W.shape[0] < num_senders * words or not partials_W.is_contiguous():
         raise ValueError(
-            f"{op}: arrivals_C must be contiguous with at least {num_blocks} counters, got {_describe(arrivals_C)}: "
-            "make them with new_arrivals"
+            f"{op}: partials_W must be contiguous with at least {num_senders} x {words} words, "
+            f"got {_describe(partials_W)}: make them with new_partials"
         )
 
 

@@ -143,12 +143,13 @@ def _read_table(path: Path) -> TuningTable:
 
 
 def heuristic_config(op: str, K: int, N: int, sparsity: float) -> GemvConfig:
-    """Choose without a table, from shape and sparsity alone; the figures behind the steps are those of an H200."""
-    is_large = K * N >= 1 << 27
+    """Choose without a table, from shape and sparsity alone; the figures behind the steps are those of an H100."""
     if op == "list":
-        if is_large:
+        if K * N >= 1 << 27:
             return GemvConfig("list", 1, 64, 128, num_warps=4, num_stages=5, use_dot=True)
-        return GemvConfig("list", 8 if K * N < 1 << 25 else 4, 32, 64, num_warps=1, num_stages=5, use_dot=True)
+        # about three programs on each of 132 SMs
+        split = max(1, min(8, 400 * 64 // N))
+        return GemvConfig("list", split, 32, 64, num_warps=1, num_stages=5)
     # where few rows are left, skipping loads one by one costs more than compacting them first
     if sparsity >= 0.7:
         block_n = 128 if K * N >= 1 << 25 else 64

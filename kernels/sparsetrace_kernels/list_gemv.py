@@ -3,11 +3,11 @@
 A producer (`add_rmsnorm`, `silu_mul`, `compact`) has made the lists, and the capture, in a kernel that had to run
 anyway, so this one only gathers.  A list comes in sections, since no
 program of a producer waits for another to know how many entries are before its own.  Oracle: `reference.list_gemv_ref`.
-No floating-point atomics: sums along the list meet in a partials buffer and are added in one fixed order.
+No floating-point atomics: sums along the list are added in one fixed order (`partials`).
 """
 
 # Shape suffixes: K = input features, N = output features, S = column segments (1 to 3), I = sections of a list,
-# L = entries that a section has room for, C = arrival counters.
+# L = entries that a section has room for, W = words of `new_partials`.
 
 import torch
 import triton
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from sparsetrace_kernels import checks
 from sparsetrace_kernels.configs import GemvConfig, config_for, segment_ends
-from sparsetrace_kernels.primitives import gather_sum, segment_of_block, store_or_reduce, wait_for_producer
-from sparsetrace_kernels.sparse_gemv import count_blocks, partials_block
+from sparsetrace_kernels.partials import block_of_partials, store_sum
+from sparsetrace_kernels.primitives import gather_sum, segment_of_block, wait_for_producer
+from sparsetrace_kernels.sparse_gemv import count_blocks
 
 # every program compares its entries with the ends of all sections
 MAX_SECTIONS = 128
@@ -29,8 +30,7 @@ def _list_kernel(
     counts_ptr,  # [S, I] int32
     w_ptr,  # [K, N], row-major
     y_ptr,  # [N]
-    partials_ptr,  # [split, N] float32
-    arrivals_ptr,  # [C] int32
+    partials_ptr,  # [W] int32
     num_sections,
     length,
     N,
@@ -72,14 +72,14 @@ def _list_kernel(
         NUM_STAGES,
         USE_DOT,
     )
-    store_or_reduce(b_y, y_ptr, partials_ptr, arrivals_ptr, i_n, i_k, o_n, m_n, N, split, BLOCK_S)
+    store_sum(b_y, y_ptr, partials_ptr, i_k, o_n, m_n, N, split, BLOCK_S)
 
 
 def launch_list_gemv(
     list_SIL: Tensor,
     counts_SI: Tensor,
     weight_KN: Tensor,
-    arrivals_C: Tensor,
+    partials_W: Tensor,
     segments: list[int],
     config: GemvConfig,
 ) -> Tensor:
@@ -88,24 +88,23 @@ def launch_list_gemv(
     _, num_sections, length = list_SIL.shape
     end_0, end_1 = segment_ends(segments, N)
     y_N = torch.empty(N, dtype=weight_KN.dtype, device=weight_KN.device)
-    partials = torch.empty(config.split, N, dtype=torch.float32, device=weight_KN.device)
     _list_kernel[(count_blocks(segments, config.block_n), config.split)](
-        list_SIL, counts_SI, weight_KN, y_N, partials, arrivals_C, num_sections, length, N, end_0, end_1, config.split,
+        list_SIL, counts_SI, weight_KN, y_N, partials_W, num_sections, length, N, end_0, end_1, config.split,
         NUM_SEGMENTS=len(segments), BLOCK_I=triton.next_power_of_2(num_sections),
         BLOCK_K=config.block_k, BLOCK_N=config.block_n,
-        BLOCK_S=partials_block(config.block_n, config.num_warps), NUM_STAGES=config.num_stages,
+        BLOCK_S=block_of_partials(config.block_n, config.num_warps), NUM_STAGES=config.num_stages,
         USE_DOT=config.use_dot, PDL=config.use_pdl, num_warps=config.num_warps,
         **({"launch_pdl": True} if config.use_pdl else {}),
     )  # fmt: skip
     return y_N
 
 
-@torch.library.custom_op("sparsetrace::list_gemv", mutates_args=("arrivals_C",))
+@torch.library.custom_op("sparsetrace::list_gemv", mutates_args=("partials_W",))
 def list_gemv(
     list_SIL: Tensor,
     counts_SI: Tensor,
     weight_KN: Tensor,
-    arrivals_C: Tensor,
+    partials_W: Tensor,
     segments: list[int],
     config: str | None = None,
 ) -> Tensor:
@@ -115,7 +114,7 @@ def list_gemv(
         list_SIL: int32 entries `row << 16 | bit pattern of x`, rows in [0, K), from a producer.
         counts_SI: int32, the number of valid entries at the start of each section, at most L.
         weight_KN: weight, input-major and contiguous, fp16 or bf16, the type of the lists' bit patterns.
-        arrivals_C: counters from `new_arrivals`; launches that share them must be on one stream.
+        partials_W: from `new_partials`, at least split x N words; launches that share them must be on one stream.
         segments: 1 to 3 widths that sum to N.
         config: `GemvConfig.encode`, kernel `list`; None chooses for half the inputs dropped.
 
@@ -148,10 +147,10 @@ def list_gemv(
     chosen = config_for("list", K, N, weight_KN.dtype, config, device)
     if chosen.kernel != "list":
         raise ValueError(f"{op}: config must name kernel list, got {config!r}: use sparse_gemv")
-    checks.require_arrivals(op, arrivals_C, count_blocks(segments, chosen.block_n), device)
-    return launch_list_gemv(list_SIL, counts_SI, weight_KN, arrivals_C, segments, chosen)
+    checks.require_partials(op, partials_W, chosen.split, N, device)
+    return launch_list_gemv(list_SIL, counts_SI, weight_KN, partials_W, segments, chosen)
 
 
 @list_gemv.register_fake
-def _(list_SIL, counts_SI, weight_KN, arrivals_C, segments, config=None):
+def _(list_SIL, counts_SI, weight_KN, partials_W, segments, config=None):
     return weight_KN.new_empty(weight_KN.shape[1])

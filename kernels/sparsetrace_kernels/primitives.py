@@ -1,4 +1,4 @@
-"""Device functions that several kernels share: thresholding, capture, list entries, the ordered reduction.
+"""Device functions that several kernels share: thresholding, capture, list entries.
 
 Contract (DESIGN's numeric contract 1 and 3): magnitudes are compared as bit patterns of x as stored; an entry is kept
 if its pattern (or that of its float32 score) is above the threshold's and the entry is not zero.
@@ -124,47 +124,9 @@ def entry_x(b_entry, dtype: tl.constexpr):
 @triton.jit
 def place_entries(o_list, b_ends, b_gaps):
     """Find where entries of a list lie that was left in sections: each section before an entry's own leaves a gap."""
-    b_passed = o_list[:, None] >= b_ends[None, :]
-    return o_list + tl.sum(tl.where(b_passed, b_gaps[None, :], 0), axis=1)
-
-
-@triton.jit
-def store_or_reduce(
-    b_y,
-    y_ptr,  # [N]
-    partials_ptr,  # [split, N] float32
-    arrivals_ptr,  # [C] int32, zero before and after
-    i_n,
-    i_k,
-    o_n,
-    m_n,
-    N,
-    split,
-    BLOCK_S: tl.constexpr,
-):
-    """Store one program's sum; of several along K, the last to arrive adds all partial sums in their fixed order."""
-    if split == 1:
-        tl.store(y_ptr + o_n, b_y.to(y_ptr.dtype.element_ty), mask=m_n)
-    else:
-        tl.store(partials_ptr + i_k.to(tl.int64) * N + o_n, b_y, mask=m_n)
-        # all threads' partials are stored before the one atomic publishes them
-        tl.debug_barrier()
-        num_arrived = tl.atomic_add(arrivals_ptr + i_n, 1, sem="acq_rel", scope="gpu")
-        if num_arrived == split - 1:
-            b_total = tl.zeros_like(b_y)
-            for start in tl.range(0, split, BLOCK_S):
-                o_s = start + tl.arange(0, BLOCK_S)
-                m_s = (o_s < split)[:, None] & m_n[None, :]
-                # .cg reads L2: another SM wrote these
-                b_part = tl.load(
-                    partials_ptr + o_s[:, None].to(tl.int64) * N + o_n[None, :],
-                    mask=m_s,
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-                b_total += tl.sum(b_part, axis=0)
-            tl.store(y_ptr + o_n, b_total.to(y_ptr.dtype.element_ty), mask=m_n)
-            tl.store(arrivals_ptr + i_n, 0)
+    # sections along the slow axis, so that a thread holds all of them for its entries and adds without shuffles
+    b_passed = o_list[None, :] >= b_ends[:, None]
+    return o_list + tl.sum(tl.where(b_passed, b_gaps[:, None], 0), axis=0)
 
 
 @triton.jit

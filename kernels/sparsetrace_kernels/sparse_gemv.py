@@ -4,11 +4,11 @@ keep_sk = (score of x_k > threshold of s), so q|k|v or gate|up go through one la
 Two kernels, chosen by configuration: `predicated` loads a tile's kept rows by predicate, one tile a program;
 `compacting` first lists the chunk's kept rows, then gathers them in full tiles, better where few rows are left.
 Source: TEAL, arXiv:2408.14690 (predicated row loads).  Oracle: `reference.sparse_gemv_ref`.
-No floating-point atomics: sums along K meet in a partials buffer and are added in one fixed order.
+No floating-point atomics: sums along K are added in one fixed order (`partials`).
 """
 
 # Shape suffixes: K = input features, N = output features, S = column segments (1 to 3), R = ring slots,
-# M = bitmask bytes of a row, ceil(K / 8); C = arrival counters.
+# M = bitmask bytes of a row, ceil(K / 8); W = words of `new_partials`.
 
 import torch
 import triton
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparsetrace_kernels import checks
 from sparsetrace_kernels.configs import MAX_CHUNK_K, GemvConfig, config_for, segment_ends
+from sparsetrace_kernels.partials import block_of_partials, store_sum
 from sparsetrace_kernels.primitives import (
     gather_sum,
     keep_entries,
@@ -24,15 +25,11 @@ from sparsetrace_kernels.primitives import (
     load_threshold,
     segment_of_block,
     store_capture,
-    store_or_reduce,
     wait_for_producer,
 )
 
 # rows captured at a time; a multiple of 8, since a byte of the bitmask has one writer
 CAPTURE_BLOCK_K = 128
-
-# the smallest column block; it bounds the arrival counters
-MIN_BLOCK_N = 16
 
 
 @triton.jit
@@ -93,8 +90,7 @@ def _predicated_kernel(
     values_segment_stride,
     mask_slot_stride,
     mask_segment_stride,
-    partials_ptr,  # [split, N] float32
-    arrivals_ptr,  # [C] int32
+    partials_ptr,  # [W] int32
     K,
     N,
     end_0,
@@ -133,7 +129,7 @@ def _predicated_kernel(
             eviction_policy="evict_first",
         )
         b_y = tl.sum(b_w.to(tl.float32) * b_operand, axis=0)
-        store_or_reduce(b_y, y_ptr, partials_ptr, arrivals_ptr, i_n, i_k, o_n, m_n, N, split, BLOCK_S)
+        store_sum(b_y, y_ptr, partials_ptr, i_k, o_n, m_n, N, split, BLOCK_S)
     else:
         # programs of their own: beside the product, the capture's registers made it spill
         _capture_rows(
@@ -171,8 +167,7 @@ def _compacting_kernel(
     values_segment_stride,
     mask_slot_stride,
     mask_segment_stride,
-    partials_ptr,  # [split, N] float32
-    arrivals_ptr,  # [C] int32
+    partials_ptr,  # [W] int32
     lists_ptr,  # [programs, chunk_k] int32
     K,
     N,
@@ -216,7 +211,7 @@ def _compacting_kernel(
         b_y = gather_sum(
             list_ptr, None, None, chunk_ptr, 0, count, BLOCK_K, N, o_n, m_n, BLOCK_K, BLOCK_N, NUM_STAGES, USE_DOT
         )
-        store_or_reduce(b_y, y_ptr, partials_ptr, arrivals_ptr, i_n, i_k, o_n, m_n, N, split, BLOCK_S)
+        store_sum(b_y, y_ptr, partials_ptr, i_k, o_n, m_n, N, split, BLOCK_S)
     else:
         # programs of their own: beside the product, the capture's registers made it spill
         _capture_rows(
@@ -239,26 +234,26 @@ def _compacting_kernel(
         )
 
 
-def partials_block(block_n: int, num_warps: int) -> int:
-    """Choose how many partial sums the last program adds at a time: at most 64 registers a thread."""
-    return max(8, min(32, 64 * 32 * num_warps // block_n))
-
-
 def count_blocks(segments: list[int], block_n: int) -> int:
     """Count the column blocks of a launch; no block spans two segments."""
     return sum(triton.cdiv(width, block_n) for width in segments)
 
 
-def new_arrivals(device: torch.device | str) -> Tensor:
-    """Make the arrival counters that the GEMVs of one stream share: int32, zero, and left zero by every launch."""
-    return torch.zeros(checks.MAX_COLUMNS // MIN_BLOCK_N + 2, dtype=torch.int32, device=device)
+def chunk_inputs(K: int, split: int) -> int:
+    """Inputs of a chunk of the compacting kernel."""
+    return triton.cdiv(triton.cdiv(K, split), CAPTURE_BLOCK_K) * CAPTURE_BLOCK_K
+
+
+def count_splits(K: int, config: GemvConfig) -> int:
+    """Count the programs along K of a launch of `sparse_gemv`."""
+    return triton.cdiv(K, config.block_k if config.kernel == "predicated" else chunk_inputs(K, config.split))
 
 
 def launch_sparse_gemv(
     x_K: Tensor,
     weight_KN: Tensor,
     threshold_bits_S: Tensor,
-    arrivals_C: Tensor,
+    partials_W: Tensor,
     segments: list[int],
     scale_SK: Tensor | None,
     values_RSK: Tensor | None,
@@ -276,26 +271,23 @@ def launch_sparse_gemv(
         "NUM_SEGMENTS": len(segments),
         "BLOCK_K": config.block_k,
         "BLOCK_N": config.block_n,
-        "BLOCK_S": partials_block(config.block_n, config.num_warps),
+        "BLOCK_S": block_of_partials(config.block_n, config.num_warps),
         "PDL": config.use_pdl,
         "num_warps": config.num_warps,
         **({"launch_pdl": True} if config.use_pdl else {}),
     }
     ring = checks.ring_arguments(values_RSK, mask_RSM, slot)
     if config.kernel == "predicated":
-        split = triton.cdiv(K, config.block_k)
-        partials = torch.empty(split, N, dtype=torch.float32, device=x_K.device)
+        split = count_splits(K, config)
         _predicated_kernel[(num_programs, split)](
-            x_K, weight_KN, threshold_bits_S, scale_SK, y_N, *ring, partials, arrivals_C, K, N, end_0, end_1,
+            x_K, weight_KN, threshold_bits_S, scale_SK, y_N, *ring, partials_W, K, N, end_0, end_1,
             num_blocks, split, CAPTURE_K=min(config.block_k, CAPTURE_BLOCK_K), **meta,
         )  # fmt: skip
     else:
-        chunk_k = triton.cdiv(triton.cdiv(K, config.split), CAPTURE_BLOCK_K) * CAPTURE_BLOCK_K
-        split = triton.cdiv(K, chunk_k)
-        partials = torch.empty(split, N, dtype=torch.float32, device=x_K.device)
+        chunk_k, split = chunk_inputs(K, config.split), count_splits(K, config)
         lists = torch.empty(split * num_blocks * chunk_k, dtype=torch.int32, device=x_K.device)
         _compacting_kernel[(num_programs, split)](
-            x_K, weight_KN, threshold_bits_S, scale_SK, y_N, *ring, partials, arrivals_C, lists, K, N, end_0, end_1,
+            x_K, weight_KN, threshold_bits_S, scale_SK, y_N, *ring, partials_W, lists, K, N, end_0, end_1,
             num_blocks, split, chunk_k, CHUNK_K=triton.next_power_of_2(chunk_k), CAPTURE_K=CAPTURE_BLOCK_K,
             NUM_STAGES=config.num_stages, USE_DOT=config.use_dot, **meta,
         )  # fmt: skip
@@ -303,12 +295,12 @@ def launch_sparse_gemv(
 
 
 # no default for a written argument: torch 2.11 counts its version by position and fails if it was left out
-@torch.library.custom_op("sparsetrace::sparse_gemv", mutates_args=("arrivals_C", "values_RSK", "mask_RSM"))
+@torch.library.custom_op("sparsetrace::sparse_gemv", mutates_args=("partials_W", "values_RSK", "mask_RSM"))
 def sparse_gemv(
     x_K: Tensor,
     weight_KN: Tensor,
     threshold_bits_S: Tensor,
-    arrivals_C: Tensor,
+    partials_W: Tensor,
     segments: list[int],
     scale_SK: Tensor | None,
     values_RSK: Tensor | None,
@@ -323,7 +315,7 @@ def sparse_gemv(
         weight_KN: weight, input-major and contiguous, dtype of `x_K`; the segments' columns side by side.
         threshold_bits_S: int32, bit pattern of each segment's threshold in the dtype of `x_K`, or in float32
             where `scale_SK` is given; kept if strictly above, a negative one counts as 0.
-        arrivals_C: counters from `new_arrivals`; launches that share them must be on one stream.
+        partials_W: from `new_partials`, at least split x N words; launches that share them must be on one stream.
         segments: 1 to 3 widths that sum to N.
         scale_SK: float32 scale of |x| before the comparison, or None; the multiply takes x itself.
         values_RSK: ring that takes each segment's operand: x where kept, else +0.0; dtype of `x_K`; or None.
@@ -348,15 +340,15 @@ def sparse_gemv(
         raise ValueError(f"{op}: config must name kernel predicated or compacting, got {config!r}: use list_gemv")
     if chosen.kernel == "compacting" and triton.cdiv(K, chosen.split) > MAX_CHUNK_K:
         raise ValueError(f"{op}: config must cut K={K} into chunks of at most {MAX_CHUNK_K}, got split {chosen.split}")
-    checks.require_arrivals(op, arrivals_C, count_blocks(segments, chosen.block_n), x_K.device)
+    checks.require_partials(op, partials_W, count_splits(K, chosen), N, x_K.device)
     return launch_sparse_gemv(
-        x_K, weight_KN, threshold_bits_S, arrivals_C, segments, scale_SK, values_RSK, mask_RSM, slot, chosen
+        x_K, weight_KN, threshold_bits_S, partials_W, segments, scale_SK, values_RSK, mask_RSM, slot, chosen
     )
 
 
 @sparse_gemv.register_fake
 def _(
-    x_K, weight_KN, threshold_bits_S, arrivals_C, segments,
+    x_K, weight_KN, threshold_bits_S, partials_W, segments,
     scale_SK, values_RSK, mask_RSM, slot, config=None,
 ):  # fmt: skip
     return x_K.new_empty(weight_KN.shape[1])

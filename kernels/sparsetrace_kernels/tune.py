@@ -20,8 +20,9 @@ from torch import Tensor
 from sparsetrace_kernels.compact import compact
 from sparsetrace_kernels.configs import MAX_CHUNK_K, GemvConfig
 from sparsetrace_kernels.list_gemv import launch_list_gemv
+from sparsetrace_kernels.partials import new_partials
 from sparsetrace_kernels.reference import magnitude_bits
-from sparsetrace_kernels.sparse_gemv import CAPTURE_BLOCK_K, launch_sparse_gemv, new_arrivals
+from sparsetrace_kernels.sparse_gemv import chunk_inputs, launch_sparse_gemv
 from sparsetrace_kernels.timing import num_copies, time_in_graph
 
 SPARSITIES = (0.0, 0.25, 0.4, 0.5, 0.65, 0.75, 0.9)
@@ -56,25 +57,22 @@ def candidates(op: str, K: int, N: int) -> list[GemvConfig]:
         for num_warps in (1, 2, 4, 8)
     ]
     for split in (2, 3, 4, 8, 11, 16, 22) if op == "single" else (1, 2, 3, 4, 6, 8, 16, 32):
-        chunk_k = _chunk_k(K, split)
+        chunk_k = chunk_inputs(K, split)
         if op == "single" and not 256 <= chunk_k <= MAX_CHUNK_K:
             continue
         for block_k, block_n, num_warps in tiles:
             if op == "single" and triton.next_power_of_2(chunk_k) > 4096 * num_warps:
                 continue
             kernel = "compacting" if op == "single" else "list"
+            if not 32 <= block_k * block_n // (32 * num_warps) <= 128:
+                continue
             plain = GemvConfig(kernel, split, block_k, block_n, num_warps)
-            per_thread = block_k * block_n // (32 * num_warps)
-            if 32 <= per_thread <= 128:
-                add(plain)
-            if block_n >= 16 * num_warps and 32 <= per_thread <= 128:
-                # Triton spreads the stages over the two levels of an indirect load, so fewer leave none for the rows
-                add(replace(plain, num_stages=5, use_dot=True))
+            # Triton spreads the stages over the two levels of an indirect load, so fewer leave none for the rows
+            pipelined = replace(plain, num_stages=5)
+            add(plain if op == "single" else pipelined)
+            if block_n >= 16 * num_warps:
+                add(replace(pipelined, use_dot=True))
     return list(found.values())
-
-
-def _chunk_k(K: int, split: int) -> int:
-    return triton.cdiv(triton.cdiv(K, split), CAPTURE_BLOCK_K) * CAPTURE_BLOCK_K
 
 
 def format_table(document: dict) -> str:
@@ -101,7 +99,7 @@ class Problem:
         self.weights = [
             torch.randn(K, N, generator=generator, device=device, dtype=dtype).mul_(K**-0.5) for _ in range(copies)
         ]
-        self.arrivals_C = new_arrivals(device)
+        self.partials_W = new_partials(device)
         self.values_RSK = torch.zeros(4, 1, K, dtype=dtype, device=device)
         self.mask_RSM = torch.zeros(4, 1, triton.cdiv(K, 8), dtype=torch.uint8, device=device)
         self.slot = torch.ones(1, dtype=torch.int64, device=device)
@@ -126,10 +124,10 @@ class Problem:
         weights = self.rotate(sparsity)
         if op == "list":
             lists = compact(self.x_K, bits_S, None, None, None, None)
-            return [lambda w=w: launch_list_gemv(*lists, w, self.arrivals_C, [self.N], config) for w in weights]
+            return [lambda w=w: launch_list_gemv(*lists, w, self.partials_W, [self.N], config) for w in weights]
         ring = (self.values_RSK, self.mask_RSM, self.slot) if capture else (None, None, None)
         return [
-            lambda w=w: launch_sparse_gemv(self.x_K, w, bits_S, self.arrivals_C, [self.N], None, *ring, config)
+            lambda w=w: launch_sparse_gemv(self.x_K, w, bits_S, self.partials_W, [self.N], None, *ring, config)
             for w in weights
         ]
 
@@ -142,7 +140,7 @@ def _compile_worker(job: Job) -> None:
     if config.kernel == "predicated":
         small_k = config.block_k * min(config.split, 2)
     elif config.kernel == "compacting":
-        small_k = _chunk_k(K, config.split) * min(config.split, 2)
+        small_k = chunk_inputs(K, config.split) * min(config.split, 2)
         small = replace(config, split=min(config.split, 2))
     Problem(small_k, 2 * config.block_n, getattr(torch, dtype_name), 1, device).calls(op, 0.5, small)[0]()
     torch.cuda.synchronize()
@@ -150,7 +148,7 @@ def _compile_worker(job: Job) -> None:
 
 def _compile_key(op: str, K: int, config: GemvConfig) -> tuple:
     """What Triton compiles anew: all but the split, of which only `one or several` and the chunk's size count."""
-    chunk = triton.next_power_of_2(_chunk_k(K, config.split)) if config.kernel == "compacting" else 0
+    chunk = triton.next_power_of_2(chunk_inputs(K, config.split)) if config.kernel == "compacting" else 0
     return op, replace(config, split=min(config.split, 2)), chunk
 
 

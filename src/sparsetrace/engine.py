@@ -557,7 +557,7 @@ class _Fused:
         self.decoder = FusedDecoder(model, patch, _aligned(positions), table)
         self._lay_out(_aligned(positions))
         heat = torch.tensor([temperature], dtype=torch.float64, device=self.device) if temperature else None
-        self._draw = partial(draw_tokens, temperature=heat, arrivals_C=self.decoder.arrivals)
+        self._draw = partial(draw_tokens, temperature=heat, partials_W=self.decoder.partials)
 
     def _lay_out(self, positions: int) -> None:
         self.positions = positions

@@ -30,9 +30,9 @@ from sparsetrace_kernels.configs import TuningTable, choose_config
 from sparsetrace_kernels.decode_attention import choose_splits, decode_attention, decode_attention_list
 from sparsetrace_kernels.list_gemv import MAX_SECTIONS, list_gemv
 from sparsetrace_kernels.masked_rows import launch_add_rmsnorm_rows, launch_mask_rows, launch_silu_mul_rows
+from sparsetrace_kernels.partials import new_partials
 from sparsetrace_kernels.rotate_rows import launch_rotate_rows
 from sparsetrace_kernels.silu_mul import silu_mul
-from sparsetrace_kernels.sparse_gemv import new_arrivals
 
 # Called as probe(layer, site, x [n, K] as the producer stored it, y [n, N]).
 Probe = Callable[[int, str, Tensor, Tensor], None]
@@ -89,7 +89,7 @@ class FusedDecoder:
         table: measured kernel configurations; None takes the heuristic's.
 
     Attributes:
-        arrivals: counters that all kernels of the decoder's stream share.
+        partials: words that all kernels of the decoder's stream share.
         probe: sees every product, in eager mode; for tests.
 
     Raises:
@@ -108,10 +108,10 @@ class FusedDecoder:
         # the last norm is followed by no multiply of ours: nothing is captured, and what is kept of it is not used
         nothing = torch.zeros(1, dtype=torch.int32, device=device)
         self._last = _Site(len(model.layers), "last", model.norm.weight[:, None], [slice(0, 1)], nothing, None, "")
-        self.arrivals = new_arrivals(device)
+        self.partials = new_partials(device)
         self.extend(positions)
         hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-        self._one, self._many = _One(self.arrivals, hopper), _Many(hopper)
+        self._one, self._many = _One(self.partials, hopper), _Many(hopper)
 
     def extend(self, positions: int) -> None:
         """Serve caches of so many positions."""
@@ -182,7 +182,7 @@ class FusedDecoder:
             positions_B,
             cache.k_LBSGD[layer],
             cache.v_LBSGD[layer],
-            self.arrivals,
+            self.partials,
             self.config.sliding_window or 0,
             choose_splits(len(positions_B), self.config.num_attention_heads),
         )
@@ -241,8 +241,8 @@ class _Way(Protocol):
 class _One:
     """One row: lists of kept inputs."""
 
-    def __init__(self, arrivals_C: Tensor, pdl: bool) -> None:
-        self._arrivals = arrivals_C
+    def __init__(self, partials_W: Tensor, pdl: bool) -> None:
+        self._partials = partials_W
         self._pdl = pdl
 
     def norm(
@@ -263,7 +263,7 @@ class _One:
 
     def multiply(self, kept: _Kept, site: _Site) -> Tensor:
         list_PIL, counts_PI = kept
-        return list_gemv(list_PIL, counts_PI, site.weight, self._arrivals, site.segments, site.config)[None]
+        return list_gemv(list_PIL, counts_PI, site.weight, self._partials, site.segments, site.config)[None]
 
     def _take(
         self, site: _Site, rows_n: Tensor

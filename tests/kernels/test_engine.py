@@ -395,7 +395,7 @@ def test_compiled_code_captures(tiny, tmp_path, rng, device, one):
         what = (norm.weight, norm.eps, site.thresholds, site.scale)
         if one:
             *_, lists, counts = add_rmsnorm(residual_nC[0], half_nC[0], *what, ring_RPK, None, rows_n)
-            return list_gemv(lists, counts, site.weight, fused.arrivals, site.segments, site.config) * 2
+            return list_gemv(lists, counts, site.weight, fused.partials, site.segments, site.config) * 2
         *_, operand_PnK = add_rmsnorm_rows(residual_nC, half_nC, *what, rows_n, ring_RPK)
         return operand_PnK[0] @ site.weight * 2
 

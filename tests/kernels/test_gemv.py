@@ -7,6 +7,7 @@ import pytest
 import torch
 from kernel_testing import (
     NUM_SLOTS,
+    WORDS,
     assert_ring,
     assert_sum_close,
     assert_untouched,
@@ -20,8 +21,9 @@ from kernel_testing import (
 from sparsetrace_kernels.compact import compact
 from sparsetrace_kernels.configs import GemvConfig
 from sparsetrace_kernels.list_gemv import list_gemv
+from sparsetrace_kernels.partials import new_partials
 from sparsetrace_kernels.reference import compact_ref, keep_segments, list_gemv_ref, mask_operand, sparse_gemv_ref
-from sparsetrace_kernels.sparse_gemv import new_arrivals, sparse_gemv
+from sparsetrace_kernels.sparse_gemv import sparse_gemv
 
 HALF = [torch.float16, torch.bfloat16]
 
@@ -85,17 +87,17 @@ def test_single_matches_oracle(device, case, config, dtype, sparsity):
     config = encode(config)
     x_K, weight_KN, bits_S = make_case(K, segments, dtype, device, sparsity)
     values_RSK, mask_RSM = make_ring(len(segments), K, dtype, device)
-    arrivals_C = new_arrivals(device)
+    partials_W = new_partials(device, WORDS)
 
     def run(*ring):
-        return sparse_gemv(x_K, weight_KN, bits_S, arrivals_C, segments, None, *ring, config)
+        return sparse_gemv(x_K, weight_KN, bits_S, partials_W, segments, None, *ring, config)
 
     y_N = run(values_RSK, mask_RSM, make_slot(1, device))
     ref_N, operand_SK, mask_SM = sparse_gemv_ref(x_K, weight_KN, bits_S, segments)
 
     assert_ring(values_RSK, mask_RSM, 1, operand_SK, mask_SM)
     assert_sum_close(y_N, ref_N, torch_gemv(operand_SK, weight_KN, segments))
-    assert not arrivals_C.any()
+    assert not partials_W.any()
     # capture changes nothing, and neither does running again
     assert torch.equal(run(None, None, None), y_N)
 
@@ -109,7 +111,7 @@ def test_list_matches_oracle(device, case, config, dtype, sparsity):
     config = encode(config)
     x_K, weight_KN, bits_S = make_case(K, segments, dtype, device, sparsity)
     operand_SK = mask_operand(x_K.expand(len(segments), K), keep_segments(x_K, bits_S))
-    arrivals_C = new_arrivals(device)
+    partials_W = new_partials(device, WORDS)
     found = []
     # one section; three that fill no power of two, the last with fewer inputs
     for length in (K, -(-K // 3)):
@@ -118,13 +120,13 @@ def test_list_matches_oracle(device, case, config, dtype, sparsity):
         list_SIL = torch.where(torch.arange(length, device=device) < counts_SI[..., None], list_SIL, -1)
         lists = list_SIL, counts_SI, weight_KN
 
-        y_N = list_gemv(*lists, arrivals_C, segments, config)
+        y_N = list_gemv(*lists, partials_W, segments, config)
 
         assert_sum_close(y_N, list_gemv_ref(*lists, segments), torch_gemv(operand_SK, weight_KN, segments))
-        assert not arrivals_C.any()
+        assert not partials_W.any()
         found.append(y_N)
     # the cut into sections changes no bit, and neither does running again
-    found.append(list_gemv(*lists, arrivals_C, segments, config))
+    found.append(list_gemv(*lists, partials_W, segments, config))
     assert all(torch.equal(y_N, found[0]) for y_N in found)
 
 
@@ -141,7 +143,7 @@ def test_single_scales_the_score_and_not_the_operand(device, config, dtype):
     bits_S = torch.cat([threshold_bits(x_K[3:].float().abs() * scale_K[3:], 0.5) for scale_K in scale_SK])
     values_RSK, mask_RSM = make_ring(2, K, dtype, device)
     y_N = sparse_gemv(
-        x_K, weight_KN, bits_S, new_arrivals(device), segments, scale_SK, values_RSK, mask_RSM,
+        x_K, weight_KN, bits_S, new_partials(device, WORDS), segments, scale_SK, values_RSK, mask_RSM,
         make_slot(0, device), encode(config),
     )  # fmt: skip
     ref_N, operand_SK, mask_SM = sparse_gemv_ref(x_K, weight_KN, bits_S, segments, scale_SK)
@@ -154,7 +156,7 @@ def test_slot_outside_the_ring_captures_nothing(device, number):
     x_K, weight_KN, bits_S = make_case(100, [32], torch.float16, device, 0.5)
     values_RSK, mask_RSM = make_ring(1, 100, torch.float16, device)
     ring = (None, values_RSK, mask_RSM, make_slot(number, device))
-    sparse_gemv(x_K, weight_KN, bits_S, new_arrivals(device), [32], *ring)
+    sparse_gemv(x_K, weight_KN, bits_S, new_partials(device, WORDS), [32], *ring)
     compact(x_K, bits_S, *ring)
     assert_untouched(values_RSK, mask_RSM)
 
@@ -164,7 +166,7 @@ def test_either_ring_alone(device, only):
     x_K, weight_KN, bits_S = make_case(100, [32], torch.float16, device, 0.5)
     rings = dict(zip(("values_RSK", "mask_RSM"), make_ring(1, 100, torch.float16, device), strict=True))
     given = [ring if name == only else None for name, ring in rings.items()]
-    sparse_gemv(x_K, weight_KN, bits_S, new_arrivals(device), [32], None, *given, make_slot(2, device))
+    sparse_gemv(x_K, weight_KN, bits_S, new_partials(device, WORDS), [32], None, *given, make_slot(2, device))
     _, operand_SK, mask_SM = sparse_gemv_ref(x_K, weight_KN, bits_S, [32])
     assert torch.equal(rings[only][2], operand_SK if only == "values_RSK" else mask_SM)
 
@@ -176,7 +178,7 @@ def test_what_is_not_finite_is_kept_and_reaches_the_output(device, dtype):
     bits_S = torch.tensor([0x7C00 if dtype == torch.float16 else 0x7F80], dtype=torch.int32, device=device)
     values_RSK, mask_RSM = make_ring(1, 64, dtype, device)
     y_N = sparse_gemv(
-        x_K, weight_KN, bits_S, new_arrivals(device), [32], None, values_RSK, mask_RSM, make_slot(0, device)
+        x_K, weight_KN, bits_S, new_partials(device, WORDS), [32], None, values_RSK, mask_RSM, make_slot(0, device)
     )  # fmt: skip
     assert y_N.isnan().all()
     assert values_RSK[0, 0].isnan().nonzero().tolist() == [[10]]
@@ -186,11 +188,11 @@ def test_what_is_not_finite_is_kept_and_reaches_the_output(device, dtype):
 def test_ops_are_well_formed(device):
     x_K, weight_KN, bits_S = make_case(64, [24, 8], torch.float16, device, 0.5)
     values_RSK, mask_RSM = (ring.clone() for ring in make_ring(2, 64, torch.float16, device))
-    arrivals_C = new_arrivals(device)
+    partials_W = new_partials(device, WORDS)
     slot = make_slot(1, device)
-    torch.library.opcheck(sparse_gemv, (x_K, weight_KN, bits_S, arrivals_C, [24, 8], None, values_RSK, mask_RSM, slot))
+    torch.library.opcheck(sparse_gemv, (x_K, weight_KN, bits_S, partials_W, [24, 8], None, values_RSK, mask_RSM, slot))
     lists = compact_ref(x_K, bits_S, length=40)
-    torch.library.opcheck(list_gemv, (*lists, weight_KN, arrivals_C, [24, 8]))
+    torch.library.opcheck(list_gemv, (*lists, weight_KN, partials_W, [24, 8]))
     list_SIL, counts_SI = lists
     refused = {
         r"list_SIL must be \[S, I, L\] with I in \[1, 128\], got \(2, 129, 1\)": (
@@ -202,7 +204,7 @@ def test_ops_are_well_formed(device):
     }
     for match, wrong in refused.items():
         with pytest.raises(ValueError, match="^list_gemv: " + match):
-            list_gemv(*wrong, weight_KN, arrivals_C, [24, 8])
+            list_gemv(*wrong, weight_KN, partials_W, [24, 8])
 
 
 def refusals():
@@ -227,7 +229,11 @@ def refusals():
         "ring without slot": ({"values_RSK": ring}, "slot must be given with a ring"),
         "slot without ring": ({"slot": slot}, "slot must be given with a ring only"),
         "narrow mask": ({"mask_RSM": torch.zeros(2, 1, 7, dtype=torch.uint8), "slot": slot}, "mask_RSM must be"),
-        "few counters": ({"arrivals_C": torch.zeros(0, dtype=torch.int32)}, "at least 1 counters"),
+        "few words": (
+            {"partials_W": torch.zeros(127, dtype=torch.int32), "config": "predicated:4:16:32:1:1:0:0"},
+            "partials_W must be contiguous with at least 4 x 32 words",
+        ),
+        "float words": ({"partials_W": torch.zeros(128)}, "partials_W must be an int32 vector"),
         "list config": ({"config": "list:1:16:32:1:1:0:0"}, "must name kernel predicated or compacting"),
         "bad config": ({"config": "fast"}, "text must be what GemvConfig.encode writes"),
     }
@@ -243,7 +249,7 @@ def test_refuses(device, arguments, match):
         return value.to(device) if isinstance(value, torch.Tensor) else value
 
     with pytest.raises(ValueError, match=match):
-        sparse_gemv(**{"arrivals_C": new_arrivals(device), **{name: move(v) for name, v in arguments.items()}})
+        sparse_gemv(**{"partials_W": new_partials(device, WORDS), **{name: move(v) for name, v in arguments.items()}})
 
 
 LARGE = [
@@ -262,12 +268,12 @@ def test_large_shapes_repeat_bitwise_in_a_graph(device, case, dtype, sparsity):
     K, segments = case
     x_K, weight_KN, bits_S = make_case(K, segments, dtype, device, sparsity)
     values_RSK, mask_RSM = make_ring(len(segments), K, dtype, device)
-    arrivals_C = new_arrivals(device)
+    partials_W = new_partials(device)
     slot = make_slot(2, device)
 
     def run():
-        single_N = sparse_gemv(x_K, weight_KN, bits_S, arrivals_C, segments, None, values_RSK, mask_RSM, slot)
-        return single_N, list_gemv(*compact(x_K, bits_S, None, None, None, None), weight_KN, arrivals_C, segments)
+        single_N = sparse_gemv(x_K, weight_KN, bits_S, partials_W, segments, None, values_RSK, mask_RSM, slot)
+        return single_N, list_gemv(*compact(x_K, bits_S, None, None, None, None), weight_KN, partials_W, segments)
 
     eager = run()
     graph = torch.cuda.CUDAGraph()
@@ -278,6 +284,7 @@ def test_large_shapes_repeat_bitwise_in_a_graph(device, case, dtype, sparsity):
         graph.replay()
         for eager_N, captured_N in zip(eager, captured, strict=True):
             assert torch.equal(eager_N, captured_N)
+        assert not partials_W.any()
     assert_ring(values_RSK, mask_RSM, 2, operand_SK, mask_SM)
     for y_N in eager:
         assert_sum_close(y_N, ref_N, torch_gemv(operand_SK, weight_KN, segments))
@@ -289,24 +296,24 @@ def test_weight_beyond_two_to_the_31_elements(device):
     x_K = make_input(K, torch.float16, device)
     weight_KN = torch.ones(K, N, dtype=torch.float16, device=device)
     bits_S = threshold_bits(x_K, 0.999)
-    arrivals_C = new_arrivals(device)
+    partials_W = new_partials(device, 256 * N)
     expected = mask_operand(x_K, keep_segments(x_K, bits_S)[0]).double().sum()
     for kernel in ("predicated:256:256:64:1:1:0:0", "compacting:128:32:64:1:1:0:0"):
-        y_N = sparse_gemv(x_K, weight_KN, bits_S, arrivals_C, [N], None, None, None, None, kernel)
+        y_N = sparse_gemv(x_K, weight_KN, bits_S, partials_W, [N], None, None, None, None, kernel)
         assert (y_N.double() - expected).abs().max() <= 1e-3 * expected.abs() + 1e-2
-    y_N = list_gemv(*compact(x_K, bits_S, None, None, None, None), weight_KN, arrivals_C, [N])
+    y_N = list_gemv(*compact(x_K, bits_S, None, None, None, None), weight_KN, partials_W, [N])
     assert (y_N.double() - expected).abs().max() <= 1e-3 * expected.abs() + 1e-2
 
 
 def test_compiled_code_keeps_the_capture(device):
     x_K, weight_KN, bits_S = make_case(256, [128], torch.bfloat16, device, 0.5)
     values_RSK, mask_RSM = (ring.clone() for ring in make_ring(1, 256, torch.bfloat16, device))
-    arrivals_C = new_arrivals(device)
+    partials_W = new_partials(device, WORDS)
     slot = make_slot(1, device)
 
     @torch.compile(fullgraph=True)
     def step(x_K, values_RSK, mask_RSM):
-        return sparse_gemv(x_K * 1.0, weight_KN, bits_S, arrivals_C, [128], None, values_RSK, mask_RSM, slot) + 1
+        return sparse_gemv(x_K * 1.0, weight_KN, bits_S, partials_W, [128], None, values_RSK, mask_RSM, slot) + 1
 
     y_N = step(x_K, values_RSK, mask_RSM)
     ref_N, operand_SK, mask_SM = sparse_gemv_ref(x_K, weight_KN, bits_S, [128])
