@@ -30,7 +30,7 @@ Appends rows to three CSV files. `pack.csv`:
 `pack_bytes.csv` says where the bytes of encoding `split` go, in bytes per nonzero: values, mask, figures (nnz, absmax,
 l2), index (the other columns) and footer; page headers are counted with their column. `pack_floor.csv` says what the
 speed of `split` could be at most: arrow_write_gbps is that of pyarrow's writer alone, into memory, from columns that
-are ready, and zstd_gbps that of level 1 on the planes and masks alone; medians of the same run.
+are ready, and zstd_gbps that of its level on the planes and masks alone; medians of the same run.
 """
 
 import argparse
@@ -51,7 +51,7 @@ from record import append
 from synthetic import commit, make_dump
 
 import sparsetrace
-from sparsetrace.pack import index, pack, writer_settings
+from sparsetrace.pack import ZSTD_LEVEL, index, pack, writer_settings
 from sparsetrace.rows import operand_columns
 from sparsetrace.schema import ENCODINGS
 
@@ -180,7 +180,7 @@ def parts(workload: Path, files: list[dict[str, object]]) -> dict[str, float]:
 def floor(workload: Path, files: list[dict[str, object]]) -> tuple[float, float]:
     """Seconds of CPU time: pyarrow's writer alone, and zstd alone, on what the data files hold."""
     tables = []
-    codec = pa.Codec("zstd", compression_level=1)
+    codec = pa.Codec("zstd", compression_level=ZSTD_LEVEL)
     planes = []
     for path in (workload / str(file["path"]) for file in files):
         table = pq.read_table(path, partitioning=None).combine_chunks()
