@@ -8,7 +8,7 @@ row's twin does not depend on how or with what else it is read.
 import numpy as np
 
 from sparsetrace.ragged import offsets_of
-from sparsetrace.rows import CHUNK_ROWS, Rows, join, popcounts
+from sparsetrace.rows import Rows, chunk_rows, join, popcounts
 from sparsetrace.schema import FORMATS, MATRICES
 
 # splitmix64: Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014
@@ -30,9 +30,10 @@ def twin(rows: Rows, density: float, seed: int) -> Rows:
         Masks of about `density * D` set bits each; values from the kept values of the same row (1.0 where the real
         row keeps none), and none where only masks were captured.
     """
-    if len(rows) > CHUNK_ROWS:
-        starts = range(0, len(rows), CHUNK_ROWS)
-        pieces = [rows.take(np.arange(start, min(start + CHUNK_ROWS, len(rows)))) for start in starts]
+    step = chunk_rows(rows.features)
+    if len(rows) > step:
+        starts = range(0, len(rows), step)
+        pieces = [rows.take(np.arange(start, min(start + step, len(rows)))) for start in starts]
         return join([twin(piece, density, seed) for piece in pieces])
     key = _hash(np.array([seed], np.uint64), rows.layer * len(MATRICES) + MATRICES.index(rows.matrix))
     row_keys = _hash(key, rows.token.astype(np.uint64))
