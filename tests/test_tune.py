@@ -16,7 +16,7 @@ from sparsetrace_kernels import tune as tuner
 from sparsetrace_kernels.configs import GemvConfig, active_table, choose_config, decode_config, table_path
 
 GPU = "Test GPU 1"
-BEST = {"single": GemvConfig("predicated", 4, 128, 64, 2), "list": GemvConfig("list", 4, 32, 64, 1)}
+BEST = {"single": GemvConfig("predicated", 4, 128, 64, 2), "list": GemvConfig("list", 4, 32, 64, 1, num_stages=5)}
 
 
 class Pool:

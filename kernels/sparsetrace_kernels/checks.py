@@ -1,8 +1,8 @@
 """Checks that the ops share; each refuses with `<op>: <name> must be <rule>, got <value>`."""
 
 # Shape suffixes: K = input features, N = output features, S = column segments, R = ring slots,
-# M = bitmask bytes of a row, ceil(K / 8); W = words of `new_partials`.  Of attention: B = slots, S = cache positions,
-# G = kv heads, D = head dim.
+# M = bitmask bytes of a row, ceil(K / 8); C = arrival counters, W = words of `new_partials`.  Of attention: B = slots,
+# S = cache positions, G = kv heads, D = head dim.
 
 import torch
 from torch import Tensor
@@ -131,6 +131,17 @@ def require_ring(
         raise ValueError(f"{op}: slot must be given with a ring, got None: it says where the capture goes")
     else:
         require(op, "slot", slot, (1,), torch.int64, device)
+
+
+def require_arrivals(op: str, arrivals_C: Tensor, slots: int, device: torch.device) -> None:
+    """Refuse arrival counters that are too few for the launch."""
+    if arrivals_C.ndim != 1 or arrivals_C.dtype != torch.int32 or arrivals_C.device != device:
+        raise ValueError(f"{op}: arrivals_C must be an int32 vector on {device}, got {_describe(arrivals_C)}")
+    if arrivals_C.shape[0] < slots or not arrivals_C.is_contiguous():
+        raise ValueError(
+            f"{op}: arrivals_C must be contiguous with at least {slots} counters, got {_describe(arrivals_C)}: "
+            "make them with new_arrivals"
+        )
 
 
 def require_partials(op: str, partials_W: Tensor, num_senders: int, words: int, device: torch.device) -> None:

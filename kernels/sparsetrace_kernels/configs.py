@@ -54,6 +54,10 @@ class GemvConfig:
                 "GemvConfig: blocks must be at least 8 rows, and 16 x 16 for a dot, "
                 f"got {self.block_k} x {self.block_n}"
             )
+        if self.block_n < 4 * self.num_warps:
+            raise ValueError(
+                f"GemvConfig: block_n must be at least 4 a warp, got {self.block_n} for {self.num_warps} warps"
+            )
         if self.split < 1 or self.num_stages < 1:
             raise ValueError(
                 f"GemvConfig: split and num_stages must be positive, got {self.split} and {self.num_stages}"

@@ -240,9 +240,9 @@ def _decode_attention_kernel(
             o_p = tl.arange(0, BLOCK_P)
             m_p = o_p < NUM_SPLITS
             parts_ptr = partials_ptr + o_p * (D + 2)
-            b_parts = receive(parts_ptr[:, None] + o_d[None, :], m_p[:, None] & m_d[None, :], tl.float32)
-            b_tops = tl.where(m_p, receive(parts_ptr + D, m_p, tl.float32), LOWEST)
-            b_totals = receive(parts_ptr + D + 1, m_p, tl.float32)
+            b_parts = receive(parts_ptr[:, None] + o_d[None, :], m_p[:, None] & m_d[None, :])
+            b_tops = tl.where(m_p, receive(parts_ptr + D, m_p), LOWEST)
+            b_totals = receive(parts_ptr + D + 1, m_p)
             b_weight = tl.exp(b_tops - tl.max(b_tops, axis=0))
             b_y = tl.sum(b_parts * b_weight[:, None], axis=0)
             b_total = tl.sum(b_totals * b_weight, axis=0)

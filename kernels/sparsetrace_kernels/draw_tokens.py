@@ -2,13 +2,13 @@
 
 next = the first token at which the running sum of exp((l - max l) / temperature), in float64, exceeds u times the
 whole; with temperature 0 the first of the largest.  Written in torch, a draw is a dozen launches over the vocabulary.
-Every chunk of the vocabulary sends its largest logit and its sum, taken against that, to the last program of the slot
-(`partials`), which picks the chunk in which the draw falls, and the token within it.
+Every chunk of the vocabulary leaves its largest logit and its sum, taken against that; the last program of a slot to
+arrive picks the chunk in which the draw falls, and the token within it.
 Oracle: `reference.sample`, equal unless a draw lies within rounding of a boundary between two tokens.
 """
 
-# Shape suffixes: B = slots, V = vocabulary, P = positions of a sequence, C = chunks, F = fields of a chunk's entry,
-# W = words of `new_partials`.
+# Shape suffixes: B = slots, V = vocabulary, P = positions of a sequence, C = chunks, F = fields of a chunk's entry;
+# of counters, C = arrival counters.
 
 import torch
 import triton
@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsetrace_kernels import checks
-from sparsetrace_kernels.partials import receive, send
 
 # logits of a program: 16 programs a slot for 32,000 tokens, 63 for 128,256
 CHUNK_V = 2048
@@ -38,7 +37,8 @@ def _draw_tokens_kernel(
     uniform_ptr,  # [B, P] float64
     positions_ptr,  # [B] int64
     temperature_ptr,  # [1] float64, or None for the likeliest
-    partials_ptr,  # [W / 2] int64; of [B, C, F] float64
+    partials_ptr,  # [B, C, F] float64
+    arrivals_ptr,  # [C] int32, zero before and after
     next_ptr,  # [B] int64
     finite_ptr,  # [B] bool
     V,
@@ -57,25 +57,29 @@ def _draw_tokens_kernel(
     # false for NaN too
     b_finite = (tl.abs(b_l) < float("inf")) | (o_v >= V)
     field_ptr = partials_ptr + i_c * NUM_FIELDS
-    send(field_ptr, b_top)
+    tl.store(field_ptr, b_top)
     if temperature_ptr is not None:
         b_temperature = tl.load(temperature_ptr)
-        send(field_ptr + 1, tl.sum(tl.exp((b_l - b_top) / b_temperature), axis=0))
+        tl.store(field_ptr + 1, tl.sum(tl.exp((b_l - b_top) / b_temperature), axis=0))
     else:
-        send(field_ptr + 2, tl.min(tl.where(b_l == b_top, o_v, V), axis=0).to(tl.float64))
-    send(field_ptr + 3, tl.min(b_finite.to(tl.int32), axis=0).to(tl.float64))
-    if i_c == num_chunks - 1:
+        tl.store(field_ptr + 2, tl.min(tl.where(b_l == b_top, o_v, V), axis=0).to(tl.float64))
+    tl.store(field_ptr + 3, tl.min(b_finite.to(tl.int32), axis=0).to(tl.float64))
+    # all threads' fields are stored before the one atomic publishes them
+    tl.debug_barrier()
+    num_arrived = tl.atomic_add(arrivals_ptr + i_b, 1, sem="acq_rel", scope="gpu")
+    if num_arrived == num_chunks - 1:
         o_c = tl.arange(0, BLOCK_C)
         m_c = o_c < num_chunks
         fields_ptr = partials_ptr + o_c * NUM_FIELDS
-        b_tops = tl.where(m_c, receive(fields_ptr, m_c, tl.float64), float("-inf"))
-        b_all_finite = tl.where(m_c, receive(fields_ptr + 3, m_c, tl.float64), 1.0)
+        # .cg reads L2: other SMs wrote these
+        b_tops = tl.load(fields_ptr, mask=m_c, other=float("-inf"), cache_modifier=".cg")
+        b_all_finite = tl.load(fields_ptr + 3, mask=m_c, other=1.0, cache_modifier=".cg")
         b_best = tl.max(b_tops, axis=0)
         if temperature_ptr is None:
-            b_firsts = receive(fields_ptr + 2, m_c, tl.float64)
+            b_firsts = tl.load(fields_ptr + 2, mask=m_c, other=0.0, cache_modifier=".cg")
             b_next = tl.min(tl.where(b_tops == b_best, b_firsts, V), axis=0).to(tl.int64)
         else:
-            b_sums = receive(fields_ptr + 1, m_c, tl.float64)
+            b_sums = tl.load(fields_ptr + 1, mask=m_c, other=0.0, cache_modifier=".cg")
             b_weights = b_sums * tl.exp((b_tops - b_best) / b_temperature)
             b_target = tl.load(uniform_ptr + i_b * P + tl.load(positions_ptr + i_b)) * tl.sum(b_weights, axis=0)
             b_passed = (tl.cumsum(b_weights, 0) <= b_target) & m_c
@@ -89,15 +93,21 @@ def _draw_tokens_kernel(
             b_next = tl.minimum(i_chunk * CHUNK_V + tl.minimum(b_skipped, CHUNK_V - 1), V - 1).to(tl.int64)
         tl.store(next_ptr + i_b, b_next)
         tl.store(finite_ptr + i_b, tl.min(b_all_finite, axis=0) != 0)
+        tl.store(arrivals_ptr + i_b, 0)
 
 
-@torch.library.custom_op("sparsetrace::draw_tokens", mutates_args=("partials_W",))
+def new_arrivals(device: torch.device | str, slots: int) -> Tensor:
+    """Make the arrival counters of so many slots: int32, zero, and left zero by every launch."""
+    return torch.zeros(slots, dtype=torch.int32, device=device)
+
+
+@torch.library.custom_op("sparsetrace::draw_tokens", mutates_args=("arrivals_C",))
 def draw_tokens(
     logits_BV: Tensor,
     uniform_BP: Tensor,
     positions_B: Tensor,
     temperature: Tensor | None,
-    partials_W: Tensor,
+    arrivals_C: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Choose the token at each slot's position.
 
@@ -106,8 +116,7 @@ def draw_tokens(
         uniform_BP: float64 in [0, 1), the draw of each slot and position.
         positions_B: int64, in [0, P).
         temperature: [1] float64, above 0; None takes the likeliest.
-        partials_W: from `new_partials`, at least 8 for each slot and chunk of the vocabulary; launches that share them
-            must be on one stream.
+        arrivals_C: at least B counters from `new_arrivals`; launches that share them must be on one stream.
 
     Returns:
         next_B: int64, in [0, V).
@@ -126,18 +135,19 @@ def draw_tokens(
     checks.require(op, "positions_B", positions_B, (B,), torch.int64, device)
     if temperature is not None:
         checks.require(op, "temperature", temperature, (1,), torch.float64, device)
+    checks.require_arrivals(op, arrivals_C, B, device)
     num_chunks = triton.cdiv(V, CHUNK_V)
-    checks.require_partials(op, partials_W, num_chunks, 2 * B * NUM_FIELDS.value, device)
+    partials_BCF = torch.empty(B, num_chunks, NUM_FIELDS.value, dtype=torch.float64, device=device)
     next_B = torch.empty(B, dtype=torch.int64, device=device)
     finite_B = torch.empty(B, dtype=torch.bool, device=device)
     _draw_tokens_kernel[(B, num_chunks)](
-        logits_BV, uniform_BP, positions_B, temperature, partials_W.view(torch.int64), next_B, finite_B, V, P,
+        logits_BV, uniform_BP, positions_B, temperature, partials_BCF, arrivals_C, next_B, finite_B, V, P,
         CHUNK_V=CHUNK_V, BLOCK_C=triton.next_power_of_2(num_chunks), num_warps=NUM_WARPS,
     )  # fmt: skip
     return next_B, finite_B
 
 
 @draw_tokens.register_fake
-def _(logits_BV, uniform_BP, positions_B, temperature, partials_W):
+def _(logits_BV, uniform_BP, positions_B, temperature, arrivals_C):
     B = logits_BV.shape[0]
     return positions_B.new_empty(B), positions_B.new_empty(B, dtype=torch.bool)

@@ -27,20 +27,26 @@ def new_partials(device: torch.device | str, words: int = DEFAULT_WORDS) -> Tens
 
 @triton.jit
 def send(words_ptr, b_value, mask=None):
-    """Hand float32 or float64 values to the program that calls `receive` for the same words."""
-    b_word = ~b_value.to(words_ptr.dtype.element_ty, bitcast=True)
+    """Hand float32 values to the program that calls `receive` for the same words."""
+    b_word = ~b_value.to(tl.int32, bitcast=True)
     # complements, so that the one pattern that would read as `not there` is a NaN, for which another NaN does
     tl.store(words_ptr, tl.where(b_word == 0, 1, b_word), mask=mask)
 
 
 @triton.jit
-def receive(words_ptr, mask, dtype: tl.constexpr):
-    """Wait for values that programs of lower number send, take them, and leave zeros; 0.0 where not mask."""
+def receive(words_ptr, mask):
+    """Wait for float32 values that programs of lower number, or this one, send; leaves zeros; 0.0 where not mask.
+
+    A tile must lie in one warp or be spread over all of them: where a few of many warps held a copy, a warp might leave
+    the loop by what another one saw.
+    """
     b_word = tl.load(words_ptr, mask=mask, other=-1, volatile=True)
     while tl.min((b_word != 0).to(tl.int32)) == 0:
         b_word = tl.load(words_ptr, mask=mask, other=-1, volatile=True)
+    # warps that hold copies of the same words read each for itself: one must not clear what another waits for
+    tl.debug_barrier()
     tl.store(words_ptr, tl.zeros_like(b_word), mask=mask)
-    return (~b_word).to(dtype, bitcast=True)
+    return (~b_word).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -67,11 +73,14 @@ def store_sum(
             for start in tl.range(0, split, BLOCK_S):
                 o_s = start + tl.arange(0, BLOCK_S)
                 m_s = (o_s < split)[:, None] & m_n[None, :]
-                b_part = receive(partials_ptr + o_s[:, None].to(tl.int64) * N + o_n[None, :], m_s, tl.float32)
+                b_part = receive(partials_ptr + o_s[:, None].to(tl.int64) * N + o_n[None, :], m_s)
                 b_total += tl.sum(b_part, axis=0)
             tl.store(y_ptr + o_n, b_total.to(y_ptr.dtype.element_ty), mask=m_n)
 
 
 def block_of_partials(block_n: int, num_warps: int) -> int:
-    """Choose how many partial sums the last program adds at a time: 16 a thread, since more registers cost speed."""
+    """Choose how many partial sums the last program adds at a time: 16 a thread, since more registers cost speed.
+
+    At least 4 a thread under the rule of `GemvConfig`: loads of 16 bytes by all threads, spread as `receive` needs it.
+    """
     return max(8, min(32, 16 * 32 * num_warps // block_n))

@@ -59,8 +59,8 @@ from sparsetrace.schema import (
 STATISTICS = ["layer", "matrix", "token", "sequence", "position", "nnz", "absmax", "l2"]
 # Of a dump's manifest: may differ among the shards of one run.
 VARYING = ("commit", "smaller_batches", "given")
-# As fast as level 1 and up to 1 % smaller on operands of real runs, but 0.2 to 0.5 % larger on bfloat16 at half sparsity;
-# level 3 takes twice the time on wide matrices.
+# As fast as level 1 and up to 1 % smaller on operands of real runs, but 0.2 to 0.5 % larger on bfloat16 at half
+# sparsity; level 3 takes twice the time on wide matrices.
 ZSTD_LEVEL = 2
 SHARD_TABLES = {"tokens": TOKENS, "sequences": SEQUENCES}
 # Bytes of the dump that one thread maps before it gives their pages back.

@@ -4,10 +4,8 @@
 
 import pytest
 import torch
-from kernel_testing import WORDS
 
-from sparsetrace_kernels.draw_tokens import CHUNK_V, draw_tokens
-from sparsetrace_kernels.partials import new_partials
+from sparsetrace_kernels.draw_tokens import CHUNK_V, draw_tokens, new_arrivals
 from sparsetrace_kernels.reference import sample
 
 CASES = [
@@ -31,14 +29,14 @@ def problem(rng, device, B, V, dtype):
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 5.0])
 @pytest.mark.parametrize(("B", "V", "dtype"), [pytest.param(*c, id="B{}-V{}-{}".format(*c)) for c in CASES])
 def test_matches_oracle(rng, device, B, V, dtype, temperature):
-    partials_W = new_partials(device, WORDS)
+    arrivals_C = new_arrivals(device, 64)
     heat = torch.tensor([temperature], dtype=torch.float64, device=device) if temperature else None
     for _ in range(4):
         logits_BV, uniform_BP, positions_B = problem(rng, device, B, V, dtype)
-        next_B, finite_B = draw_tokens(logits_BV, uniform_BP, positions_B, heat, partials_W)
+        next_B, finite_B = draw_tokens(logits_BV, uniform_BP, positions_B, heat, arrivals_C)
         drawn_B1 = uniform_BP.gather(1, positions_B[:, None])
         assert torch.equal(next_B, sample(logits_BV.float(), drawn_B1, temperature, 0))
-        assert finite_B.all() and not partials_W.any()
+        assert finite_B.all() and not arrivals_C.any()
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
@@ -49,7 +47,7 @@ def test_no_draw_leaves_the_vocabulary(device, u):
     uniform_BP = torch.full((2, 1), u, dtype=torch.float64, device=device)
     heat = torch.ones(1, dtype=torch.float64, device=device)
     zeros_B = torch.zeros(2, dtype=torch.int64, device=device)
-    next_B, _ = draw_tokens(logits_BV, uniform_BP, zeros_B, heat, new_partials(device, WORDS))
+    next_B, _ = draw_tokens(logits_BV, uniform_BP, zeros_B, heat, new_arrivals(device, 64))
     assert next_B.tolist() == ([0, 0] if u == 0 else [V - 1, 4])
 
 
@@ -59,7 +57,7 @@ def test_the_first_of_the_largest_is_the_likeliest(device):
     logits_BV[1, [CHUNK_V + 4, CHUNK_V + 9]] = 3.0
     uniform_BP = torch.full((2, 1), 0.99, dtype=torch.float64, device=device)
     zeros_B = torch.zeros(2, dtype=torch.int64, device=device)
-    next_B, _ = draw_tokens(logits_BV, uniform_BP, zeros_B, None, new_partials(device, WORDS))
+    next_B, _ = draw_tokens(logits_BV, uniform_BP, zeros_B, None, new_arrivals(device, 64))
     assert next_B.tolist() == [9, CHUNK_V + 4]
 
 
@@ -74,20 +72,20 @@ def test_says_which_slot_is_not_finite(device, value, temperature):
     heat = None if temperature is None else torch.tensor([temperature], dtype=torch.float64, device=device)
     uniform_BP = torch.full((3, 1), 0.5, dtype=torch.float64, device=device)
     zeros_B = torch.zeros(3, dtype=torch.int64, device=device)
-    next_B, finite_B = draw_tokens(logits_BV, uniform_BP, zeros_B, heat, new_partials(device, WORDS))
+    next_B, finite_B = draw_tokens(logits_BV, uniform_BP, zeros_B, heat, new_arrivals(device, 64))
     assert finite_B.tolist() == [True, False, True]
     assert ((next_B >= 0) & (next_B < V)).all()
 
 
 def test_is_a_well_formed_op(rng, device):
     heat = torch.ones(1, dtype=torch.float64, device=device)
-    torch.library.opcheck(draw_tokens, (*problem(rng, device, 2, 33, torch.float16), heat, new_partials(device, WORDS)))
+    torch.library.opcheck(draw_tokens, (*problem(rng, device, 2, 33, torch.float16), heat, new_arrivals(device, 64)))
 
 
 def test_refuses(rng, device):
     names = ("logits_BV", "uniform_BP", "positions_B")
     good = dict(zip(names, problem(rng, device, 2, 9, torch.float16), strict=True))
-    good |= {"temperature": None, "partials_W": new_partials(device, WORDS)}
+    good |= {"temperature": None, "arrivals_C": new_arrivals(device, 64)}
     for match, wrong in (
         (
             "logits_BV must be a nonempty floating-point matrix, got torch.int64",
@@ -97,7 +95,7 @@ def test_refuses(rng, device):
         ("uniform_BP must be contiguous torch.float64", {"uniform_BP": good["uniform_BP"].float()}),
         ("positions_B must be contiguous torch.int64", {"positions_B": good["positions_B"].int()}),
         ("temperature must be contiguous torch.float64", {"temperature": torch.ones(1, device=device)}),
-        ("partials_W must be contiguous with at least 1 x 16 words", {"partials_W": good["partials_W"][:15]}),
+        ("arrivals_C must be contiguous with at least 2", {"arrivals_C": good["arrivals_C"][:1]}),
     ):
         with pytest.raises(ValueError, match="^draw_tokens: " + match):
             draw_tokens(**good | wrong)
@@ -108,11 +106,11 @@ def test_refuses(rng, device):
 def test_repeats_in_a_graph(rng, device, B):
     logits_BV, uniform_BP, positions_B = problem(rng, device, B, 128_256, torch.bfloat16)
     heat = torch.tensor([0.8], dtype=torch.float64, device=device)
-    partials_W = new_partials(device, WORDS)
-    draw_tokens(logits_BV, uniform_BP, positions_B, heat, partials_W)
+    arrivals_C = new_arrivals(device, 64)
+    draw_tokens(logits_BV, uniform_BP, positions_B, heat, arrivals_C)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        next_B, finite_B = draw_tokens(logits_BV, uniform_BP, positions_B, heat, partials_W)
+        next_B, finite_B = draw_tokens(logits_BV, uniform_BP, positions_B, heat, arrivals_C)
     for _ in range(10):
         logits_BV.normal_(0, 3)
         uniform_BP.uniform_()
