@@ -12,6 +12,9 @@ HALF_TYPES = (torch.float16, torch.bfloat16)
 # a program addresses its tile of rows x N by int32 offsets from an int64 base
 MAX_COLUMNS = 1 << 20
 
+# one for each slot and head of a launch
+MAX_ARRIVALS = 1 << 16
+
 # a list entry holds the row in 16 bits
 MAX_LIST_ROWS = 1 << 16
 
@@ -133,25 +136,31 @@ def require_ring(
         require(op, "slot", slot, (1,), torch.int64, device)
 
 
-def require_arrivals(op: str, arrivals_C: Tensor, slots: int, device: torch.device) -> None:
+def new_arrivals(device: torch.device | str) -> Tensor:
+    """Make the arrival counters that the kernels of one stream share: int32, zero, and left zero by every launch."""
+    return torch.zeros(MAX_ARRIVALS, dtype=torch.int32, device=device)
+
+
+def require_arrivals(op: str, arrivals_C: Tensor, num_counters: int, device: torch.device) -> None:
     """Refuse arrival counters that are too few for the launch."""
-    if arrivals_C.ndim != 1 or arrivals_C.dtype != torch.int32 or arrivals_C.device != device:
-        raise ValueError(f"{op}: arrivals_C must be an int32 vector on {device}, got {_describe(arrivals_C)}")
-    if arrivals_C.shape[0] < slots or not arrivals_C.is_contiguous():
-        raise ValueError(
-            f"{op}: arrivals_C must be contiguous with at least {slots} counters, got {_describe(arrivals_C)}: "
-            "make them with new_arrivals"
-        )
+    _require_zeros(op, "arrivals_C", arrivals_C, num_counters, f"{num_counters} counters", "new_arrivals", device)
 
 
 def require_partials(op: str, partials_W: Tensor, num_senders: int, words: int, device: torch.device) -> None:
     """Refuse words for partial results that are too few for so many programs to send so many each."""
-    if partials_W.ndim != 1 or partials_W.dtype != torch.int32 or partials_W.device != device:
-        raise ValueError(f"{op}: partials_W must be an int32 vector on {device}, got {_describe(partials_W)}")
-    if partials_W.shape[0] < num_senders * words or not partials_W.is_contiguous():
+    wanted = f"{num_senders} x {words} words"
+    _require_zeros(op, "partials_W", partials_W, num_senders * words, wanted, "new_partials", device)
+
+
+def _require_zeros(
+    op: str, name: str, zeros: Tensor, least: int, wanted: str, maker: str, device: torch.device
+) -> None:
+    """Refuse what launches share if it is of another type or too small; that it is zero is the launches' part."""
+    if zeros.ndim != 1 or zeros.dtype != torch.int32 or zeros.device != device:
+        raise ValueError(f"{op}: {name} must be an int32 vector on {device}, got {_describe(zeros)}")
+    if zeros.shape[0] < least or not zeros.is_contiguous():
         raise ValueError(
-            f"{op}: partials_W must be contiguous with at least {num_senders} x {words} words, "
-            f"got {_describe(partials_W)}: make them with new_partials"
+            f"{op}: {name} must be contiguous with at least {wanted}, got {_describe(zeros)}: make them with {maker}"
         )
 
 

@@ -96,11 +96,6 @@ def _draw_tokens_kernel(
         tl.store(arrivals_ptr + i_b, 0)
 
 
-def new_arrivals(device: torch.device | str, slots: int) -> Tensor:
-    """Make the arrival counters of so many slots: int32, zero, and left zero by every launch."""
-    return torch.zeros(slots, dtype=torch.int32, device=device)
-
-
 @torch.library.custom_op("sparsetrace::draw_tokens", mutates_args=("arrivals_C",))
 def draw_tokens(
     logits_BV: Tensor,

@@ -544,7 +544,7 @@ class _Fused:
         # imported late: the torch engine also runs where Triton is not installed
         from sparsetrace.fused import FusedDecoder
         from sparsetrace_kernels.configs import active_table
-        from sparsetrace_kernels.draw_tokens import draw_tokens, new_arrivals
+        from sparsetrace_kernels.draw_tokens import draw_tokens
 
         self._batch = batch
         self._eos = eos
@@ -557,7 +557,7 @@ class _Fused:
         self.decoder = FusedDecoder(model, patch, _aligned(positions), table)
         self._lay_out(_aligned(positions))
         heat = torch.tensor([temperature], dtype=torch.float64, device=self.device) if temperature else None
-        self._draw = partial(draw_tokens, temperature=heat, arrivals_C=new_arrivals(self.device, batch))
+        self._draw = partial(draw_tokens, temperature=heat, arrivals_C=self.decoder.arrivals)
 
     def _lay_out(self, positions: int) -> None:
         self.positions = positions

@@ -5,7 +5,8 @@
 import pytest
 import torch
 
-from sparsetrace_kernels.draw_tokens import CHUNK_V, draw_tokens, new_arrivals
+from sparsetrace_kernels.checks import new_arrivals
+from sparsetrace_kernels.draw_tokens import CHUNK_V, draw_tokens
 from sparsetrace_kernels.reference import sample
 
 CASES = [
@@ -29,7 +30,7 @@ def problem(rng, device, B, V, dtype):
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 5.0])
 @pytest.mark.parametrize(("B", "V", "dtype"), [pytest.param(*c, id="B{}-V{}-{}".format(*c)) for c in CASES])
 def test_matches_oracle(rng, device, B, V, dtype, temperature):
-    arrivals_C = new_arrivals(device, 64)
+    arrivals_C = new_arrivals(device)
     heat = torch.tensor([temperature], dtype=torch.float64, device=device) if temperature else None
     for _ in range(4):
         logits_BV, uniform_BP, positions_B = problem(rng, device, B, V, dtype)
@@ -47,7 +48,7 @@ def test_no_draw_leaves_the_vocabulary(device, u):
     uniform_BP = torch.full((2, 1), u, dtype=torch.float64, device=device)
     heat = torch.ones(1, dtype=torch.float64, device=device)
     zeros_B = torch.zeros(2, dtype=torch.int64, device=device)
-    next_B, _ = draw_tokens(logits_BV, uniform_BP, zeros_B, heat, new_arrivals(device, 64))
+    next_B, _ = draw_tokens(logits_BV, uniform_BP, zeros_B, heat, new_arrivals(device))
     assert next_B.tolist() == ([0, 0] if u == 0 else [V - 1, 4])
 
 
@@ -57,7 +58,7 @@ def test_the_first_of_the_largest_is_the_likeliest(device):
     logits_BV[1, [CHUNK_V + 4, CHUNK_V + 9]] = 3.0
     uniform_BP = torch.full((2, 1), 0.99, dtype=torch.float64, device=device)
     zeros_B = torch.zeros(2, dtype=torch.int64, device=device)
-    next_B, _ = draw_tokens(logits_BV, uniform_BP, zeros_B, None, new_arrivals(device, 64))
+    next_B, _ = draw_tokens(logits_BV, uniform_BP, zeros_B, None, new_arrivals(device))
     assert next_B.tolist() == [9, CHUNK_V + 4]
 
 
@@ -72,20 +73,20 @@ def test_says_which_slot_is_not_finite(device, value, temperature):
     heat = None if temperature is None else torch.tensor([temperature], dtype=torch.float64, device=device)
     uniform_BP = torch.full((3, 1), 0.5, dtype=torch.float64, device=device)
     zeros_B = torch.zeros(3, dtype=torch.int64, device=device)
-    next_B, finite_B = draw_tokens(logits_BV, uniform_BP, zeros_B, heat, new_arrivals(device, 64))
+    next_B, finite_B = draw_tokens(logits_BV, uniform_BP, zeros_B, heat, new_arrivals(device))
     assert finite_B.tolist() == [True, False, True]
     assert ((next_B >= 0) & (next_B < V)).all()
 
 
 def test_is_a_well_formed_op(rng, device):
     heat = torch.ones(1, dtype=torch.float64, device=device)
-    torch.library.opcheck(draw_tokens, (*problem(rng, device, 2, 33, torch.float16), heat, new_arrivals(device, 64)))
+    torch.library.opcheck(draw_tokens, (*problem(rng, device, 2, 33, torch.float16), heat, new_arrivals(device)))
 
 
 def test_refuses(rng, device):
     names = ("logits_BV", "uniform_BP", "positions_B")
     good = dict(zip(names, problem(rng, device, 2, 9, torch.float16), strict=True))
-    good |= {"temperature": None, "arrivals_C": new_arrivals(device, 64)}
+    good |= {"temperature": None, "arrivals_C": new_arrivals(device)}
     for match, wrong in (
         (
             "logits_BV must be a nonempty floating-point matrix, got torch.int64",
@@ -106,7 +107,7 @@ def test_refuses(rng, device):
 def test_repeats_in_a_graph(rng, device, B):
     logits_BV, uniform_BP, positions_B = problem(rng, device, B, 128_256, torch.bfloat16)
     heat = torch.tensor([0.8], dtype=torch.float64, device=device)
-    arrivals_C = new_arrivals(device, 64)
+    arrivals_C = new_arrivals(device)
     draw_tokens(logits_BV, uniform_BP, positions_B, heat, arrivals_C)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
