@@ -52,7 +52,9 @@ def poisoned_empty():
     plain_empty, plain_empty_like = torch.empty, torch.empty_like
 
     def poison(tensor):
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+        # detached: torch.compile asks for leaves that require a gradient
+        tensor.detach().fill_(float("nan") if tensor.is_floating_point() else -1)
+        return tensor
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", lambda *args, **kwargs: poison(plain_empty(*args, **kwargs)))
@@ -70,7 +72,8 @@ def small_rings():
 
 @pytest.fixture(scope="session")
 def device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # with its index, as the tensors report it
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
