@@ -85,12 +85,7 @@ class Rows:
 
     def dense(self) -> np.ndarray:
         """[T, D] the operands, dropped inputs +0.0; dtype as `values`."""
-        values = self.values
-        width = 8 * self.mask.shape[1]
-        dense = np.zeros((len(self), width), values.dtype)
-        for rows, held in self._chunks():
-            dense[rows].reshape(-1)[_set_bits(self.mask[rows])] = values[held]
-        return dense if width == self.features else np.ascontiguousarray(dense[:, : self.features])
+        return self._expand(np.dtype(np.float16 if self.dtype == "float16" else np.float32))
 
     def indices(self) -> np.ndarray:
         """int32 [nnz]: input number of each value."""
@@ -112,9 +107,7 @@ class Rows:
 
     def torch(self) -> Tensor:
         """torch tensor [T, D] in the model's own dtype, bit for bit."""
-        patterns = np.zeros((len(self), self.features), self.patterns.dtype)
-        patterns[self.keep()] = self.patterns
-        return _as_torch(patterns, self.dtype)
+        return _as_torch(self._expand(self.patterns.dtype), self.dtype)
 
     def torch_csr(self) -> Tensor:
         """torch sparse CSR [T, D] in the model's own dtype, bit for bit; indices int64."""
@@ -139,6 +132,17 @@ class Rows:
         return Rows(
             self.layer, self.matrix, self.features, self.dtype, self.token[at], self.mask[at], offsets, bits, out_mask
         )
+
+    def _expand(self, dtype: np.dtype) -> np.ndarray:
+        """[T, D] zeros of a type, with each pattern in the highest bytes of its place: a bfloat16's in a float32."""
+        patterns = self.patterns
+        width = 8 * self.mask.shape[1]
+        dense = np.zeros((len(self), width), dtype)
+        parts = dtype.itemsize // patterns.itemsize
+        places = dense.reshape(-1).view(patterns.dtype)[parts - 1 :: parts]
+        for rows, held in self._chunks():
+            places[rows.start * width : rows.stop * width][_set_bits(self.mask[rows])] = patterns[held]
+        return dense if width == self.features else np.ascontiguousarray(dense[:, : self.features])
 
     def _chunks(self) -> Iterator[tuple[slice, slice]]:
         """Slices of rows, and of the values they hold."""
