@@ -37,9 +37,10 @@ import triton
 from torch import Tensor
 
 from sparsetrace import calibrate as step
-from sparsetrace.histogram import NUM_PATTERNS, Histograms
+from sparsetrace.architecture import ModelConfig
+from sparsetrace.histogram import NUM_PATTERNS, ActivationCounter
 from sparsetrace.methods import Teal
-from sparsetrace.model import Decoder, ModelConfig
+from sparsetrace.model import Decoder
 from sparsetrace.patch import observe
 from sparsetrace.quality import measure
 from sparsetrace.settings import Calibration, Machine, Quality
@@ -168,25 +169,25 @@ def main() -> None:
     tokens_BT = torch.randint(0, 32000, (2, 2048), device=device)
     positions_BT = torch.arange(2048, device=device).expand(2, -1)
 
-    def forward(histograms: Histograms | None) -> None:
+    def forward(counter: ActivationCounter | None) -> None:
         with torch.inference_mode():
-            if histograms is None:
+            if counter is None:
                 model.decoder(tokens_BT, positions_BT)
                 return
-            see, see_output = step._counters(model.decoder, histograms)
+            see, see_output = step._counters(model.decoder, counter)
             with observe(model.decoder, see, see_output):
                 model.decoder(tokens_BT, positions_BT)
-            assert histograms.not_finite() is None
+            assert counter.not_finite() is None
 
     forward(None)
     plain = [seconds(lambda: forward(None)) for _ in range(arguments.repetitions)]
     note("forward", "none", "ms", [1e3 * t for t in plain])
     for name, add in found.items():
-        histograms = Histograms(config.num_hidden_layers, "bfloat16", device)
-        histograms._add = add
-        forward(histograms)
+        counter = ActivationCounter(config.num_hidden_layers, "bfloat16", device)
+        counter._add = add
+        forward(counter)
         pairs = [
-            (seconds(lambda: forward(None)), seconds(lambda h=histograms: forward(h)))
+            (seconds(lambda: forward(None)), seconds(lambda c=counter: forward(c)))
             for _ in range(arguments.repetitions)
         ]
         note("forward", name, "ms", [1e3 * counted for _, counted in pairs])

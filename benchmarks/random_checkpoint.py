@@ -30,8 +30,8 @@ from pathlib import Path
 import torch
 
 from sparsetrace import demo
+from sparsetrace.architecture import ModelConfig
 from sparsetrace.files import InputError, refuse_strangers, sync, write_folder_beside, write_json
-from sparsetrace.model import ModelConfig
 from sparsetrace.runtime import source_weight
 from sparsetrace.schema import MATRICES, SITE_OF
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from sparsetrace import demo
-from sparsetrace.model import ModelConfig
+from sparsetrace.architecture import ModelConfig
 
 HEAD = 64
 # Steps between two lines of the log.

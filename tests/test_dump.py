@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from sparsetrace import dump
+from sparsetrace.architecture import ModelConfig
 from sparsetrace.capture import Recorder
 from sparsetrace.dump import Block, block_name, group_name, write_block
 from sparsetrace.files import InputError
-from sparsetrace.model import ModelConfig
 from sparsetrace.schema import SITES
 
 # A block of two rows of one layer: K = 2 everywhere, bfloat16; q keeps (1.0, -2.0) and nothing, the rest as q.

@@ -39,6 +39,25 @@ def test_loading_a_model_imports_nothing_slow(tiny, tmp_path, rng):
     assert subprocess.run(line, capture_output=True, text=True, check=True).stdout == "False\n"
 
 
+def test_steps_that_run_no_model_are_done_without_torch(tiny, tmp_path, rng):
+    """Two seconds of each, and of each setting's thresholds."""
+    model = tiny.model(tmp_path, rng)
+    tiny.thresholds(tmp_path, model, rng)
+    prompts = tiny.prompts(tmp_path / "prompts.jsonl", rng, [3, 5])
+    code = (
+        "import sys; from sparsetrace.cli import cli; cli(sys.argv[1:], standalone_mode=False);"
+        "assert 'torch' not in sys.modules"
+    )
+    histograms = tmp_path / "histograms.safetensors"
+    for step in (
+        ["calibrate", "--merge", histograms],
+        ["thresholds", histograms, "--method", "teal", "--set", "sparsity=0.3"],
+        ["split", model.folder, "--prompts", prompts],
+    ):
+        subprocess.run([sys.executable, "-c", code, *map(str, step), "--out", str(tmp_path / step[0])], check=True)
+        assert (tmp_path / step[0]).is_file()
+
+
 @pytest.mark.gpu
 def test_weights_on_a_gpu_are_those_of_the_files(tiny, tmp_path, rng):
     model = convert(tiny.checkpoint(tmp_path / "c", rng), tmp_path / "m", Conversion(dtype="bfloat16"))

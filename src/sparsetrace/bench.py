@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from sparsetrace import prompts
+from sparsetrace.architecture import ModelConfig
 from sparsetrace.capture import Recorder
 from sparsetrace.engine import Engine, choose_kind
 from sparsetrace.files import InputError
 from sparsetrace.methods import Dense, MatrixRule, Method, Teal
-from sparsetrace.model import Decoder, ModelConfig
+from sparsetrace.model import Decoder
 from sparsetrace.patch import install, observe
 from sparsetrace.runtime import RuntimeModel
 from sparsetrace.schema import SITES

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsetrace.files import InputError, sha256_file, sha256_json
-from sparsetrace.histogram import Histograms, Provenance
+from sparsetrace.histogram import ActivationCounter, Histograms, Provenance
 from sparsetrace.methods import METHODS
 from sparsetrace.model import ACTIVATIONS, Decoder
 from sparsetrace.patch import observe, projections
@@ -76,9 +76,9 @@ def calibrate(
     progress = out.with_name(f".{out.name}.progress")
 
     decoder = model.load(device)
-    histograms = Histograms(model.config.num_hidden_layers, model.config.dtype, device, scores)
-    see, see_output = _counters(decoder, histograms)
-    done, saved = histograms.resume(progress, key), time.monotonic()
+    counter = ActivationCounter(model.config.num_hidden_layers, model.config.dtype, device, scores)
+    see, see_output = _counters(decoder, counter)
+    done, saved = counter.resume(progress, key), time.monotonic()
     with torch.inference_mode():
         positions_T = torch.arange(T, device=device)
         for start in range(done, len(windows_WT), batch):
@@ -86,28 +86,29 @@ def calibrate(
             positions_BT = positions_T.expand_as(tokens_BT)
             with observe(decoder, see, see_output):
                 decoder(tokens_BT, positions_BT)
-            if histograms.not_finite():
+            if counter.not_finite():
                 _name_not_finite(decoder, tokens_BT, positions_BT, (first + start) * T)
             stop = min(start + batch, len(windows_WT))
             if stop < len(windows_WT) and time.monotonic() - saved > SAVE_SECONDS:
-                histograms.save_progress(progress, key, stop)
+                counter.histograms().save_progress(progress, key, stop)
                 saved = time.monotonic()
             if report is not None:
                 report(stop * T, windows_WT.size)
     parts = ((text_hash, shard, calibration.shards),) if calibration.shards > 1 else ()
     layers = model.config.num_hidden_layers
     tokens = int(windows_WT.size)
+    histograms = counter.histograms()
     histograms.save(out, Provenance(model.model_hash, text_hash, model.config.dtype, tokens, layers, scores, parts))
     progress.unlink(missing_ok=True)
     return histograms
 
 
 def _counters(
-    decoder: Decoder, histograms: Histograms
+    decoder: Decoder, counter: ActivationCounter
 ) -> tuple[Callable[[int, str, Tensor], None], Callable[[int, str, Tensor], None] | None]:
     """What is done with each vector that enters, and each that leaves, a projection."""
-    gated = [name for name in histograms.scores if METHODS[name].score == "gate"]
-    scaled = [name for name in histograms.scores if METHODS[name].score == "scaled"]
+    gated = [name for name in counter.scores if METHODS[name].score == "gate"]
+    scaled = [name for name in counter.scores if METHODS[name].score == "scaled"]
     scales = {
         (name, layer, matrix): METHODS[name].scale(projection.weight[:, projection.columns[matrix]])
         for layer, site, projection in projections(decoder)
@@ -116,18 +117,18 @@ def _counters(
     }
 
     def see(layer: int, site: str, x_BTK: Tensor) -> None:
-        histograms.count(layer, site, x_BTK)
+        counter.count(layer, site, x_BTK)
         for name in scaled:
             for matrix in SITES[site]:
                 scale = scales[name, layer, matrix]
                 assert scale is not None
-                histograms.count(layer, f"{name}.{matrix}", x_BTK.float().abs() * scale)
+                counter.count(layer, f"{name}.{matrix}", x_BTK.float().abs() * scale)
 
     def see_output(layer: int, site: str, y_BTN: Tensor) -> None:
         if site == "mlp_in":
             active_BTN = ACTIVATIONS[decoder.config.hidden_act](y_BTN.chunk(2, dim=-1)[0])
             for name in gated:
-                histograms.count(layer, name, active_BTN)
+                counter.count(layer, name, active_BTN)
 
     return see, see_output if gated else None
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsetrace.architecture import ModelConfig
 from sparsetrace.dump import block_name, write_block
 from sparsetrace.files import InputError
-from sparsetrace.model import ModelConfig
 from sparsetrace.ragged import offsets_of
 from sparsetrace.rows import row_figures
 from sparsetrace.schema import FORMATS, MATRICES, SITE_OF, SITES, Parts, mask_bytes

@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sparsetrace.architecture import ModelConfig, RopeScaling
 from sparsetrace.files import (
     InputError,
     read_json,
@@ -38,7 +39,7 @@ from sparsetrace.files import (
     write_folder_beside,
     write_json,
 )
-from sparsetrace.model import ACTIVATIONS, ModelConfig, RopeScaling
+from sparsetrace.model import ACTIVATIONS
 from sparsetrace.runtime import RuntimeModel, open_model, source_weight
 from sparsetrace.schema import FORMATS, MODEL_VERSION, SITES
 from sparsetrace.settings import Conversion

@@ -37,8 +37,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sparsetrace.architecture import ModelConfig
 from sparsetrace.files import InputError, refuse_strangers, write_folder_beside, write_json
-from sparsetrace.model import Block, Decoder, ModelConfig
+from sparsetrace.model import Block, Decoder
 from sparsetrace.schema import SITES
 
 STEPS = 400

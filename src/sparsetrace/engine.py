@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparsetrace.architecture import ModelConfig
 from sparsetrace.capture import Recorder, block_rows
 from sparsetrace.files import InputError
 from sparsetrace.methods import MatrixRule, Method
-from sparsetrace.model import Decoder, KVCache, ModelConfig
+from sparsetrace.model import Decoder, KVCache
 from sparsetrace.patch import Patch, observe
 from sparsetrace.prompts import Sequence
 from sparsetrace.schema import SITES

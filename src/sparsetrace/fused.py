@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparsetrace.architecture import ModelConfig
 from sparsetrace.capture import Recorder
 from sparsetrace.files import InputError
 from sparsetrace.methods import MatrixRule, Method
-from sparsetrace.model import Block, Decoder, KVCache, ModelConfig, attended, rotary_factors
+from sparsetrace.model import Block, Decoder, KVCache, attended, rotary_factors
 from sparsetrace.patch import Patch, SparseProjection
 from sparsetrace_kernels.add_rmsnorm import add_rmsnorm
 from sparsetrace_kernels.checks import new_arrivals

@@ -89,66 +89,42 @@ def names_of(scores: Sequence[str]) -> dict[str, bool]:
 
 
 class Histograms:
-    """Counts of one model, on its device.
+    """Counts of one model, as they lie in its file: all zero at first.
 
     Args:
         layers: number of layers.
         dtype: of the activations.
-        device: where they are counted.
         scores: names of the methods whose scores are counted besides what enters the sites.
     """
 
-    def __init__(self, layers: int, dtype: str, device: torch.device | str = "cpu", scores: Sequence[str] = ()) -> None:
-        import torch
-
+    def __init__(self, layers: int, dtype: str, scores: Sequence[str] = ()) -> None:
         self.dtype = dtype
         self.layers = layers
         self.scores = tuple(scores)
         names = names_of(scores)
         self._formats = {name: "float32" if scaled else dtype for name, scaled in names.items()}
         keys = [(layer, name) for layer in range(layers) for name in names]
-        # one tensor, so that a question to all of them is one answer from the device
-        self._all = torch.zeros(len(keys), NUM_PATTERNS, dtype=torch.int64, device=device)
-        self._float32_zeros = torch.zeros(len(keys), dtype=torch.int64, device=device)
-        self.counts: dict[tuple[int, str], Tensor] = dict(zip(keys, self._all, strict=True))
+        self._all = np.zeros((len(keys), NUM_PATTERNS), np.int64)
+        self._zeros = np.zeros(len(keys), np.int64)
         self._row = {key: row for row, key in enumerate(keys)}
-        self._add = _adder(self._all.device)
+
+    @property
+    def counts(self) -> dict[tuple[int, str], np.ndarray]:
+        """int64 [65536] by (layer, name): how often each pattern was counted."""
+        return {key: self._all[row] for key, row in self._row.items()}
+
+    @property
+    def zeros(self) -> dict[tuple[int, str], int]:
+        """Counted zeros of both signs by (layer, name)."""
+        return {key: int(self._zeros[row]) for key, row in self._row.items()}
 
     def format(self, name: str) -> NumberFormat:
         """Number format of what a histogram counts."""
         return FORMATS[self._formats[name]]
 
-    def count(self, layer: int, name: str, x: Tensor) -> None:
-        """Add every element of x [..., K]."""
-        import torch
-
-        x = x.contiguous()
-        if self.format(name).count_shift:
-            self._float32_zeros[self._row[layer, name]] += (x == 0).sum()
-            x = (x.view(torch.int32) >> self.format(name).count_shift).to(torch.int16).view(torch.float16)
-        self._add(x, self.counts[layer, name])
-
-    @property
-    def zeros(self) -> dict[tuple[int, str], Tensor]:
-        """Counted zeros of both signs."""
-        half = NUM_MAGNITUDES
-        return {
-            key: self._float32_zeros[row] if self.format(key[1]).count_shift else counts[0] + counts[half]
-            for (key, counts), row in zip(self.counts.items(), self._row.values(), strict=True)
-        }
-
-    def not_finite(self) -> tuple[int, str] | None:
-        """The first layer and site, in the order of execution, that has counted an Inf or NaN."""
-        number = FORMATS[self.dtype]
-        first = number.infinity >> number.count_shift
-        positive, negative = self._all[:, first:NUM_MAGNITUDES], self._all[:, NUM_MAGNITUDES + first :]
-        if not bool(positive.any() | negative.any()):
-            return None
-        return next((k for k in self.counts if k[1] in SITES and self.magnitudes(*k)[first:].any()), None)
-
     def magnitudes(self, layer: int, name: str) -> np.ndarray:
         """int64 [32768]: counts by magnitude, both signs folded."""
-        counts: np.ndarray = self.counts[layer, name].cpu().numpy()
+        counts = self._all[self._row[layer, name]]
         return counts[:NUM_MAGNITUDES] + counts[NUM_MAGNITUDES:]
 
     def threshold(self, layer: int, name: str, sparsity: float) -> Threshold:
@@ -156,7 +132,7 @@ class Histograms:
         cumulative = np.cumsum(self.magnitudes(layer, name))
         counted = int(cumulative[-1])
         if sparsity == 0:
-            return Threshold(0, int(self.zeros[layer, name]), counted)
+            return Threshold(0, self.zeros[layer, name], counted)
         # repr: the sparsity that the user wrote, not its nearest binary fraction
         wanted = -(-Fraction(repr(sparsity)) * counted // 1)
         bucket = int(np.searchsorted(cumulative, int(wanted)))
@@ -167,52 +143,34 @@ class Histograms:
         """What a given threshold drops; None where it lies within a bucket, so that the counts do not say."""
         cumulative = np.cumsum(self.magnitudes(layer, name))
         if bits == 0:
-            return Threshold(0, int(self.zeros[layer, name]), int(cumulative[-1]))
+            return Threshold(0, self.zeros[layer, name], int(cumulative[-1]))
         bucket, rest = divmod(bits + 1, 1 << self.format(name).count_shift)
         return None if rest else Threshold(bits, int(cumulative[bucket - 1]), int(cumulative[-1]))
 
     def add(self, other: Histograms) -> None:
         """Add the counts of a model of the same shape."""
         self._all += other._all
-        self._float32_zeros += other._float32_zeros
+        self._zeros += other._zeros
 
     def save(self, path: Path, provenance: Provenance) -> None:
         """Write the file described above."""
         self._write(path, {"sparsetrace_histograms": json.dumps(asdict(provenance))})
 
     def save_progress(self, path: Path, key: str, done: int) -> None:
-        """Write the counts of an unfinished calibration, which `resume` of the same key takes up."""
+        """Write the counts of an unfinished calibration, which `ActivationCounter.resume` of the same key takes up."""
         self._write(path, {"sparsetrace_progress": json.dumps({"key": key, "done": done})})
 
-    def resume(self, path: Path, key: str) -> int:
-        """Take up the counts of an interrupted calibration; returns how much of it was done, 0 if there is none."""
-        if not path.is_file():
-            return 0
-        try:
-            with safe_open(path, framework="np") as file:
-                found = json.loads((file.metadata() or {}).get("sparsetrace_progress", "{}"))
-                if found.get("key") != key:
-                    return 0
-                self._read(file)
-        except SafetensorError:
-            return 0
-        return int(found["done"])
-
     def _write(self, path: Path, metadata: dict[str, str]) -> None:
-        arrays = {f"L{layer:02d}.{name}": c.cpu().numpy() for (layer, name), c in self.counts.items()}
-        zeros = [int(z) for z in self.zeros.values()]
-        arrays["zeros"] = np.array(zeros, dtype=np.int64).reshape(self.layers, -1)
+        arrays = {f"L{layer:02d}.{name}": counts for (layer, name), counts in self.counts.items()}
+        arrays["zeros"] = self._zeros.reshape(self.layers, -1)
         with write_beside(path) as partial:
             # `save_file` writes to a temporary file of its own, which a kill would leave
             partial.write_bytes(save(arrays, metadata=metadata))
 
     def _read(self, file: safe_open) -> None:
-        import torch
-
-        zeros = torch.from_numpy(file.get_tensor("zeros").reshape(-1))
-        for row, (layer, name) in enumerate(self.counts):
-            self._all[row] = torch.from_numpy(file.get_tensor(f"L{layer:02d}.{name}"))
-            self._float32_zeros[row] = zeros[row]
+        self._zeros[:] = file.get_tensor("zeros").reshape(-1)
+        for (layer, name), counts in self.counts.items():
+            counts[:] = file.get_tensor(f"L{layer:02d}.{name}")
 
     @staticmethod
     def load(path: Path) -> tuple[Histograms, Provenance]:
@@ -230,6 +188,82 @@ class Histograms:
         except (SafetensorError, OSError) as error:
             raise InputError(f"histograms: {path} must be a readable histogram file, got {error}") from None
         return histograms, provenance
+
+
+class ActivationCounter:
+    """Counts what a model's activations are, on its device.
+
+    Args:
+        layers: number of layers.
+        dtype: of the activations.
+        device: where they are counted.
+        scores: names of the methods whose scores are counted besides what enters the sites.
+    """
+
+    def __init__(self, layers: int, dtype: str, device: torch.device | str = "cpu", scores: Sequence[str] = ()) -> None:
+        import torch
+
+        blank = Histograms(layers, dtype, scores)
+        self.layers, self.dtype, self.scores = layers, dtype, blank.scores
+        # one tensor, so that a question to all of them is one answer from the device
+        self._all = torch.zeros(blank._all.shape, dtype=torch.int64, device=device)
+        self._float32_zeros = torch.zeros(len(self._all), dtype=torch.int64, device=device)
+        self._row, self.format = blank._row, blank.format
+        self._add = _adder(self._all.device)
+
+    def count(self, layer: int, name: str, x: Tensor) -> None:
+        """Add every element of x [..., K]."""
+        import torch
+
+        x = x.contiguous()
+        row = self._row[layer, name]
+        if shift := self.format(name).count_shift:
+            self._float32_zeros[row] += (x == 0).sum()
+            x = (x.view(torch.int32) >> shift).to(torch.int16).view(torch.float16)
+        self._add(x, self._all[row])
+
+    def not_finite(self) -> tuple[int, str] | None:
+        """The first layer and site, in the order of execution, that has counted an Inf or NaN."""
+        number = FORMATS[self.dtype]
+        first = number.infinity >> number.count_shift
+        positive, negative = self._all[:, first:NUM_MAGNITUDES], self._all[:, NUM_MAGNITUDES + first :]
+        if not bool(positive.any() | negative.any()):
+            return None
+        found = self.histograms()
+        return next((k for k in self._row if k[1] in SITES and found.magnitudes(*k)[first:].any()), None)
+
+    def histograms(self) -> Histograms:
+        """What has been counted so far."""
+        found = Histograms(self.layers, self.dtype, self.scores)
+        found._all[:] = self._all.cpu().numpy()
+        apart = [self.format(name).count_shift > 0 for _, name in self._row]
+        both_signs = found._all[:, 0] + found._all[:, NUM_MAGNITUDES]
+        found._zeros[:] = np.where(apart, self._float32_zeros.cpu().numpy(), both_signs)
+        return found
+
+    def resume(self, path: Path, key: str) -> int:
+        """Take up the counts of an interrupted calibration; returns how much of it was done, 0 if there is none.
+
+        Args:
+            path: from `Histograms.save_progress`.
+            key: of this calibration; the counts of another, or a damaged file, are left alone.
+        """
+        import torch
+
+        if not path.is_file():
+            return 0
+        found = Histograms(self.layers, self.dtype, self.scores)
+        try:
+            with safe_open(path, framework="np") as file:
+                progress = json.loads((file.metadata() or {}).get("sparsetrace_progress", "{}"))
+                if progress.get("key") != key:
+                    return 0
+                found._read(file)
+        except SafetensorError:
+            return 0
+        self._all.copy_(torch.from_numpy(found._all))
+        self._float32_zeros.copy_(torch.from_numpy(found._zeros))
+        return int(progress["done"])
 
 
 def merge(paths: Sequence[Path], out: Path) -> Provenance:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sparsetrace.architecture import ModelConfig
 from sparsetrace.files import InputError
 from sparsetrace.methods import MatrixRule, Method, operand_parts
-from sparsetrace.model import ACTIVATIONS, Block, Decoder, ModelConfig, Projection, multiply
+from sparsetrace.model import ACTIVATIONS, Block, Decoder, Projection, multiply
 from sparsetrace.schema import SITES, Parts
 from sparsetrace_kernels.reference import mask_operand
 

@@ -1,20 +1,29 @@
-"""The runtime model: what `convert` writes and every step that runs the model opens."""
+"""The runtime model: what `convert` writes and every step that runs or describes the model opens.
+
+torch is imported where weights are loaded: `split` needs the tokenizer alone, and is done before torch would be there.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import local
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
+from sparsetrace.architecture import ModelConfig, RopeScaling
 from sparsetrace.files import InputError, read_json
-from sparsetrace.model import Decoder, ModelConfig, RopeScaling
 from sparsetrace.schema import MATRICES, MODEL_VERSION, SITES
 from sparsetrace.settings import Machine
 from sparsetrace.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sparsetrace.model import Decoder
 
 # Tensors copied to a GPU at a time, and the pinned memory that each passes through, which a GPU reads by itself.
 READERS, STAGED_BYTES = 8, 32 << 20
@@ -54,6 +63,10 @@ class RuntimeModel:
 
     def load(self, device: torch.device) -> Decoder:
         """The decoder with its weights on `device`."""
+        import torch
+
+        from sparsetrace.model import Decoder
+
         with torch.device("meta"):
             model = Decoder(self.config)
         mapped: dict[str, Tensor] = {}
@@ -84,6 +97,8 @@ def _place(mapped: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]
 
 
 def _copy(mapped: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    import torch
+
     own = local()
 
     def begin() -> None:
@@ -136,6 +151,8 @@ def source_weight(layer: int, matrix: str) -> str:
 
 def use(machine: Machine) -> torch.device:
     """Set torch up for a step that runs the model, and return its device."""
+    import torch
+
     torch.set_num_threads(machine.threads)
     available = torch.cuda.is_available()
     if machine.device == "cuda" and not available:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from sparsetrace.architecture import ModelConfig
 from sparsetrace.files import InputError, write_beside
-from sparsetrace.model import ModelConfig
 from sparsetrace.runtime import RuntimeModel
 from sparsetrace.schema import SITES
 from sparsetrace_kernels import tune as tuner

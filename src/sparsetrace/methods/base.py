@@ -14,7 +14,7 @@ from sparsetrace.names import MATRICES, SITE_OF, SITES, Parts
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsetrace.model import ModelConfig
+    from sparsetrace.architecture import ModelConfig
 
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
 # What a method's thresholds are quantiles of: |x| at the site, which calibration always counts; float32 |x| * scale of

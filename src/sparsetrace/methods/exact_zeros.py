@@ -13,7 +13,7 @@ from sparsetrace.files import InputError
 from sparsetrace.methods.base import Method
 
 if TYPE_CHECKING:
-    from sparsetrace.model import ModelConfig
+    from sparsetrace.architecture import ModelConfig
 
 
 class ExactZeros(Method):

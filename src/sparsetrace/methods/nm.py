@@ -18,7 +18,7 @@ from sparsetrace.names import SITES
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsetrace.model import ModelConfig
+    from sparsetrace.architecture import ModelConfig
 
 
 def parse_pattern(value: Any) -> str:

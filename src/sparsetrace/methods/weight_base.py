@@ -14,7 +14,7 @@ from sparsetrace.names import SITES
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsetrace.model import ModelConfig
+    from sparsetrace.architecture import ModelConfig
 
 # Outputs whose masks are decided at a time; bounds the memory of the keys that are ranked.
 OUTPUTS = 512
