@@ -159,7 +159,7 @@ def test_shards_run_side_by_side_and_a_cancelled_one_is_resubmitted(slurm, tmp_p
     # the plugin waits 10 s longer after each time that it found no job done: it looks after 3, 16 and 39 s
     words += ["--slurm-init-seconds-before-status-checks", "3"]
     # what comes before generation in one submission, and what comes after it, to save waits
-    early = ("convert", "calibrate", "histograms", "thresholds", "split")
+    early = ("convert", "calibrate", "split")
     words += ["--groups", *(f"{rule}=early" for rule in early), "pack=late", "index=late"]
     words += ["--latency-wait", "5", "--default-resources", "slurm_partition=main"]
     dump = study / "out" / "tiny" / "first" / "teal-0.5" / "dump"

@@ -144,6 +144,9 @@ def write_replays(folder: Path, **forced) -> None:
     """`my.yaml` with a run for each way that tokens come, `forced` changed."""
     model = STUDY["models"]["tiny"] | {"checkpoint": "checkpoint", "calibration_text": "text.txt"}
     runs = {name: STUDY["runs"]["first"] | {"prompts": "prompts.jsonl"} | run for name, run in REPLAYS.items()}
+    for name in REPLAYS.keys() - {"forced"}:
+        # one job each, where shards say nothing new
+        runs[name]["batching"] = runs[name]["batching"] | {"shards": 1}
     runs["forced"] |= forced
     (folder / "my.yaml").write_text(yaml.safe_dump(STUDY | {"results": "out", "models": {"tiny": model}, "runs": runs}))
 

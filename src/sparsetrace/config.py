@@ -3,12 +3,14 @@
 Each field's description is also the help of the command-line option that carries it (see `sparsetrace.cli`).
 """
 
+import ast
 import hashlib
 import itertools
 import json
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
@@ -539,8 +541,6 @@ def source_hash(*modules: str) -> str:
     Args:
         modules: dotted names below `sparsetrace`, such as `generate`.
     """
-    import ast
-
     roots = {"sparsetrace": Path(__file__).parent}
     kernels = Path(__file__).parents[2] / "kernels" / "sparsetrace_kernels"
     # installed as a wheel, the two packages lie side by side
@@ -564,10 +564,17 @@ def source_hash(*modules: str) -> str:
         found[name] = file
         # importing a module runs its packages first
         queue.append(name.rpartition(".")[0])
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                queue.extend(alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                queue.append(node.module)
-                queue.extend(f"{node.module}.{alias.name}" for alias in node.names)
+        queue.extend(_imported(file.read_text(encoding="utf-8")))
     return sha256_json({name: hashlib.sha256(found[name].read_bytes()).hexdigest() for name in sorted(found)})[:16]
+
+
+@cache
+def _imported(source: str) -> list[str]:
+    """Dotted names that a module's source may import, inside functions too; the steps share most of their modules."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names
