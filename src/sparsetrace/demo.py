@@ -28,6 +28,7 @@ import sys
 import sysconfig
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -321,8 +322,19 @@ def _docstrings(name: str, module: ast.Module) -> Iterator[tuple[str, str]]:
     yield name, ast.get_docstring(module) or ""
     for top in module.body:
         if isinstance(top, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            nodes = [n for n in ast.walk(top) if isinstance(n, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
-            yield f"{name}:{top.name}", "\n\n".join(ast.get_docstring(node) or "" for node in nodes)
+            yield f"{name}:{top.name}", "\n\n".join(ast.get_docstring(node) or "" for node in _definitions(top))
+
+
+def _definitions(top: ast.stmt) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """A definition and those within it, in the order of `ast.walk`, which would visit every expression too."""
+    queue: deque[ast.AST] = deque([top])
+    while queue:
+        node = queue.popleft()
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+        # what holds statements, in the order that all nodes have them
+        for block in ("body", "handlers", "orelse", "finalbody", "cases"):
+            queue.extend(getattr(node, block, ()))
 
 
 def _is_prose(paragraph: str) -> bool:
