@@ -64,9 +64,10 @@ def poisoned_empty():
 
 @pytest.fixture(scope="session", autouse=True)
 def small_rings():
-    """Tiny models need no GiB of a GPU's memory, which tests side by side would run out of."""
+    """Tiny models need no GiB of a GPU's memory, which tests side by side would run out of; poisoning takes time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsetrace.capture.GPU_BLOCK_BYTES", 32 << 20)
+        for limit in ("BLOCK_BYTES", "GPU_BLOCK_BYTES"):
+            patch.setattr(f"sparsetrace.capture.{limit}", 16 << 20)
         yield
 
 

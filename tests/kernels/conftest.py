@@ -10,8 +10,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-    # For each launch and each call of a device function, `_patch_lang` wraps every function of triton.language: half of a
-    # kernel's time here. Once is enough, where nothing is compiled.
+    # For each launch and each call of a device function, `_patch_lang` wraps every function of triton.language: half of
+    # a kernel's time here. Once is enough, where nothing is compiled.
     from triton.runtime import interpreter
 
     patch_lang = interpreter._patch_lang
