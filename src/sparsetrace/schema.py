@@ -100,7 +100,9 @@ class NumberFormat:
     def to_planes(self, patterns: np.ndarray) -> list[np.ndarray]:
         """Bytes of each pattern, rotated as the format says: one uint8 array per plane."""
         if self.rotate_left:
-            patterns = (patterns << self.rotate_left) | (patterns >> (8 * self.bits.itemsize - self.rotate_left))
+            rotated = patterns << self.rotate_left
+            rotated |= patterns >> (8 * self.bits.itemsize - self.rotate_left)
+            patterns = rotated
         planes = (patterns if i == 0 else patterns >> 8 * i for i in range(self.bits.itemsize))
         return [plane.astype(np.uint8) for plane in planes]
 
@@ -111,7 +113,10 @@ class NumberFormat:
             patterns <<= 8
             patterns |= plane
         if self.rotate_left:
-            patterns = (patterns >> self.rotate_left) | (patterns << (8 * self.bits.itemsize - self.rotate_left))
+            # in place: new memory costs more than the shift
+            wrapped = patterns << (8 * self.bits.itemsize - self.rotate_left)
+            patterns >>= self.rotate_left
+            patterns |= wrapped
         return patterns
 
 
