@@ -77,8 +77,7 @@ class Folder:
     def parquet(self, name: str, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
         """A Parquet file; given its metadata, opening one costs some 20 us, so that threads need share none."""
         try:
-            # reading ahead, in threads of its own, hides the way to a far file; a near one is read faster without
-            return pq.ParquetFile(self.open(name), metadata=metadata, pre_buffer=not self.local)
+            return pq.ParquetFile(self.open(name), metadata=metadata)
         # fsspec says in a plain ValueError that a web server cannot read at any place
         except (OSError, ValueError) as error:
             raise InputError(f"workload: {self.where}/{name} must be a whole Parquet file, got {error}") from None
