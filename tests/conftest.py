@@ -64,10 +64,10 @@ def poisoned_empty():
 
 @pytest.fixture(scope="session", autouse=True)
 def small_rings():
-    """Tiny models need no GiB of a GPU's memory, which tests side by side would run out of; poisoning takes time."""
+    """Tiny models need no GiB, which tests side by side would run out of, and which takes long to poison."""
     with pytest.MonkeyPatch.context() as patch:
         for limit in ("BLOCK_BYTES", "GPU_BLOCK_BYTES"):
-            patch.setattr(f"sparsetrace.capture.{limit}", 16 << 20)
+            patch.setattr(f"sparsetrace.capture.{limit}", 32 << 20)
         yield
 
 

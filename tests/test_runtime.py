@@ -40,7 +40,7 @@ def test_loading_a_model_imports_nothing_slow(tiny, tmp_path, rng):
 
 
 def test_steps_that_run_no_model_are_done_without_torch(tiny, tmp_path, rng):
-    """Two seconds of each, and of each setting's thresholds."""
+    """Its import is two seconds, of each of them and of every setting's thresholds."""
     model = tiny.model(tmp_path, rng)
     tiny.thresholds(tmp_path, model, rng)
     prompts = tiny.prompts(tmp_path / "prompts.jsonl", rng, [3, 5])

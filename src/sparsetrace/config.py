@@ -554,22 +554,23 @@ def source_hash(*modules: str) -> str:
         file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         return file if file.is_file() else None
 
-    found: dict[str, Path] = {}
+    found: dict[str, str] = {}
     queue = [f"sparsetrace.{module}" for module in modules]
     while queue:
         name = queue.pop()
         file = source(name)
         if name in found or file is None:
             continue
-        found[name] = file
+        content = file.read_bytes()
+        found[name] = hashlib.sha256(content).hexdigest()
         # importing a module runs its packages first
         queue.append(name.rpartition(".")[0])
-        queue.extend(_imported(file.read_text(encoding="utf-8")))
-    return sha256_json({name: hashlib.sha256(found[name].read_bytes()).hexdigest() for name in sorted(found)})[:16]
+        queue.extend(_imported(content))
+    return sha256_json(found)[:16]
 
 
 @cache
-def _imported(source: str) -> list[str]:
+def _imported(source: bytes) -> list[str]:
     """Dotted names that a module's source may import, inside functions too; the steps share most of their modules."""
     names = []
     for node in ast.walk(ast.parse(source)):

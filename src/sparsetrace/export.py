@@ -211,8 +211,8 @@ def _write_safetensors(job: _Job, path: Path) -> None:
 
 
 def _write_npy(job: _Job, path: Path) -> None:
-    dtype = np.float16 if job.workload.manifest["dtype"] == "float16" else np.float32
-    _write_array(job, path, np.dtype(dtype), (rows.dense() for rows in job.blocks(values=True)))
+    dtype = FORMATS[job.workload.manifest["dtype"]].float_type
+    _write_array(job, path, dtype, (rows.dense() for rows in job.blocks(values=True)))
 
 
 def _write_bitmask(job: _Job, path: Path) -> None:

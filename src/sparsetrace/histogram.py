@@ -157,8 +157,22 @@ class Histograms:
         self._write(path, {"sparsetrace_histograms": json.dumps(asdict(provenance))})
 
     def save_progress(self, path: Path, key: str, done: int) -> None:
-        """Write the counts of an unfinished calibration, which `ActivationCounter.resume` of the same key takes up."""
+        """Write the counts of an unfinished calibration, which `resume` of the same key takes up."""
         self._write(path, {"sparsetrace_progress": json.dumps({"key": key, "done": done})})
+
+    def resume(self, path: Path, key: str) -> int:
+        """Read the counts of an interrupted calibration; returns how much of it was done, 0 if nothing can be used."""
+        if not path.is_file():
+            return 0
+        try:
+            with safe_open(path, framework="np") as file:
+                found = json.loads((file.metadata() or {}).get("sparsetrace_progress", "{}"))
+                if found.get("key") != key:
+                    return 0
+                self._read(file)
+        except SafetensorError:
+            return 0
+        return int(found["done"])
 
     def _write(self, path: Path, metadata: dict[str, str]) -> None:
         arrays = {f"L{layer:02d}.{name}": counts for (layer, name), counts in self.counts.items()}
@@ -203,12 +217,11 @@ class ActivationCounter:
     def __init__(self, layers: int, dtype: str, device: torch.device | str = "cpu", scores: Sequence[str] = ()) -> None:
         import torch
 
-        blank = Histograms(layers, dtype, scores)
-        self.layers, self.dtype, self.scores = layers, dtype, blank.scores
+        self._host = Histograms(layers, dtype, scores)
+        self.scores = self._host.scores
         # one tensor, so that a question to all of them is one answer from the device
-        self._all = torch.zeros(blank._all.shape, dtype=torch.int64, device=device)
+        self._all = torch.zeros(self._host._all.shape, dtype=torch.int64, device=device)
         self._float32_zeros = torch.zeros(len(self._all), dtype=torch.int64, device=device)
-        self._row, self.format = blank._row, blank.format
         self._add = _adder(self._all.device)
 
     def count(self, layer: int, name: str, x: Tensor) -> None:
@@ -216,54 +229,39 @@ class ActivationCounter:
         import torch
 
         x = x.contiguous()
-        row = self._row[layer, name]
-        if shift := self.format(name).count_shift:
+        row = self._host._row[layer, name]
+        if shift := self._host.format(name).count_shift:
             self._float32_zeros[row] += (x == 0).sum()
             x = (x.view(torch.int32) >> shift).to(torch.int16).view(torch.float16)
         self._add(x, self._all[row])
 
     def not_finite(self) -> tuple[int, str] | None:
         """The first layer and site, in the order of execution, that has counted an Inf or NaN."""
-        number = FORMATS[self.dtype]
+        number = FORMATS[self._host.dtype]
         first = number.infinity >> number.count_shift
         positive, negative = self._all[:, first:NUM_MAGNITUDES], self._all[:, NUM_MAGNITUDES + first :]
         if not bool(positive.any() | negative.any()):
             return None
         found = self.histograms()
-        return next((k for k in self._row if k[1] in SITES and found.magnitudes(*k)[first:].any()), None)
+        return next((k for k in found._row if k[1] in SITES and found.magnitudes(*k)[first:].any()), None)
 
     def histograms(self) -> Histograms:
-        """What has been counted so far."""
-        found = Histograms(self.layers, self.dtype, self.scores)
-        found._all[:] = self._all.cpu().numpy()
-        apart = [self.format(name).count_shift > 0 for _, name in self._row]
-        both_signs = found._all[:, 0] + found._all[:, NUM_MAGNITUDES]
-        found._zeros[:] = np.where(apart, self._float32_zeros.cpu().numpy(), both_signs)
-        return found
+        """What has been counted so far; the next call puts what it finds into the same ones."""
+        host = self._host
+        host._all[:] = self._all.cpu().numpy()
+        apart = [host.format(name).count_shift > 0 for _, name in host._row]
+        both_signs = host._all[:, 0] + host._all[:, NUM_MAGNITUDES]
+        host._zeros[:] = np.where(apart, self._float32_zeros.cpu().numpy(), both_signs)
+        return host
 
     def resume(self, path: Path, key: str) -> int:
-        """Take up the counts of an interrupted calibration; returns how much of it was done, 0 if there is none.
-
-        Args:
-            path: from `Histograms.save_progress`.
-            key: of this calibration; the counts of another, or a damaged file, are left alone.
-        """
+        """Take up the counts of an interrupted calibration, as `Histograms.resume` does."""
         import torch
 
-        if not path.is_file():
-            return 0
-        found = Histograms(self.layers, self.dtype, self.scores)
-        try:
-            with safe_open(path, framework="np") as file:
-                progress = json.loads((file.metadata() or {}).get("sparsetrace_progress", "{}"))
-                if progress.get("key") != key:
-                    return 0
-                found._read(file)
-        except SafetensorError:
-            return 0
-        self._all.copy_(torch.from_numpy(found._all))
-        self._float32_zeros.copy_(torch.from_numpy(found._zeros))
-        return int(progress["done"])
+        if done := self._host.resume(path, key):
+            self._all.copy_(torch.from_numpy(self._host._all))
+            self._float32_zeros.copy_(torch.from_numpy(self._host._zeros))
+        return done
 
 
 def merge(paths: Sequence[Path], out: Path) -> Provenance:

@@ -85,7 +85,7 @@ class Rows:
 
     def dense(self) -> np.ndarray:
         """[T, D] the operands, dropped inputs +0.0; dtype as `values`."""
-        return self._expand(np.dtype(np.float16 if self.dtype == "float16" else np.float32))
+        return self._expand(FORMATS[self.dtype].float_type)
 
     def indices(self) -> np.ndarray:
         """int32 [nnz]: input number of each value."""

@@ -62,11 +62,16 @@ class NumberFormat:
             else ("values_b0", "values_b1", "values_b2", "values_b3")
         )
 
+    @property
+    def float_type(self) -> np.dtype:
+        """In which numpy holds the values exactly: float16 for float16, float32 for bfloat16 and float32."""
+        return np.dtype(np.float16 if self.name == "float16" else np.float32)
+
     def to_float(self, patterns: np.ndarray) -> np.ndarray:
-        """Values of bit patterns, exactly: float16 for float16, float32 for bfloat16 and float32."""
+        """Values of bit patterns, exactly, as `float_type`."""
         if self.name == "bfloat16":
             return (patterns.astype(np.uint32) << 16).view(np.float32)
-        return patterns.view(np.float16 if self.name == "float16" else np.float32)
+        return patterns.view(self.float_type)
 
     def magnitudes(self, patterns: np.ndarray) -> np.ndarray:
         """float32 |x| of bit patterns without their signs, exactly.
@@ -86,7 +91,7 @@ class NumberFormat:
         if self.name == "bfloat16":
             bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
             return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(self.bits)
-        return np.ascontiguousarray(values, np.float16 if self.name == "float16" else np.float32).view(self.bits)
+        return np.ascontiguousarray(values, self.float_type).view(self.bits)
 
     def floor_bits(self, value: float) -> int:
         """Pattern of the largest finite number of the format at or below a value of at least 0."""
@@ -187,7 +192,7 @@ def data_schema(dtype: str, encoding: str = "split", level: str = "full", featur
             fields += [pa.field(name, pa.binary(), nullable=False, metadata=plane) for name in number.planes]
     elif level != "stats":
         index = pa.field("element", pa.from_numpy_dtype(index_type(features)), nullable=False)
-        value = pa.field("element", pa.float16() if dtype == "float16" else pa.float32(), nullable=False)
+        value = pa.field("element", pa.from_numpy_dtype(number.float_type), nullable=False)
         fields += [pa.field("indices", pa.list_(index), nullable=False)]
         fields += [pa.field("out_mask", pa.binary(), metadata=mask)]
         if level == "full":

@@ -17,8 +17,9 @@ if not torch.cuda.is_available():
     patch_lang = interpreter._patch_lang
 
     def patch_once(function):
-        languages = [value for value in function.__globals__.values() if value in (interpreter.tl, interpreter.tl.core)]
-        if not all(language.load.__name__ == "<lambda>" for language in languages):
+        visible = {id(value) for value in function.__globals__.values()}
+        languages = [tl for tl in (interpreter.tl, interpreter.tl.core) if id(tl) in visible]
+        if not all(tl.load.__name__ == "<lambda>" for tl in languages):
             patch_lang(function)
         return interpreter._LangPatchScope()
 
