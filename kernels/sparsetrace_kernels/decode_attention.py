@@ -6,12 +6,12 @@ stores, are made anew by every program that needs them.  For one slot the output
 product that reads it, each head a section.
 Source: FlashDecoding (https://pytorch.org/blog/flash-decoding/) for the split over positions.
 Oracles: `reference.decode_attention_ref` for the sums, `reference.compact_ref` on the returned `y_K` for the rest.
-No floating-point atomics: the splits' sums meet in a partials buffer and are added in one fixed order.
+No floating-point atomics: the splits' sums are added in one fixed order (`partials`).
 """
 
 # Shape suffixes: B = slots, H = query heads, G = kv heads, D = head dim, S = cache positions, P = rows of the rotary
-# tables, E = D / 2, N = (H + 2 G) D columns of q, k and v (H D of the output), C = arrival counters.  Of the list:
-# K = H D inputs, one segment (S), I = H sections of L = D inputs, R = ring slots.
+# tables, E = D / 2, N = (H + 2 G) D columns of q, k and v (H D of the output), W = words of `new_partials`.  Of the
+# list: K = H D inputs, one segment (S), I = H sections of L = D inputs, R = ring slots.
 
 import torch
 import triton
@@ -21,6 +21,7 @@ from torch import Tensor
 from sparsetrace_kernels import checks
 from sparsetrace_kernels.compact import check_producer, empty_lists
 from sparsetrace_kernels.list_gemv import MAX_SECTIONS
+from sparsetrace_kernels.partials import receive, send
 from sparsetrace_kernels.primitives import finish_section, wait_for_producer
 
 # the last program of a head holds all its splits' sums at once: 16 registers a thread at D = 128
@@ -140,8 +141,7 @@ def _decode_attention_kernel(
     values_position_stride,
     values_head_stride,
     y_ptr,  # [B, H, D]
-    partials_ptr,  # [B, H, NUM_SPLITS, D + 2] float32: the weighted sum of values, the maximum, the sum of weights
-    arrivals_ptr,  # [C] int32, zero before and after
+    partials_ptr,  # [W] int32; of [B, H, NUM_SPLITS, D + 2]: weighted sum of values, maximum, sum of weights
     threshold_ptr,  # [1] int32, or None
     scale_ptr,  # [1, K] float32 or None
     lists_ptr,  # [1, H, D] int32
@@ -229,7 +229,23 @@ def _decode_attention_kernel(
     # the condition again: an infinite value times a weight of zero would be NaN
     b_y = tl.sum(b_acc * b_decay[:, None], axis=0) + tl.where(has_current, b_value.to(tl.float32) * b_p, 0.0)
 
-    if NUM_SPLITS == 1:
+    if NUM_SPLITS > 1:
+        partials_ptr += i_head * NUM_SPLITS * (D + 2)
+        part_ptr = partials_ptr + i_split * (D + 2)
+        send(part_ptr + o_d, b_y, m_d)
+        send(part_ptr + D, b_top)
+        send(part_ptr + D + 1, b_total)
+    if i_split == NUM_SPLITS - 1:
+        if NUM_SPLITS > 1:
+            o_p = tl.arange(0, BLOCK_P)
+            m_p = o_p < NUM_SPLITS
+            parts_ptr = partials_ptr + o_p * (D + 2)
+            b_parts = receive(parts_ptr[:, None] + o_d[None, :], m_p[:, None] & m_d[None, :])
+            b_tops = tl.where(m_p, receive(parts_ptr + D, m_p), LOWEST)
+            b_totals = receive(parts_ptr + D + 1, m_p)
+            b_weight = tl.exp(b_tops - tl.max(b_tops, axis=0))
+            b_y = tl.sum(b_parts * b_weight[:, None], axis=0)
+            b_total = tl.sum(b_totals * b_weight, axis=0)
         finish_head(
             b_y / b_total,
             y_ptr,
@@ -248,48 +264,6 @@ def _decode_attention_kernel(
             D,
             BLOCK_D,
         )
-    else:
-        partials_ptr += i_head * NUM_SPLITS * (D + 2)
-        tl.store(partials_ptr + i_split * (D + 2) + o_d, b_y, mask=m_d)
-        tl.store(partials_ptr + i_split * (D + 2) + D, b_top)
-        tl.store(partials_ptr + i_split * (D + 2) + D + 1, b_total)
-        # all threads' partials are stored before the one atomic publishes them
-        tl.debug_barrier()
-        num_arrived = tl.atomic_add(arrivals_ptr + i_head, 1, sem="acq_rel", scope="gpu")
-        if num_arrived == NUM_SPLITS - 1:
-            o_p = tl.arange(0, BLOCK_P)
-            m_p = o_p < NUM_SPLITS
-            parts_ptr = partials_ptr + o_p * (D + 2)
-            # .cg reads L2: other SMs wrote these
-            b_tops = tl.load(parts_ptr + D, mask=m_p, other=LOWEST, cache_modifier=".cg")
-            b_totals = tl.load(parts_ptr + D + 1, mask=m_p, other=0.0, cache_modifier=".cg")
-            b_parts = tl.load(
-                parts_ptr[:, None] + o_d[None, :],
-                mask=m_p[:, None] & m_d[None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            b_weight = tl.exp(b_tops - tl.max(b_tops, axis=0))
-            b_sums = tl.sum(b_parts * b_weight[:, None], axis=0)
-            finish_head(
-                b_sums / tl.sum(b_totals * b_weight, axis=0),
-                y_ptr,
-                i_head,
-                o_d,
-                m_d,
-                threshold_ptr,
-                scale_ptr,
-                lists_ptr,
-                counts_ptr,
-                ring_ptr,
-                slot_ptr,
-                num_slots,
-                ring_stride,
-                H,
-                D,
-                BLOCK_D,
-            )
-            tl.store(arrivals_ptr + i_head, 0)
 
 
 def choose_splits(B: int, H: int) -> int:
@@ -307,7 +281,7 @@ def launch_decode_attention(
     positions_B: Tensor,
     keys_BSGD: Tensor,
     values_BSGD: Tensor,
-    arrivals_C: Tensor,
+    partials_W: Tensor,
     window: int,
     num_splits: int,
     use_pdl: bool,
@@ -324,12 +298,9 @@ def launch_decode_attention(
     H = qkv_BN.shape[1] // D - 2 * G
     block_d = triton.next_power_of_2(D)
     y_BN = torch.empty(B, H * D, dtype=qkv_BN.dtype, device=qkv_BN.device)
-    partials = None
-    if num_splits > 1:
-        partials = torch.empty(B * H * num_splits * (D + 2), dtype=torch.float32, device=qkv_BN.device)
     _decode_attention_kernel[(B * H, num_splits)](
         qkv_BN, cos_PE, sin_PE, positions_B, keys_BSGD, values_BSGD, *keys_BSGD.stride()[:3], *values_BSGD.stride()[:3],
-        y_BN, partials, arrivals_C, *listing, *ring, H, G, S, cos_PE.shape[0], window, D**-0.5,
+        y_BN, partials_W, *listing, *ring, H, G, S, cos_PE.shape[0], window, D**-0.5,
         D=D, NUM_SPLITS=num_splits, BLOCK_D=block_d, BLOCK_S=BLOCK_S, BLOCK_P=triton.next_power_of_2(num_splits),
         NUM_STAGES=NUM_STAGES, PDL=use_pdl, num_warps=max(1, min(8, BLOCK_S * block_d // ENTRIES_PER_WARP)),
         **({"launch_pdl": True} if use_pdl else {}),
@@ -345,7 +316,7 @@ def _check(
     positions_B: Tensor,
     keys_BSGD: Tensor,
     values_BSGD: Tensor,
-    arrivals_C: Tensor,
+    partials_W: Tensor,
     window: int,
     num_splits: int,
 ) -> None:
@@ -367,14 +338,14 @@ def _check(
     checks.require(op, "cos_PE", cos_PE, (P, D // 2), dtype, device)
     checks.require(op, "sin_PE", sin_PE, (P, D // 2), dtype, device)
     checks.require(op, "positions_B", positions_B, (B,), torch.int64, device)
-    checks.require_arrivals(op, arrivals_C, B * H, device)
     if window < 0:
         raise ValueError(f"{op}: window must be at least 0, got {window}: 0 attends to all positions")
     if not 1 <= num_splits <= MAX_SPLITS:
         raise ValueError(f"{op}: num_splits must be in [1, {MAX_SPLITS}], got {num_splits}: take it from choose_splits")
+    checks.require_partials(op, partials_W, num_splits, B * H * (D + 2), device)
 
 
-@torch.library.custom_op("sparsetrace::decode_attention", mutates_args=("keys_BSGD", "values_BSGD", "arrivals_C"))
+@torch.library.custom_op("sparsetrace::decode_attention", mutates_args=("keys_BSGD", "values_BSGD", "partials_W"))
 def decode_attention(
     qkv_BN: Tensor,
     cos_PE: Tensor,
@@ -382,7 +353,7 @@ def decode_attention(
     positions_B: Tensor,
     keys_BSGD: Tensor,
     values_BSGD: Tensor,
-    arrivals_C: Tensor,
+    partials_W: Tensor,
     window: int,
     num_splits: int,
     use_pdl: bool = False,
@@ -398,7 +369,8 @@ def decode_attention(
             taken.
         keys_BSGD: rotated keys of one layer; any strides, but heads are contiguous.
         values_BSGD: values likewise.
-        arrivals_C: at least B H counters from `new_arrivals`; launches that share them must be on one stream.
+        partials_W: from `new_partials`, at least B H num_splits (D + 2) words; launches that share them must be on one
+            stream.
         window: attend to positions less than this far back only; 0 attends to all.
         num_splits: programs that share a head's positions, as `choose_splits` says.
         use_pdl: launch while the kernel before still drains (Hopper and later).
@@ -409,16 +381,16 @@ def decode_attention(
         for bit those of `model.rotate`.
     """
     _check(
-        "decode_attention", qkv_BN, cos_PE, sin_PE, positions_B, keys_BSGD, values_BSGD, arrivals_C, window, num_splits
+        "decode_attention", qkv_BN, cos_PE, sin_PE, positions_B, keys_BSGD, values_BSGD, partials_W, window, num_splits
     )
     return launch_decode_attention(
-        qkv_BN, cos_PE, sin_PE, positions_B, keys_BSGD, values_BSGD, arrivals_C, window, num_splits, use_pdl
+        qkv_BN, cos_PE, sin_PE, positions_B, keys_BSGD, values_BSGD, partials_W, window, num_splits, use_pdl
     )
 
 
 @decode_attention.register_fake
 def _(
-    qkv_BN, cos_PE, sin_PE, positions_B, keys_BSGD, values_BSGD, arrivals_C,
+    qkv_BN, cos_PE, sin_PE, positions_B, keys_BSGD, values_BSGD, partials_W,
     window, num_splits, use_pdl=False,
 ):  # fmt: skip
     _, _, G, D = keys_BSGD.shape
@@ -427,7 +399,7 @@ def _(
 
 # no default for a written argument: torch 2.11 counts its version by position and fails if it was left out
 @torch.library.custom_op(
-    "sparsetrace::decode_attention_list", mutates_args=("keys_BSGD", "values_BSGD", "arrivals_C", "values_RSK")
+    "sparsetrace::decode_attention_list", mutates_args=("keys_BSGD", "values_BSGD", "partials_W", "values_RSK")
 )
 def decode_attention_list(
     qkv_BN: Tensor,
@@ -436,7 +408,7 @@ def decode_attention_list(
     positions_B: Tensor,
     keys_BSGD: Tensor,
     values_BSGD: Tensor,
-    arrivals_C: Tensor,
+    partials_W: Tensor,
     window: int,
     num_splits: int,
     threshold_bits_S: Tensor,
@@ -448,7 +420,7 @@ def decode_attention_list(
     """Attend as `decode_attention` for a single slot, and list and capture what the output projection keeps.
 
     Args:
-        qkv_BN, cos_PE, sin_PE, positions_B, keys_BSGD, values_BSGD, arrivals_C, window, num_splits, use_pdl: as
+        qkv_BN, cos_PE, sin_PE, positions_B, keys_BSGD, values_BSGD, partials_W, window, num_splits, use_pdl: as
             `decode_attention` takes them, B = 1; at most 128 heads.
         threshold_bits_S: int32, as `sparse_gemv` takes it, one.
         scale_SK: float32 scale of |y| before the comparison, or None.
@@ -460,7 +432,7 @@ def decode_attention_list(
         list_SIL, counts_SI: as `compact` returns them for it, but that a section is a head: I = H, L = D.
     """
     op = "decode_attention_list"
-    _check(op, qkv_BN, cos_PE, sin_PE, positions_B, keys_BSGD, values_BSGD, arrivals_C, window, num_splits)
+    _check(op, qkv_BN, cos_PE, sin_PE, positions_B, keys_BSGD, values_BSGD, partials_W, window, num_splits)
     B, _, G, D = keys_BSGD.shape
     H = qkv_BN.shape[1] // D - 2 * G
     if B != 1 or H > MAX_SECTIONS:
@@ -470,7 +442,7 @@ def decode_attention_list(
         raise ValueError(f"{op}: threshold_bits_S must hold one threshold, got {S}: only `o` reads the output")
     lists = empty_lists(1, H * D, qkv_BN.device, D)
     y_BN = launch_decode_attention(
-        qkv_BN, cos_PE, sin_PE, positions_B, keys_BSGD, values_BSGD, arrivals_C, window, num_splits, use_pdl,
+        qkv_BN, cos_PE, sin_PE, positions_B, keys_BSGD, values_BSGD, partials_W, window, num_splits, use_pdl,
         (threshold_bits_S, scale_SK, *lists, values_RSK, slot),
     )  # fmt: skip
     return y_BN, *lists
@@ -478,7 +450,7 @@ def decode_attention_list(
 
 @decode_attention_list.register_fake
 def _(
-    qkv_BN, cos_PE, sin_PE, positions_B, keys_BSGD, values_BSGD, arrivals_C,
+    qkv_BN, cos_PE, sin_PE, positions_B, keys_BSGD, values_BSGD, partials_W,
     window, num_splits, threshold_bits_S, scale_SK, values_RSK, slot, use_pdl=False,
 ):  # fmt: skip
     _, _, G, D = keys_BSGD.shape

@@ -37,12 +37,14 @@ def send(words_ptr, b_value, mask=None):
 def receive(words_ptr, mask):
     """Wait for float32 values that programs of lower number, or this one, send; leaves zeros; 0.0 where not mask.
 
-    A tile must be spread over all warps, each word in one of them: of warps that hold copies, the first through would
-    clear what another still waits for.
+    A tile must lie in one warp or be spread over all of them: where a few of many warps held a copy, a warp might leave
+    the loop by what another one saw.
     """
     b_word = tl.load(words_ptr, mask=mask, other=-1, volatile=True)
     while tl.min((b_word != 0).to(tl.int32)) == 0:
         b_word = tl.load(words_ptr, mask=mask, other=-1, volatile=True)
+    # warps that hold copies of the same words read each for itself: one must not clear what another waits for
+    tl.debug_barrier()
     tl.store(words_ptr, tl.zeros_like(b_word), mask=mask)
     return (~b_word).to(tl.float32, bitcast=True)
 

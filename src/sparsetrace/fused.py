@@ -185,7 +185,7 @@ class FusedDecoder:
             positions_B,
             cache.k_LBSGD[layer],
             cache.v_LBSGD[layer],
-            self.arrivals,
+            self.partials,
             self.config.sliding_window or 0,
             choose_splits(len(positions_B), self.config.num_attention_heads),
         )

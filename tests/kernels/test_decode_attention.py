@@ -5,11 +5,11 @@
 
 import pytest
 import torch
-from kernel_testing import assert_sum_close, make_slot, threshold_bits
+from kernel_testing import WORDS, assert_sum_close, make_slot, threshold_bits
 
 from sparsetrace.model import rotate
-from sparsetrace_kernels.checks import new_arrivals
 from sparsetrace_kernels.decode_attention import MAX_SPLITS, choose_splits, decode_attention, decode_attention_list
+from sparsetrace_kernels.partials import new_partials
 from sparsetrace_kernels.reference import compact_ref, decode_attention_ref, keep_segments, mask_operand
 
 HALF = [torch.float16, torch.bfloat16]
@@ -72,11 +72,11 @@ class Problem:
         self.cos_PE, self.sin_PE = make_tables(LENGTH + 100, D, dtype, device)
         self.positions_B = torch.tensor(positions, device=device)
         self.keys_BSGD, self.values_BSGD = make_caches(generator, positions, S, G, D, dtype, device)
-        self.arrivals_C = new_arrivals(device)
+        self.partials_W = new_partials(device, WORDS)
 
     def run(self, window=0, num_splits=1, use_pdl=False):
         y_BN = decode_attention(*self.arguments(window, num_splits), use_pdl)
-        assert not self.arrivals_C.any()
+        assert not self.partials_W.any()
         return y_BN
 
     def arguments(self, window=0, num_splits=1):
@@ -87,7 +87,7 @@ class Problem:
             self.positions_B,
             self.keys_BSGD,
             self.values_BSGD,
-            self.arrivals_C,
+            self.partials_W,
             window,
             num_splits,
         )
@@ -220,7 +220,7 @@ def test_lists_and_captures(device, H, G, D, num_splits, dtype, has_scale):
 
     def run(values_RSK, slot):
         found = decode_attention_list(*listed.arguments(0, num_splits), bits_S, scale_SK, values_RSK, slot)
-        assert not listed.arrivals_C.any()
+        assert not listed.partials_W.any()
         return found
 
     found_BN, list_SIL, counts_SI = run(ring_RSK, make_slot(1, device))
@@ -279,7 +279,7 @@ def test_is_a_well_formed_op(device):
 
 def test_refuses(device):
     problem = Problem(device, torch.float16, 4, 2, 8, [3, 0], S=5)
-    names = ("qkv_BN", "cos_PE", "sin_PE", "positions_B", "keys_BSGD", "values_BSGD", "arrivals_C")
+    names = ("qkv_BN", "cos_PE", "sin_PE", "positions_B", "keys_BSGD", "values_BSGD", "partials_W")
     names += ("window", "num_splits")
 
     def refuses(match, **changed):
@@ -302,7 +302,9 @@ def test_refuses(device):
     refuses("cos_PE must be contiguous", cos_PE=problem.cos_PE[:, :3])
     refuses("sin_PE must be contiguous", sin_PE=problem.sin_PE[:50])
     refuses("positions_B must be contiguous torch.int64", positions_B=problem.positions_B.int())
-    refuses("arrivals_C must be contiguous with at least 8", arrivals_C=problem.arrivals_C[:7])
+    refuses(
+        "partials_W must be contiguous with at least 2 x 80 words", partials_W=problem.partials_W[:159], num_splits=2
+    )
     refuses("window must be at least 0, got -1", window=-1)
     refuses(r"num_splits must be in \[1, 32\], got 0", num_splits=0)
     refuses(r"num_splits must be in \[1, 32\], got 33", num_splits=33)
@@ -326,7 +328,7 @@ def test_replays_in_a_graph(device, B, G, use_pdl, dtype):
         ref_BN, _, _ = problem.reference(window)
         graph.replay()
         assert_stored(problem, before)
-        assert not problem.arrivals_C.any()
+        assert not problem.partials_W.any()
         assert_sum_close(y_BN, ref_BN, problem.torch_attention(window))
         again_BN = y_BN.clone()
         graph.replay()

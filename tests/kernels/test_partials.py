@@ -48,6 +48,18 @@ def test_every_pattern_arrives(device, num_warps):
     assert torch.tensor([-1, -2], dtype=torch.int32).view(torch.float32).isnan().all()
 
 
+@pytest.mark.gpu
+def test_no_warp_is_left_waiting(device):
+    # every warp holds all words of so small a tile; thousands of launches, since one in a few hundred stood still
+    x_SN = torch.randn(NUM_SENDERS, 1, device=device)
+    words = new_partials(device, WORDS)
+    y_SN = torch.full_like(x_SN, float("nan"))
+    for _ in range(5000):
+        _hand_over_kernel[(1, NUM_SENDERS + 1)](x_SN, y_SN, words, 1, BLOCK_N=1, BLOCK_S=8, num_warps=8)
+    assert torch.equal(y_SN, x_SN)
+    assert not words.any()
+
+
 def test_partial_sums_fit_the_registers():
     for block_n in (16, 32, 64, 128, 256):
         for num_warps in (1, 2, 4, 8):
