@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsetrace_kernels import checks
 from sparsetrace_kernels.compact import check_producer, empty_lists, section_grid
-from sparsetrace_kernels.primitives import finish_section, wait_for_producer
+from sparsetrace_kernels.primitives import finish_section, load_slot, load_thresholds, wait_for_producer
 
 # every program sums the squares of the whole vector: 8 entries a thread at K = 4096
 NUM_WARPS = 16
@@ -68,8 +68,10 @@ def _add_rmsnorm_kernel(
     i_section = tl.program_id(0)
     o_k = i_section * LENGTH + tl.arange(0, LENGTH)
     m_k = o_k < K
-    # the kernel before does not make it, so it is fetched while that one still runs
+    # the kernel before does not make these, so they are fetched while that one still runs
     b_weight = tl.load(weight_ptr + o_k, mask=m_k, other=0.0)
+    b_thresholds = load_thresholds(threshold_ptr, NUM_SEGMENTS)
+    b_slot = load_slot(slot_ptr)
     wait_for_producer(PDL)
     o_all = tl.arange(0, BLOCK_K)
     b_all = load_total(residual_ptr, delta_ptr, o_all, o_all < K).to(tl.float32)
@@ -82,13 +84,13 @@ def _add_rmsnorm_kernel(
         b_x,
         o_k,
         m_k,
-        threshold_ptr,
+        b_thresholds,
         scale_ptr,
         lists_ptr,
         counts_ptr,
         values_ptr,
         mask_ptr,
-        slot_ptr,
+        b_slot,
         num_slots,
         values_slot_stride,
         values_segment_stride,
@@ -129,7 +131,8 @@ def add_rmsnorm(
         values_RSK: ring that takes each segment's operand, dtype of `residual_K`; or None.
         mask_RSM: ring that takes the operand's bitmask, uint8, LSB first; or None.
         slot: [1] int64, the ring slot to write; outside [0, R) nothing is captured; None without a ring.
-        use_pdl: launch while the kernel before still drains (Hopper and later).
+        use_pdl: launch while the kernel before still drains (Hopper and later); of the tensors here that one may make
+            the first two only.
 
     Returns:
         total_K: the new residual stream.

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsetrace_kernels import checks
-from sparsetrace_kernels.primitives import finish_section, wait_for_producer
+from sparsetrace_kernels.primitives import finish_section, load_slot, load_thresholds, wait_for_producer
 
 # inputs of a section: at least so many, and for wide inputs as many as make so few sections
 MIN_SECTION, FEW_SECTIONS = 512, 16
@@ -43,6 +43,8 @@ def _compact_kernel(
     PDL: tl.constexpr,
 ):
     i_section = tl.program_id(0)
+    b_thresholds = load_thresholds(threshold_ptr, NUM_SEGMENTS)
+    b_slot = load_slot(slot_ptr)
     wait_for_producer(PDL)
     o_k = i_section * LENGTH + tl.arange(0, LENGTH)
     m_k = o_k < K
@@ -50,13 +52,13 @@ def _compact_kernel(
         tl.load(x_ptr + o_k, mask=m_k, other=0.0),
         o_k,
         m_k,
-        threshold_ptr,
+        b_thresholds,
         scale_ptr,
         lists_ptr,
         counts_ptr,
         values_ptr,
         mask_ptr,
-        slot_ptr,
+        b_slot,
         num_slots,
         values_slot_stride,
         values_segment_stride,
@@ -135,7 +137,8 @@ def compact(
         values_RSK: ring that takes each segment's operand, dtype of `x_K`; or None.
         mask_RSM: ring that takes the operand's bitmask, uint8, LSB first; or None.
         slot: [1] int64, the ring slot to write; outside [0, R) nothing is captured; None without a ring.
-        use_pdl: launch while the kernel before still drains (Hopper and later).
+        use_pdl: launch while the kernel before still drains (Hopper and later); of the tensors here that one may make
+            the first only.
 
     Returns:
         list_SIL: int32, `row << 16 | bit pattern of x`, rows ascending, section i of those in [i L, (i + 1) L); entries

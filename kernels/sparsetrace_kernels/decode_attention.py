@@ -22,7 +22,7 @@ from sparsetrace_kernels import checks
 from sparsetrace_kernels.compact import check_producer, empty_lists
 from sparsetrace_kernels.list_gemv import MAX_SECTIONS
 from sparsetrace_kernels.partials import receive, send
-from sparsetrace_kernels.primitives import finish_section, wait_for_producer
+from sparsetrace_kernels.primitives import finish_section, load_slot, load_thresholds, wait_for_producer
 
 # the last program of a head holds all its splits' sums at once: 16 registers a thread at D = 128
 MAX_SPLITS = 32
@@ -83,34 +83,34 @@ def finish_head(
     i_head,
     o_d,
     m_d,
-    threshold_ptr,
+    b_thresholds,
     scale_ptr,
     lists_ptr,
     counts_ptr,
     ring_ptr,
-    slot_ptr,
+    b_slot,
     num_slots,
     ring_stride,
     H,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Store a head's output, and list and capture it where there is a threshold."""
+    """Store a head's output, and list and capture it where there are thresholds."""
     b_x = b_y.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + i_head * D + o_d, b_x, mask=m_d)
-    if threshold_ptr is not None:
+    if b_thresholds is not None:
         i_section = i_head.to(tl.int32)
         finish_section(
             b_x,
             i_section * D + o_d,
             m_d,
-            threshold_ptr,
+            b_thresholds,
             scale_ptr,
             lists_ptr,
             counts_ptr,
             ring_ptr,
             None,
-            slot_ptr,
+            b_slot,
             num_slots,
             ring_stride,
             0,
@@ -173,6 +173,10 @@ def _decode_attention_kernel(
     m_d = o_d < D
 
     # the kernel before makes the current token's vectors alone, so all else is fetched while it still runs
+    b_thresholds = None
+    if threshold_ptr is not None:
+        b_thresholds = load_thresholds(threshold_ptr, 1)
+    b_slot = load_slot(slot_ptr)
     b_position = tl.load(positions_ptr + i_b)
     in_cache = (b_position >= 0) & (b_position < S)
     # clamped: an odd position must not read outside the tables
@@ -252,12 +256,12 @@ def _decode_attention_kernel(
             i_head,
             o_d,
             m_d,
-            threshold_ptr,
+            b_thresholds,
             scale_ptr,
             lists_ptr,
             counts_ptr,
             ring_ptr,
-            slot_ptr,
+            b_slot,
             num_slots,
             ring_stride,
             H,
@@ -373,7 +377,8 @@ def decode_attention(
             stream.
         window: attend to positions less than this far back only; 0 attends to all.
         num_splits: programs that share a head's positions, as `choose_splits` says.
-        use_pdl: launch while the kernel before still drains (Hopper and later).
+        use_pdl: launch while the kernel before still drains (Hopper and later); of the tensors here that one may make
+            the first only.
 
     Returns:
         y_BN: [B, H D], dtype of `qkv_BN`; float32 accumulation, error within 2x that of torch's attention.  Bitwise

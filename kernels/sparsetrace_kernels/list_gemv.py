@@ -48,11 +48,11 @@ def _list_kernel(
 ):
     i_n = tl.program_id(0)
     i_k = tl.program_id(1)
-    wait_for_producer(PDL)
     i_segment, first, lo, hi = segment_of_block(i_n, N, end_0, end_1, NUM_SEGMENTS, BLOCK_N)
     o_n = lo + (i_n - first) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < hi
     o_i = tl.arange(0, BLOCK_I)
+    wait_for_producer(PDL)
     b_counts = tl.load(counts_ptr + i_segment * num_sections + o_i, mask=o_i < num_sections, other=0)
     # programs take tiles in turn, so that all get equally many whatever the counts
     count = tl.sum(b_counts, 0)

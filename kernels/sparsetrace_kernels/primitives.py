@@ -51,6 +51,31 @@ def load_threshold(threshold_ptr, i_segment):
 
 
 @triton.jit
+def load_thresholds(threshold_ptr, NUM_SEGMENTS: tl.constexpr):
+    """Load the thresholds of 1 to 3 segments; where there are fewer, the first stands in.
+
+    A producer does it before it waits: since the last time, a step's weights have passed through the L2 cache.
+    """
+    b_0 = load_threshold(threshold_ptr, 0)
+    b_1 = b_0
+    b_2 = b_0
+    if NUM_SEGMENTS > 1:
+        b_1 = load_threshold(threshold_ptr, 1)
+    if NUM_SEGMENTS > 2:
+        b_2 = load_threshold(threshold_ptr, 2)
+    return b_0, b_1, b_2
+
+
+@triton.jit
+def load_slot(slot_ptr):
+    """Load the ring slot to write; outside every ring if there is none."""
+    b_slot = tl.full([], -1, tl.int64)
+    if slot_ptr is not None:
+        b_slot = tl.load(slot_ptr).to(tl.int64)
+    return b_slot
+
+
+@triton.jit
 def keep_entries(b_x, b_t, scale_ptr, i_segment, o_k, m_k, K):
     """Threshold a block of inputs: the one definition of the mask on the device."""
     b_bits = b_x.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
@@ -76,7 +101,7 @@ def store_capture(
     b_keep,
     values_ptr,  # [R, S, K] or None
     mask_ptr,  # [R, S, M] or None
-    slot_ptr,  # [1] int64
+    b_slot,
     num_slots,
     values_slot_stride,
     values_segment_stride,
@@ -91,17 +116,15 @@ def store_capture(
 
     With a mask ring, start is a multiple of 8, and so is stop unless it is the operand's end.
     """
-    if slot_ptr is not None:
-        b_slot = tl.load(slot_ptr).to(tl.int64)
-        in_ring = (b_slot >= 0) & (b_slot < num_slots)
-        if values_ptr is not None:
-            o_k = start + tl.arange(0, BLOCK_K)
-            row_ptr = values_ptr + b_slot * values_slot_stride + tl.cast(i_segment, tl.int64) * values_segment_stride
-            tl.store(row_ptr + o_k, tl.where(b_keep, b_x, 0.0), mask=(o_k < stop) & in_ring)
-        if mask_ptr is not None:
-            o_m = start // 8 + tl.arange(0, BLOCK_K // 8)
-            row_ptr = mask_ptr + b_slot * mask_slot_stride + tl.cast(i_segment, tl.int64) * mask_segment_stride
-            tl.store(row_ptr + o_m, mask_bytes(b_keep, BLOCK_K), mask=(o_m < tl.cdiv(stop, 8)) & in_ring)
+    in_ring = (b_slot >= 0) & (b_slot < num_slots)
+    if values_ptr is not None:
+        o_k = start + tl.arange(0, BLOCK_K)
+        row_ptr = values_ptr + b_slot * values_slot_stride + tl.cast(i_segment, tl.int64) * values_segment_stride
+        tl.store(row_ptr + o_k, tl.where(b_keep, b_x, 0.0), mask=(o_k < stop) & in_ring)
+    if mask_ptr is not None:
+        o_m = start // 8 + tl.arange(0, BLOCK_K // 8)
+        row_ptr = mask_ptr + b_slot * mask_slot_stride + tl.cast(i_segment, tl.int64) * mask_segment_stride
+        tl.store(row_ptr + o_m, mask_bytes(b_keep, BLOCK_K), mask=(o_m < tl.cdiv(stop, 8)) & in_ring)
 
 
 @triton.jit
@@ -177,13 +200,13 @@ def finish_section(
     b_x,
     o_k,
     m_k,
-    threshold_ptr,  # [S] int32
+    b_thresholds,  # from `load_thresholds`
     scale_ptr,  # [S, K] float32 or None
     lists_ptr,  # [S, sections, LENGTH] int32
     counts_ptr,  # [S, sections] int32
     values_ptr,  # [R, S, K] or None
     mask_ptr,  # [R, S, M] or None
-    slot_ptr,  # [1] int64 or None
+    b_slot,
     num_slots,
     values_slot_stride,
     values_segment_stride,
@@ -198,8 +221,7 @@ def finish_section(
 ):
     """Threshold, list and capture inputs o_k of a producer's output, where m_k: section i_section of LENGTH inputs."""
     for i_segment in tl.static_range(NUM_SEGMENTS):
-        b_t = load_threshold(threshold_ptr, i_segment)
-        b_keep = keep_entries(b_x, b_t, scale_ptr, i_segment, o_k, m_k, K)
+        b_keep = keep_entries(b_x, b_thresholds[i_segment], scale_ptr, i_segment, o_k, m_k, K)
         b_one = b_keep.to(tl.int32)
         i_list = i_segment * num_sections + i_section
         o_list = i_list * LENGTH + tl.cumsum(b_one, 0) - b_one
@@ -210,7 +232,7 @@ def finish_section(
             b_keep,
             values_ptr,
             mask_ptr,
-            slot_ptr,
+            b_slot,
             num_slots,
             values_slot_stride,
             values_segment_stride,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsetrace_kernels import checks
 from sparsetrace_kernels.compact import check_producer, empty_lists, section_grid
-from sparsetrace_kernels.primitives import finish_section, wait_for_producer
+from sparsetrace_kernels.primitives import finish_section, load_slot, load_thresholds, wait_for_producer
 
 
 @triton.jit
@@ -50,6 +50,8 @@ def _silu_mul_kernel(
     PDL: tl.constexpr,
 ):
     i_section = tl.program_id(0)
+    b_thresholds = load_thresholds(threshold_ptr, NUM_SEGMENTS)
+    b_slot = load_slot(slot_ptr)
     wait_for_producer(PDL)
     o_k = i_section * LENGTH + tl.arange(0, LENGTH)
     m_k = o_k < K
@@ -59,13 +61,13 @@ def _silu_mul_kernel(
         b_x,
         o_k,
         m_k,
-        threshold_ptr,
+        b_thresholds,
         scale_ptr,
         lists_ptr,
         counts_ptr,
         values_ptr,
         mask_ptr,
-        slot_ptr,
+        b_slot,
         num_slots,
         values_slot_stride,
         values_segment_stride,
@@ -100,7 +102,8 @@ def silu_mul(
         values_RSK: ring that takes the operand, dtype of `gate_up_K2`; or None.
         mask_RSM: ring that takes the operand's bitmask, uint8, LSB first; or None.
         slot: [1] int64, the ring slot to write; outside [0, R) nothing is captured; None without a ring.
-        use_pdl: launch while the kernel before still drains (Hopper and later).
+        use_pdl: launch while the kernel before still drains (Hopper and later); of the tensors here that one may make
+            the first only.
 
     Returns:
         product_K: the product as thresholded, before masking; error within 2x that of torch.

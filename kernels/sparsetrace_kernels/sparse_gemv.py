@@ -22,6 +22,7 @@ from sparsetrace_kernels.primitives import (
     gather_sum,
     keep_entries,
     list_entry,
+    load_slot,
     load_threshold,
     segment_of_block,
     store_capture,
@@ -52,6 +53,7 @@ def _capture_rows(
     CAPTURE_K: tl.constexpr,
 ):
     b_t = load_threshold(threshold_ptr, i_segment)
+    b_slot = load_slot(slot_ptr)
     for start in tl.range(k_lo, k_hi, CAPTURE_K):
         o_k = start + tl.arange(0, CAPTURE_K)
         m_k = o_k < K
@@ -62,7 +64,7 @@ def _capture_rows(
             b_keep,
             values_ptr,
             mask_ptr,
-            slot_ptr,
+            b_slot,
             num_slots,
             values_slot_stride,
             values_segment_stride,
