@@ -162,9 +162,10 @@ class Engine:
         else:
             cache = KVCache(self.model.config, B, plan.positions(), self.device)
             loop = _Loop(B, plan.positions(), self._ending, self.device)
+        # its copies are waited for, so it goes before the prompts, behind which the first steps then queue up
+        loop.begin(group, plan, self.decoding.seed, self.batching.max_new_tokens)
         fed: list[dict[str, np.ndarray]] = []
         hidden_BC = self._feed_at_once(group, plan, cache.first(plan.positions()), recorder, fed)
-        loop.begin(group, plan, self.decoding.seed, self.batching.max_new_tokens)
         self._choose(loop, hidden_BC)
         finite = self._decode(group, plan, cache, loop, recorder)
         if not finite:
