@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--gigabytes", type=float, default=20.0, help="written in each timing of many rows")
     parser.add_argument("--new", type=int, default=200, help="tokens generated of each sequence at batch 1")
-    parser.add_argument("--groups", type=int, default=24, help="in each timing of what capture costs")
+    parser.add_argument("--groups", type=int, default=24, help="in each timing at batch 1")
     parser.add_argument("--parts", nargs="+", default=["one", "cost", "many", "forced", "profile"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -249,7 +249,7 @@ def main() -> None:
             row_bytes = inputs * (2 * (1 - arguments.sparsity) + 1 / 8)
             rows = max(1, int(arguments.gigabytes * 1e9 / row_bytes))
             if "one" in arguments.parts:
-                bench.run(1, arguments.new, 12)
+                bench.run(1, arguments.new, arguments.groups)
             if "cost" in arguments.parts:
                 bench.capture_cost(1, arguments.new, arguments.groups, 3)
             if "many" in arguments.parts:

@@ -1,8 +1,8 @@
 """Size and speed of packing, on operands captured from real model runs that this script makes itself.
 
 Each source is a checkpoint taken through the pipeline's own steps (convert, calibrate, thresholds, split, generate), on
-a GPU where there is one; its dump is then packed and read back to dense by one thread, several times in alternation, in
-one process. For a trained model of realistic width, alone:
+a GPU where there is one; its dump is then packed, and read back to dense in the model's own type, by one thread,
+several times in alternation, in one process. For a trained model of realistic width, alone:
 
     python benchmarks/trained_checkpoint.py /scratch/trained-1024
     python benchmarks/pack.py --work /scratch/pack --source --checkpoint /scratch/trained-1024 \
@@ -47,6 +47,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+# here, so that no reading is timed with its import
+import torch
 from record import append
 from synthetic import commit, make_dump
 
@@ -90,7 +93,6 @@ def made(source: str, work: Path) -> Path:
 
 def random_llama(demo: Path, folder: Path, hidden: int) -> None:
     """A Hugging Face checkpoint of two wide layers with random weights, and the demonstration model's tokenizer."""
-    import torch
     from safetensors.torch import save_file
 
     folder.mkdir()
@@ -225,9 +227,8 @@ def measure(dump: Path, folder: Path, encoding: str) -> dict[str, float]:
         dense_bytes = 0
         for layer, matrix in workload.leaves:
             for rows in workload.blocks(layer, matrix):
-                dense = rows.dense()
-                # a bfloat16 is given back as float32; it counts as what it is in the model
-                dense_bytes += dense.size * (4 if rows.dtype == "float32" else 2)
+                # in the model's own type, which for bfloat16 numpy has not
+                dense_bytes += (rows.torch() if rows.dtype == "bfloat16" else rows.dense()).nbytes
         read.append(time.process_time() - began)
         size = sum(file["bytes"] for file in packed["files"])
         nnz = sum(file["nnz"] for file in packed["files"])
