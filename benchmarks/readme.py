@@ -36,16 +36,20 @@ def table(results: Path) -> str:
     return "\n".join(lines)
 
 
+def put(page: Path, marker: str, rows: str) -> None:
+    """Put a table between a page's `<!-- MARKER:begin -->` and `<!-- MARKER:end -->`."""
+    pattern = f"(<!-- {marker}:begin -->\n).*?(<!-- {marker}:end -->)"
+    text, count = re.subn(
+        pattern, lambda match: f"{match[1]}{rows}\n{match[2]}", page.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    if count != 1:
+        raise SystemExit(f"error: {page.name} must have the markers of {marker} once, got {count}")
+    page.write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("marker", help="name in README.md's `<!-- NAME:begin -->`")
     parser.add_argument("results", type=Path, help="the study's results folder")
     arguments = parser.parse_args()
-    pattern = f"(<!-- {arguments.marker}:begin -->\n).*?(<!-- {arguments.marker}:end -->)"
-    rows = table(arguments.results)
-    text, count = re.subn(
-        pattern, lambda match: f"{match[1]}{rows}\n{match[2]}", README.read_text(encoding="utf-8"), flags=re.DOTALL
-    )
-    if count != 1:
-        raise SystemExit(f"error: README.md must have the markers of {arguments.marker} once, got {count}")
-    README.write_text(text, encoding="utf-8")
+    put(README, arguments.marker, table(arguments.results))
