@@ -202,6 +202,16 @@ def test_tables(made, ds):
         assert own["token_id"].to_pylist() == row["prompt_ids"] + row["output_ids"][:-1]
 
 
+def test_rows_and_steps_print_as_one_line(made, ds):
+    _, dense, tokens = made
+    kept = np.count_nonzero(dense[1, "down"])
+    shown = f"{len(tokens)} tokens x {WIDTHS['down']} float16, {kept} kept"
+    assert repr(ds.matrix(1, "down")) == f"Rows(layer 1, down: {shown})"
+    assert repr(ds.matrix(1, "down", values=False)) == f"Rows(layer 1, down: {shown}, masks only)"
+    step = next(ds.replay())
+    assert repr(step) == f"Step(group=0, step={step.step}, {len(step.token)} tokens, 14 operands each)"
+
+
 def test_summary_names_what_matters(made, ds):
     text = str(ds)
     for part in (str(made[0]), "2 layers, float16", "teal-0.5", f"{len(made[2])} captured of", "achieved", "down"):

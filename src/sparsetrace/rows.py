@@ -52,6 +52,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.token)
 
+    def __repr__(self) -> str:
+        kept = f"{self.offsets[-1]:,} kept" + ("" if self.bits is not None else ", masks only")
+        return f"Rows(layer {self.layer}, {self.matrix}: {len(self):,} tokens x {self.features:,} {self.dtype}, {kept})"
+
     @property
     def nnz(self) -> np.ndarray:
         """int64 [T]: kept inputs of each row."""
@@ -118,6 +122,8 @@ class Rows:
             torch.from_numpy(self.indices().astype(np.int64)),
             _as_torch(self.patterns, self.dtype),
             size=(len(self), self.features),
+            # they hold by construction; torch warns where it is not told
+            check_invariants=False,
         )
 
     def take(self, at: np.ndarray) -> Rows:

@@ -38,6 +38,10 @@ class Step:
     _start: int
     _number: int
 
+    def __repr__(self) -> str:
+        tokens, operands = f"{len(self.token):,} tokens", f"{len(self._window)} operands each"
+        return f"Step(group={self.group}, step={self.step}, {tokens}, {operands})"
+
     def __iter__(self) -> Iterator[Rows]:
         """The operands of each layer and matrix, in the order of execution."""
         for key in self._window:
