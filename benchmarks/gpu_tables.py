@@ -46,6 +46,11 @@ def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
+def short(gpu: str) -> str:
+    """`H100` of `NVIDIA H100 80GB HBM3`."""
+    return gpu.split()[1]
+
+
 def decode_key(row: Row) -> tuple[str, ...]:
     return row["gpu"], row["model"], row["dtype"], row["mode"], row["batch"]
 
@@ -60,14 +65,14 @@ def decode_table(key_columns: Iterable[str], chosen: Iterable[Row]) -> str:
     for key, sinks in by_key.items():
         gpu, model, dtype, mode, batch = key
         what = {("decode", "1"): "one sequence", ("decode", "64"): "64 sequences"}.get((mode, batch))
-        names = {"gpu": gpu, "model": model, "dtype": dtype, "what": what or f"given text, {batch} x 512 at once"}
+        names = {"gpu": short(gpu), "shape": f"{model}, {dtype}", "what": what or f"given text, {batch} x 512 at once"}
         disk = sinks["disk"]
         bound = float(disk["limit_tokens_per_s"])
         limit = "decoding" if disk["limit"] == "no capture" else f"the {disk['limit']}: {bound:,.0f}"
         rates = [f"{float(sinks[sink]['tokens_per_s']):,.0f}" for sink in ("none", "memory", "disk")]
         share = f"{float(disk['tokens_per_s']) / bound:.1%}"
         lines.append([*(names[column] for column in key_columns), *rates, limit, share])
-    heads = {"what": "", "gpu": "GPU", "model": "shape", "dtype": "type"}
+    heads = {"what": "", "gpu": "GPU", "shape": "shape"}
     columns = [*(heads[column] for column in key_columns), "without capture", "captured, to host memory"]
     return markdown([*columns, "captured, to the disk", "what bounds the disk's", "share of it"], lines)
 
@@ -89,7 +94,7 @@ def gemv_table(rows: list[Row]) -> str:
                 over_teal = statistics.geometric_mean([teal[shape] / own[shape] for shape in SHAPES])
                 over_dense = min(dense[shape] / own[shape] for shape in SHAPES)
                 cells.append(f"{over_teal:.2f} ({over_dense:.2f})")
-            lines.append([gpu, impl, *cells])
+            lines.append([short(gpu), impl, *cells])
     return markdown(["GPU", "kernel", *(f"{float(sparsity):.0%}" for sparsity in GEMV_SPARSITIES)], lines)
 
 
@@ -128,7 +133,7 @@ def main() -> None:
     decode, gemv = read("decode.csv"), read("gemv.csv")
     seven = [row for row in decode if (row["gpu"], row["model"], row["dtype"]) == (H100, "llama-2-7b", "float16")]
     put(README, "decode-short", decode_table(["what"], seven))
-    put(PAGE, "decode", decode_table(["gpu", "model", "dtype", "what"], decode))
+    put(PAGE, "decode", decode_table(["gpu", "shape", "what"], decode))
     put(PAGE, "gemv", gemv_table(gemv))
     put(PAGE, "step", step_table(gemv, read("profile.csv")))
 
