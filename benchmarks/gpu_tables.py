@@ -128,15 +128,18 @@ def step_table(gemv: list[Row], profile: list[Row]) -> str:
     return markdown(["", "us", f"reading at {bytes_per_us / 1e3:,.0f} GB/s", "more than that"], lines)
 
 
-def main() -> None:
-    """Write both pages."""
+def tables() -> list[tuple[Path, str, str]]:
+    """Page, marker and table of each."""
     decode, gemv = read("decode.csv"), read("gemv.csv")
     seven = [row for row in decode if (row["gpu"], row["model"], row["dtype"]) == (H100, "llama-2-7b", "float16")]
-    put(README, "decode-short", decode_table(["what"], seven))
-    put(PAGE, "decode", decode_table(["gpu", "shape", "what"], decode))
-    put(PAGE, "gemv", gemv_table(gemv))
-    put(PAGE, "step", step_table(gemv, read("profile.csv")))
+    return [
+        (README, "decode-short", decode_table(["what"], seven)),
+        (PAGE, "decode", decode_table(["gpu", "shape", "what"], decode)),
+        (PAGE, "gemv", gemv_table(gemv)),
+        (PAGE, "step", step_table(gemv, read("profile.csv"))),
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    for page, marker, rows in tables():
+        put(page, marker, rows)

@@ -1,4 +1,4 @@
-"""What the benchmark scripts are built of, on a CPU: the checkpoint that they write, the disk's limit, the CSV."""
+"""What the benchmark scripts are built of, on a CPU: checkpoints, limits, the CSV and the tables made of it."""
 
 import csv
 import hashlib
@@ -16,7 +16,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
-import limits  # noqa: E402  # a folder of scripts, not a package
+import gpu_tables  # noqa: E402  # a folder of scripts, not a package
+import limits  # noqa: E402
 import node  # noqa: E402
 import peers  # noqa: E402
 import random_checkpoint  # noqa: E402
@@ -308,3 +309,8 @@ def test_a_peer_that_takes_too_long_is_ended(tmp_path, capsys):
     (tmp_path / "generate.py").write_text("import time\ntime.sleep(1000)")
     assert peers.rows_of({"gpt-fast": tmp_path}, "small", 3, False, 2) == []
     assert capsys.readouterr().out == "gpt-fast: failed: took more than 2 s\n"
+
+
+def test_pages_hold_the_tables_of_the_committed_results():
+    for page, marker, rows in gpu_tables.tables():
+        assert f"<!-- {marker}:begin -->\n{rows}\n<!-- {marker}:end -->" in page.read_text(encoding="utf-8")
