@@ -12,7 +12,7 @@ HALF_TYPES = (torch.float16, torch.bfloat16)
 # a program addresses its tile of rows x N by int32 offsets from an int64 base
 MAX_COLUMNS = 1 << 20
 
-# one for each slot and head of a launch
+# one for each slot of a launch
 MAX_ARRIVALS = 1 << 16
 
 # a list entry holds the row in 16 bits

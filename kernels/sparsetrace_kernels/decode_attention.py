@@ -346,7 +346,8 @@ def _check(
         raise ValueError(f"{op}: window must be at least 0, got {window}: 0 attends to all positions")
     if not 1 <= num_splits <= MAX_SPLITS:
         raise ValueError(f"{op}: num_splits must be in [1, {MAX_SPLITS}], got {num_splits}: take it from choose_splits")
-    checks.require_partials(op, partials_W, num_splits, B * H * (D + 2), device)
+    # a single split hands over nothing
+    checks.require_partials(op, partials_W, num_splits if num_splits > 1 else 0, B * H * (D + 2), device)
 
 
 @torch.library.custom_op("sparsetrace::decode_attention", mutates_args=("keys_BSGD", "values_BSGD", "partials_W"))
@@ -373,8 +374,8 @@ def decode_attention(
             taken.
         keys_BSGD: rotated keys of one layer; any strides, but heads are contiguous.
         values_BSGD: values likewise.
-        partials_W: from `new_partials`, at least B H num_splits (D + 2) words; launches that share them must be on one
-            stream.
+        partials_W: from `new_partials`, at least B H num_splits (D + 2) words if there are several splits; launches
+            that share them must be on one stream.
         window: attend to positions less than this far back only; 0 attends to all.
         num_splits: programs that share a head's positions, as `choose_splits` says.
         use_pdl: launch while the kernel before still drains (Hopper and later); of the tensors here that one may make

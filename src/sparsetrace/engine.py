@@ -545,6 +545,7 @@ class _Fused:
     ) -> None:
         # imported late: the torch engine also runs where Triton is not installed
         from sparsetrace.fused import FusedDecoder
+        from sparsetrace_kernels.checks import new_arrivals
         from sparsetrace_kernels.configs import active_table
         from sparsetrace_kernels.draw_tokens import draw_tokens
 
@@ -559,7 +560,7 @@ class _Fused:
         self.decoder = FusedDecoder(model, patch, _aligned(positions), table)
         self._lay_out(_aligned(positions))
         heat = torch.tensor([temperature], dtype=torch.float64, device=self.device) if temperature else None
-        self._draw = partial(draw_tokens, temperature=heat, arrivals_C=self.decoder.arrivals)
+        self._draw = partial(draw_tokens, temperature=heat, arrivals_C=new_arrivals(self.device))
 
     def _lay_out(self, positions: int) -> None:
         self.positions = positions

@@ -27,7 +27,6 @@ from sparsetrace.methods import MatrixRule, Method
 from sparsetrace.model import Block, Decoder, KVCache, attended, rotary_factors
 from sparsetrace.patch import Patch, SparseProjection
 from sparsetrace_kernels.add_rmsnorm import add_rmsnorm
-from sparsetrace_kernels.checks import new_arrivals
 from sparsetrace_kernels.configs import TuningTable, choose_config
 from sparsetrace_kernels.decode_attention import choose_splits, decode_attention, decode_attention_list
 from sparsetrace_kernels.list_gemv import MAX_SECTIONS, list_gemv
@@ -91,7 +90,7 @@ class FusedDecoder:
         table: measured kernel configurations; None takes the heuristic's.
 
     Attributes:
-        arrivals, partials: counters, and words for partial sums, that all kernels of the decoder's stream share.
+        partials: words for partial sums, that all kernels of the decoder's stream share.
         probe: sees every product, in eager mode; for tests.
 
     Raises:
@@ -110,7 +109,6 @@ class FusedDecoder:
         # the last norm is followed by no multiply of ours: nothing is captured, and what is kept of it is not used
         nothing = torch.zeros(1, dtype=torch.int32, device=device)
         self._last = _Site(len(model.layers), "last", model.norm.weight[:, None], [slice(0, 1)], nothing, None, "")
-        self.arrivals = new_arrivals(device)
         self.partials = new_partials(device)
         self.extend(positions)
         hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

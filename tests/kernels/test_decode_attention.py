@@ -168,6 +168,14 @@ def test_positions_outside_the_cache_store_nothing(device, num_splits):
     assert_stored(problem, before)
 
 
+def test_a_single_split_needs_no_words(device):
+    # as many as a batch of a thousand slots would ask for are not there
+    shape = (device, torch.float16, 2, 1, 24, POSITIONS)
+    problem = Problem(*shape)
+    problem.partials_W = problem.partials_W[:1]
+    assert torch.equal(problem.run(), Problem(*shape).run())
+
+
 @pytest.mark.parametrize(("window", "num_splits"), [(0, 1), (0, 3), (50, 4)])
 def test_depends_on_the_slots_own_tokens_only(device, window, num_splits):
     shape = (device, torch.float16, 2, 1, 24)
@@ -305,6 +313,7 @@ def test_refuses(device):
     refuses(
         "partials_W must be contiguous with at least 2 x 80 words", partials_W=problem.partials_W[:159], num_splits=2
     )
+    refuses("partials_W must be an int32 vector", partials_W=problem.partials_W.long())
     refuses("window must be at least 0, got -1", window=-1)
     refuses(r"num_splits must be in \[1, 32\], got 0", num_splits=0)
     refuses(r"num_splits must be in \[1, 32\], got 33", num_splits=33)
