@@ -31,6 +31,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 import triton
 from record import KERNELS, source_version
+from shapes import FUSED_SHAPES, SHAPES
 
 from sparsetrace_kernels.configs import active_table, choose_config
 from sparsetrace_kernels.reference import keep_above
@@ -43,10 +44,6 @@ COLUMNS = [
     *("us_p20", "us_p50", "us_p80", "roofline_share", "max_error", "bitwise_repeatable"),
 ]
 
-# Llama-2-7B, Llama-3-8B and 70B matrices; the bars are geometric means over these
-SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (14336, 4096), (8192, 28672), (28672, 8192)]
-# the fused ones that decoding launches: q|k|v and gate|up of 7B and 8B
-FUSED_SHAPES = [(4096, 12288), (4096, 22016), (4096, 6144), (4096, 28672)]
 SPARSITIES = (0.0, 0.25, 0.4, 0.5, 0.65, 0.75, 0.9)
 NUM_REPLAYS = 20
 # large enough that the launch does not count

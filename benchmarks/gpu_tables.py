@@ -6,7 +6,7 @@
 |---|---|---|
 | `decode-short` | README.md | `decode.csv`: the Llama-2-7B shape in float16 on an H100 |
 | `decode` | docs/gpu.md | `decode.csv`: all of it |
-| `gemv` | docs/gpu.md | `gemv.csv`: geometric means over the shapes of `gemv.SHAPES` |
+| `gemv` | docs/gpu.md | `gemv.csv`: geometric means over `shapes.SHAPES` |
 | `step` | docs/gpu.md | `gemv.csv` and `profile.csv`: where a step of the Llama-2-7B shape spends its time |
 """
 
@@ -16,18 +16,17 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+import random_checkpoint
 from readme import README, put
+from shapes import SHAPES
+
+from sparsetrace.schema import SITES
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = README.parent / "docs" / "gpu.md"
 H100 = "NVIDIA H100 80GB HBM3"
-# Llama-2-7B and Llama-3-8B matrices, and 70B's; as `gemv.SHAPES`, which needs a GPU's packages
-SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (14336, 4096), (8192, 28672), (28672, 8192)]
 GEMV_SPARSITIES = ("0.25", "0.5", "0.75", "0.9")
-LAYERS, HEAD = 32, (4096, 32000)
-# inputs and outputs of a layer's multiplies
-SITES = {"q, k, v": (4096, 12288), "o": (4096, 4096), "gate, up": (4096, 22016), "down": (11008, 4096)}
-
+MODEL = "llama-2-7b"
 # what is captured in the runs that count
 CAPTURE = {"dense": "none", "teal": "none", "single": "fused", "list": "producer"}
 
@@ -100,6 +99,7 @@ def gemv_table(rows: list[Row]) -> str:
 
 def step_table(gemv: list[Row], profile: list[Row]) -> str:
     """Where the time of one step goes, beside the time of reading the bytes it needs."""
+    config = random_checkpoint.SHAPES[MODEL]
     gemv = [row for row in gemv if row["gpu"] == H100 and row["dtype"] == "float16"]
     profile = [row for row in profile if row["gpu"] == H100 and row["batch"] == "1" and row["dtype"] == "float16"]
     whole = next(float(row["us_per_step"]) for row in profile if row["kernel"] == "(step)")
@@ -115,15 +115,17 @@ def step_table(gemv: list[Row], profile: list[Row]) -> str:
         spent, floors = spent + us, floors + floor
         lines.append([name, f"{us:,.0f}", f"{floor:,.0f}", f"{us - floor:,.0f}"])
 
-    for name, (K, N) in SITES.items():
+    layers = config.num_hidden_layers
+    for site, matrices in SITES.items():
+        K, N = config.in_features(site), sum(map(config.out_features, matrices))
         row = next(
             row for row in gemv if (row["k"], row["n"], row["impl"], row["sparsity"]) == (str(K), str(N), "list", "0.5")
         )
-        add(f"{LAYERS} x {name} ({K:,} x {N:,})", LAYERS * float(row["us_p50"]), LAYERS * K * N)
+        add(f"{layers} x {', '.join(matrices)} ({K:,} x {N:,})", layers * float(row["us_p50"]), layers * K * N)
     head = next(float(row["us_per_step"]) for row in profile if row["kernel"].startswith("nvjet"))
-    add("the head, by torch", head, 2 * HEAD[0] * HEAD[1])
+    add("the head, by torch", head, 2 * config.hidden_size * config.vocab_size)
     rest = f"{whole - spent:,.0f}"
-    lines.append(["the other kernels, of which 128 make lists", rest, "0", rest])
+    lines.append([f"the other kernels, of which {layers * len(SITES)} make lists", rest, "0", rest])
     lines.append(["the step", f"{whole:,.0f}", f"{floors:,.0f}", f"{whole - floors:,.0f}"])
     return markdown(["", "us", f"reading at {bytes_per_us / 1e3:,.0f} GB/s", "more than that"], lines)
 
@@ -131,7 +133,7 @@ def step_table(gemv: list[Row], profile: list[Row]) -> str:
 def tables() -> list[tuple[Path, str, str]]:
     """Page, marker and table of each."""
     decode, gemv = read("decode.csv"), read("gemv.csv")
-    seven = [row for row in decode if (row["gpu"], row["model"], row["dtype"]) == (H100, "llama-2-7b", "float16")]
+    seven = [row for row in decode if (row["gpu"], row["model"], row["dtype"]) == (H100, MODEL, "float16")]
     return [
         (README, "decode-short", decode_table(["what"], seven)),
         (PAGE, "decode", decode_table(["gpu", "shape", "what"], decode)),
