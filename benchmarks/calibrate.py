@@ -36,15 +36,15 @@ import torch
 import triton
 from torch import Tensor
 
-from sparsetrace import calibrate as step
-from sparsetrace.architecture import ModelConfig
-from sparsetrace.histogram import NUM_PATTERNS, ActivationCounter
+from sparsetrace.calibration import calibrate as step
+from sparsetrace.calibration.histogram import NUM_PATTERNS, ActivationCounter
+from sparsetrace.calibration.quality import measure
+from sparsetrace.calibration.thresholds import derive_thresholds
+from sparsetrace.core.settings import Calibration, Machine, Quality
+from sparsetrace.formats.architecture import ModelConfig
 from sparsetrace.methods import Teal
-from sparsetrace.model import Decoder
-from sparsetrace.patch import observe
-from sparsetrace.quality import measure
-from sparsetrace.settings import Calibration, Machine, Quality
-from sparsetrace.thresholds import derive_thresholds
+from sparsetrace.model.decoder import Decoder
+from sparsetrace.model.patch import observe
 from sparsetrace_kernels.histogram import BLOCK, _histogram_kernel, add_histogram
 from sparsetrace_kernels.reference import histogram_ref
 

@@ -39,13 +39,13 @@ from limits import copy_bandwidth, disk_bandwidth
 from random_checkpoint import SHAPES
 from record import append, where
 
-from sparsetrace.bench import PROMPT_TOKENS, observed_rules, random_groups, time_groups
-from sparsetrace.capture import Recorder
-from sparsetrace.dump import write_block
-from sparsetrace.engine import Engine
+from sparsetrace.core.settings import Batching, Decoding
+from sparsetrace.formats.dump import write_block
+from sparsetrace.generation.capture import Recorder
+from sparsetrace.generation.engine import Engine
 from sparsetrace.methods import Teal
-from sparsetrace.patch import install
-from sparsetrace.settings import Batching, Decoding
+from sparsetrace.model.patch import install
+from sparsetrace.tools.bench import PROMPT_TOKENS, observed_rules, random_groups, time_groups
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (

@@ -143,7 +143,7 @@ def fork(folder: Path, step: Step, prepare: Callable[[], None]) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.argv = ["sparsetrace", *step.arguments]
-        from sparsetrace.cli import main
+        from sparsetrace.cli.main import main
 
         prepare()
         main()
@@ -345,13 +345,6 @@ def trial(stage: Stage, folder: Path, rng: random.Random) -> tuple[str, int, lis
 
 def imported() -> None:
     """Import what the steps import, so that forks start at once; nothing may compute before they do."""
-    import sparsetrace.calibrate
-    import sparsetrace.cli
-    import sparsetrace.convert
-    import sparsetrace.generate
-    import sparsetrace.pack
-    import sparsetrace.reader
-    import sparsetrace.thresholds  # noqa: F401
 
     # what torch and pyarrow import when they are first used
     for name in ("sympy", "pandas", "pyarrow.dataset", "pyarrow.pandas_compat"):

@@ -54,9 +54,9 @@ from record import append
 from synthetic import commit, make_dump
 
 import sparsetrace
-from sparsetrace.pack import ZSTD_LEVEL, index, pack, writer_settings
-from sparsetrace.rows import operand_columns
-from sparsetrace.schema import ENCODINGS
+from sparsetrace.formats.rows import operand_columns
+from sparsetrace.formats.schema import ENCODINGS
+from sparsetrace.packing.pack import ZSTD_LEVEL, index, pack, writer_settings
 
 RESULTS = Path(__file__).parent / "results"
 SETTING = ("commit", "source", "dtype", "sparsity", "tokens")

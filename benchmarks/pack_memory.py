@@ -22,15 +22,15 @@ import numpy as np
 import pyarrow.parquet as pq
 from synthetic import commit, make_dump
 
-from sparsetrace.dump import block_name, group_name, write_block
-from sparsetrace.schema import SEQUENCES, TOKENS
+from sparsetrace.formats.dump import block_name, group_name, write_block
+from sparsetrace.formats.schema import SEQUENCES, TOKENS
 
 RESULTS = Path(__file__).parent / "results" / "pack_memory.csv"
 COLUMNS = ["commit", "dump", "dump_bytes", "tokens", "threads", "peak_rss_mib"]
 PACK = """
 import sys
 from pathlib import Path
-from sparsetrace.pack import pack
+from sparsetrace.packing.pack import pack
 dump, out, threads = sys.argv[1:]
 packed = pack(Path(dump), Path(out) / "workload", Path(out) / "parts" / "00000.json", threads=int(threads))
 # not ru_maxrss, which begins at what the parent process had

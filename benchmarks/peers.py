@@ -185,10 +185,10 @@ def observed_thresholds(model: torch.nn.Module, sparsity: float, length: int) ->
 @torch.inference_mode()
 def simulate(_: None, shape: str, new: int, __: bool) -> dict[str, Any]:
     """Masks in eager torch; every vector saved as a file of its own."""
-    from sparsetrace.bench import observed_rules
     from sparsetrace.methods import Teal
-    from sparsetrace.model import Decoder, KVCache
-    from sparsetrace.patch import install
+    from sparsetrace.model.decoder import Decoder, KVCache
+    from sparsetrace.model.patch import install
+    from sparsetrace.tools.bench import observed_rules
 
     config = SHAPES[shape]
     with torch.device("meta"):

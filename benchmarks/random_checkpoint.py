@@ -29,11 +29,11 @@ from pathlib import Path
 
 import torch
 
-from sparsetrace import demo
-from sparsetrace.architecture import ModelConfig
-from sparsetrace.files import InputError, refuse_strangers, sync, write_folder_beside, write_json
-from sparsetrace.runtime import source_weight
-from sparsetrace.schema import MATRICES, SITE_OF
+from sparsetrace.core.files import InputError, refuse_strangers, sync, write_folder_beside, write_json
+from sparsetrace.formats.architecture import ModelConfig
+from sparsetrace.formats.schema import MATRICES, SITE_OF
+from sparsetrace.model import demo
+from sparsetrace.model.runtime import source_weight
 
 LLAMA_2_7B = ModelConfig(
     hidden_size=4096,

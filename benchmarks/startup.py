@@ -42,7 +42,7 @@ COLUMNS = (*WHERE, "model", "gb", "run", "second_token", *PHASES, "end")
 
 def run_marked(out: Path, words: list[str]) -> None:
     """Run the command line in this process, and write when each phase ended, on the system's monotonic clock."""
-    from sparsetrace import cli
+    from sparsetrace.cli import main as cli
 
     ends: dict[str, float] = {"interpreter": time.monotonic()}
 
@@ -67,8 +67,8 @@ def run_marked(out: Path, words: list[str]) -> None:
         with claimed(*args) as device:
             mark("claim")
             # as the command does next: torch must see the claimed device alone
-            from sparsetrace.generate import Engine
-            from sparsetrace.runtime import RuntimeModel
+            from sparsetrace.generation.generate import Engine
+            from sparsetrace.model.runtime import RuntimeModel
 
             mark("imports")
             RuntimeModel.load = marked(RuntimeModel.load, "prepare", "load")

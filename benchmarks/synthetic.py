@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparsetrace.dump import block_name, group_name, write_block
-from sparsetrace.pack import index, pack
-from sparsetrace.schema import DUMP_VERSION, SEQUENCES, SITE_OF, TOKENS, mask_bytes
+from sparsetrace.formats.dump import block_name, group_name, write_block
+from sparsetrace.formats.schema import DUMP_VERSION, SEQUENCES, SITE_OF, TOKENS, mask_bytes
+from sparsetrace.packing.pack import index, pack
 
 # Elements drawn for one width.
 DRAWN = 1 << 26

@@ -2,9 +2,9 @@
 
     PYTHONPATH=src:kernels python benchmarks/trained_checkpoint.py /scratch/trained-1024
 
-Text, tokenizer, training and files are those of `sparsetrace.demo`; the shape is a Llama's (heads of 64, half as many
-of keys and values, 11/4 of the hidden size inside), and the defaults are meant for a minute on one large GPU. Without
-a GPU it trains on all cores, which is meant for small shapes.
+Text, tokenizer, training and files are those of `sparsetrace.model.demo`; the shape is a Llama's (heads of 64, half as
+many of keys and values, 11/4 of the hidden size inside), and the defaults are meant for a minute on one large GPU.
+Without a GPU it trains on all cores, which is meant for small shapes.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from sparsetrace import demo
-from sparsetrace.architecture import ModelConfig
+from sparsetrace.formats.architecture import ModelConfig
+from sparsetrace.model import demo
 
 HEAD = 64
 # Steps between two lines of the log.

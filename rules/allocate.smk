@@ -25,7 +25,7 @@ rule allocate:
         layer=lambda wildcards: int(wildcards.layer),
         options=lambda wildcards: options(STUDY.models[wildcards.model].greedy),
         machine=options(STUDY.machine),
-        source=source_hash("greedy"),
+        source=source_hash("calibration.greedy"),
     message:
         "Searching layer {wildcards.layer} of {wildcards.model} under {wildcards.method}"
     shell:

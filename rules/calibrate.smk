@@ -25,7 +25,7 @@ rule calibrate:
         scores=lambda wildcards: repeated("--score", STUDY.scores(wildcards.model)),
         options=lambda wildcards: options(STUDY.models[wildcards.model].calibration),
         machine=options(STUDY.machine),
-        source=source_hash("calibrate"),
+        source=source_hash("calibration.calibrate"),
     message:
         "Calibrating {wildcards.model}, shard {wildcards.shard}"
     shell:
@@ -53,7 +53,7 @@ rule histograms:
         mem_mb=lambda wildcards, attempt: attempt * 2000,
         runtime=lambda wildcards, attempt: attempt * 10,
     params:
-        source=source_hash("histogram"),
+        source=source_hash("calibration.histogram"),
     message:
         "Adding up the histograms of {wildcards.model}"
     shell:

@@ -23,7 +23,7 @@ rule convert:
         checkpoint=subpath(input.config, parent=True),
         out=subpath(output[0], parent=True),
         options=lambda wildcards: options(STUDY.models[wildcards.model].conversion),
-        source=source_hash("convert"),
+        source=source_hash("model.convert"),
     message:
         "Converting {wildcards.model}"
     shell:

@@ -27,7 +27,7 @@ rule dense_tokens:
         sampling=lambda wildcards: options(STUDY.runs[wildcards.run].decoding.sampling),
         batching=lambda wildcards: options(STUDY.runs[wildcards.run].batching),
         machine=options(STUDY.machine),
-        source=source_hash("generate"),
+        source=source_hash("generation.generate"),
     message:
         "Dense tokens of shard {wildcards.shard} of {wildcards.model}, run {wildcards.run}"
     shell:

@@ -36,7 +36,7 @@ rule generate:
         batching=lambda wildcards: options(STUDY.runs[wildcards.run].batching),
         capture=lambda wildcards: options(STUDY.runs[wildcards.run].capture),
         machine=options(STUDY.machine),
-        source=source_hash("generate"),
+        source=source_hash("generation.generate"),
     message:
         "Generating shard {wildcards.shard} of {wildcards.model}, run {wildcards.run}, under {wildcards.label}"
     shell:

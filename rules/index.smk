@@ -26,7 +26,7 @@ rule index:
         study=lambda wildcards: STUDY.excerpt(
             wildcards.model, wildcards.run, wildcards.label
         ),
-        source=source_hash("pack"),
+        source=source_hash("packing.pack"),
     message:
         "Indexing {wildcards.model}, run {wildcards.run}, under {wildcards.label}"
     shell:

@@ -17,7 +17,7 @@ rule pack:
     params:
         workload=f"{RESULTS}/{{model}}/{{run}}/{{label}}/workload",
         packing=lambda wildcards: options(STUDY.runs[wildcards.run].packing),
-        source=source_hash("pack"),
+        source=source_hash("packing.pack"),
     message:
         "Packing shard {wildcards.shard} of {wildcards.model}, run {wildcards.run}, under {wildcards.label}"
     shell:

@@ -28,7 +28,7 @@ rule prune:
         ),
         options=lambda wildcards: options(STUDY.models[wildcards.model].calibration),
         machine=options(STUDY.machine),
-        source=source_hash("weight_masks"),
+        source=source_hash("calibration.weight_masks"),
     message:
         "Masking the weights of {wildcards.model}"
     shell:

@@ -24,7 +24,7 @@ rule quality:
     params:
         options=lambda wildcards: options(STUDY.models[wildcards.model].quality),
         machine=options(STUDY.machine),
-        source=source_hash("quality"),
+        source=source_hash("calibration.quality"),
     message:
         "Quality of {wildcards.model} under {wildcards.label}"
     shell:

@@ -18,7 +18,7 @@ rule split:
         options=lambda wildcards: options(STUDY.runs[wildcards.run].prompt_set),
         batching=lambda wildcards: options(STUDY.runs[wildcards.run].batching),
         texts=lambda wildcards: STUDY.texts(wildcards.run),
-        source=source_hash("prompts"),
+        source=source_hash("generation.prompts"),
     message:
         "Splitting the prompts of run {wildcards.run} for {wildcards.model}"
     shell:

@@ -67,7 +67,7 @@ def small_rings():
     """Tiny models need no GiB, which tests side by side would run out of, and which takes long to poison."""
     with pytest.MonkeyPatch.context() as patch:
         for limit in ("BLOCK_BYTES", "GPU_BLOCK_BYTES"):
-            patch.setattr(f"sparsetrace.capture.{limit}", 32 << 20)
+            patch.setattr(f"sparsetrace.generation.capture.{limit}", 32 << 20)
         yield
 
 
@@ -79,7 +79,7 @@ def device():
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def machine(request):
-    from sparsetrace.config import Machine
+    from sparsetrace.study.study import Machine
 
     return Machine(device=request.param)
 
@@ -185,8 +185,8 @@ class Tiny:
 
     def model(self, folder: Path, rng, **changes):
         """A random converted model."""
-        from sparsetrace.config import Conversion
-        from sparsetrace.convert import convert
+        from sparsetrace.model.convert import convert
+        from sparsetrace.study.study import Conversion
 
         return convert(self.checkpoint(folder / "checkpoint", rng, **changes), folder / "model", Conversion())
 
@@ -201,10 +201,10 @@ class Tiny:
 
     def thresholds(self, folder: Path, model, rng, sparsity: float = 0.5, tokens: int = 600):
         """A threshold table calibrated on random text."""
-        from sparsetrace.calibrate import calibrate
-        from sparsetrace.config import Calibration, Machine
+        from sparsetrace.calibration.calibrate import calibrate
+        from sparsetrace.calibration.thresholds import derive_thresholds
         from sparsetrace.methods import Teal
-        from sparsetrace.thresholds import derive_thresholds
+        from sparsetrace.study.study import Calibration, Machine
 
         (folder / "text.txt").write_text(self.words(rng, 2 * tokens))
         calibration = Calibration(tokens=tokens, sequence_length=20)
@@ -215,8 +215,8 @@ class Tiny:
 
     def rules(self, model, rng, scale: float = 0.5):
         """Rules whose thresholds differ from matrix to matrix, save that q and k share one in layer 0."""
+        from sparsetrace.formats.schema import MATRICES
         from sparsetrace.methods import MatrixRule
-        from sparsetrace.schema import MATRICES
 
         values = {
             (layer, matrix): float(rng.uniform(0.2, 1.2) * scale)
@@ -233,10 +233,10 @@ class Tiny:
 
     def workload(self, folder: Path, model, rng, lengths, decoding, batching, machine=None, sparsity=0.5) -> Path:
         """The whole way from prompts to a workload folder."""
-        from sparsetrace.config import Machine, PromptSet
-        from sparsetrace.generate import generate
-        from sparsetrace.pack import index, pack
-        from sparsetrace.prompts import split, write_split
+        from sparsetrace.generation.generate import generate
+        from sparsetrace.generation.prompts import split, write_split
+        from sparsetrace.packing.pack import index, pack
+        from sparsetrace.study.study import Machine, PromptSet
 
         folder.mkdir(parents=True, exist_ok=True)
         table = self.thresholds(folder, model, rng, sparsity)
@@ -265,7 +265,7 @@ class Tiny:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from sparsetrace.schema import DUMP_VERSION, SEQUENCES, TOKENS
+        from sparsetrace.formats.schema import DUMP_VERSION, SEQUENCES, TOKENS
 
         folder.mkdir(parents=True, exist_ok=True)
         rows = 0
@@ -351,7 +351,7 @@ class Tiny:
         return folder / "manifest.json"
 
     def _matrix(self, layer: int, matrix: str, width: int, dtype: str) -> dict:
-        from sparsetrace.schema import SITE_OF
+        from sparsetrace.formats.schema import SITE_OF
 
         return {
             "layer": layer,

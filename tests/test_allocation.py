@@ -12,17 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sparsetrace import greedy as step
-from sparsetrace.allocation import GREEDY, Table, read_greedy, read_threshold_file
-from sparsetrace.calibrate import calibration_windows
-from sparsetrace.files import InputError
-from sparsetrace.greedy import allocate, search
-from sparsetrace.histogram import Histograms
+from sparsetrace.calibration import greedy as step
+from sparsetrace.calibration.allocation import GREEDY, Table, read_greedy, read_threshold_file
+from sparsetrace.calibration.calibrate import calibration_windows
+from sparsetrace.calibration.greedy import allocate, search
+from sparsetrace.calibration.histogram import Histograms
+from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.core.files import InputError
+from sparsetrace.core.settings import Calibration, Greedy, Machine
+from sparsetrace.formats.schema import FORMATS, MATRICES, SITE_OF
 from sparsetrace.methods import MatrixRule, Teal, Wina
-from sparsetrace.patch import install, observe
-from sparsetrace.schema import FORMATS, MATRICES, SITE_OF
-from sparsetrace.settings import Calibration, Greedy, Machine
-from sparsetrace.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.model.patch import install, observe
 
 CPU = Machine(device="cpu")
 SETTINGS = Greedy(tokens=48, sequence_length=16, step=0.4)
@@ -148,7 +148,7 @@ def test_goes_on_after_an_interruption(made, tmp_path, monkeypatch):
 
 
 def test_wina_is_searched_by_its_own_masks(tiny, tmp_path, rng):
-    from sparsetrace.calibrate import calibrate
+    from sparsetrace.calibration.calibrate import calibrate
 
     model = tiny.model(tmp_path, rng)
     text, path = tmp_path / "text.txt", tmp_path / "h.safetensors"

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from sparsetrace import bench
-from sparsetrace.files import InputError
-from sparsetrace.patch import install, observe
-from sparsetrace.schema import MATRICES, SITE_OF, SITES
+from sparsetrace.core.files import InputError
+from sparsetrace.formats.schema import MATRICES, SITE_OF, SITES
+from sparsetrace.model.patch import install, observe
+from sparsetrace.tools import bench
 
 NEW, GROUPS = 5, 3
 BLOCK_BYTES = 300
@@ -158,7 +158,7 @@ def test_refuses(tiny, tmp_path, rng):
 
 
 def test_refuses_where_there_is_no_gpu(tiny, tmp_path, rng, monkeypatch, capsys):
-    from sparsetrace.cli import main
+    from sparsetrace.cli.main import main
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     tiny.model(tmp_path, rng)

@@ -39,8 +39,8 @@ def checkpoint(tmp_path_factory):
 
 
 def test_checkpoint_converts_runs_and_names_every_id(checkpoint, tmp_path):
-    from sparsetrace.convert import convert
-    from sparsetrace.settings import Conversion
+    from sparsetrace.core.settings import Conversion
+    from sparsetrace.model.convert import convert
 
     model = convert(checkpoint, tmp_path / "model", Conversion())
     assert model.config == random_checkpoint.SHAPES["small"] and (model.bos, model.eos) == (1, frozenset({2}))
@@ -194,7 +194,7 @@ def test_version_names_sources_that_are_not_committed(tmp_path):
 def test_pipeline_study_is_valid_and_fits_its_checkpoint(checkpoint, tmp_path):
     import yaml
 
-    from sparsetrace.config import load_study
+    from sparsetrace.study.study import load_study
 
     for small in (True, False):
         path = tmp_path / "study.yaml"
@@ -270,8 +270,8 @@ def test_pipeline_tells_what_starts_and_what_finishes(tmp_path, capsys):
 
 
 def test_startup_phases_are_those_of_the_command(checkpoint, tmp_path, monkeypatch):
-    from sparsetrace.convert import convert
-    from sparsetrace.settings import Conversion
+    from sparsetrace.core.settings import Conversion
+    from sparsetrace.model.convert import convert
 
     convert(checkpoint, tmp_path / "model", Conversion(), name="small")
     table = tmp_path / "startup.csv"

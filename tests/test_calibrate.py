@@ -6,17 +6,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sparsetrace import calibrate as step
-from sparsetrace.calibrate import calibrate, calibration_windows
-from sparsetrace.config import Calibration, Conversion, Machine
-from sparsetrace.convert import convert
-from sparsetrace.files import InputError
-from sparsetrace.histogram import Histograms
+from sparsetrace.calibration import calibrate as step
+from sparsetrace.calibration.calibrate import calibrate, calibration_windows
+from sparsetrace.calibration.histogram import Histograms
+from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.core.files import InputError
+from sparsetrace.formats.schema import FORMATS, MATRICES, SITE_OF, SITES, THRESHOLDS
 from sparsetrace.methods import Dense, Teal
-from sparsetrace.patch import observe
-from sparsetrace.runtime import use
-from sparsetrace.schema import FORMATS, MATRICES, SITE_OF, SITES, THRESHOLDS
-from sparsetrace.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.model.convert import convert
+from sparsetrace.model.patch import observe
+from sparsetrace.model.runtime import use
+from sparsetrace.study.study import Calibration, Conversion, Machine
 
 CPU = Machine(device="cpu")
 SETTINGS = Calibration(tokens=300, sequence_length=17)

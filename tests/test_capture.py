@@ -13,18 +13,18 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from sparsetrace import capture
-from sparsetrace.capture import Recorder, block_rows, captured_matrices, holders
-from sparsetrace.config import Batching, Capture, Conversion, Decoding
-from sparsetrace.convert import convert
-from sparsetrace.dump import Block
-from sparsetrace.engine import Engine
-from sparsetrace.files import InputError
+from sparsetrace.core.files import InputError
+from sparsetrace.formats.dump import Block
+from sparsetrace.formats.schema import MATRICES, SITES
+from sparsetrace.generation import capture
+from sparsetrace.generation.capture import Recorder, block_rows, captured_matrices, holders
+from sparsetrace.generation.engine import Engine
+from sparsetrace.generation.prompts import Sequence
 from sparsetrace.methods import METHODS, Dense, MatrixRule, Teal
-from sparsetrace.model import Projection
-from sparsetrace.patch import SparseProjection, install, observe
-from sparsetrace.prompts import Sequence
-from sparsetrace.schema import MATRICES, SITES
+from sparsetrace.model.convert import convert
+from sparsetrace.model.decoder import Projection
+from sparsetrace.model.patch import SparseProjection, install, observe
+from sparsetrace.study.study import Batching, Capture, Conversion, Decoding
 
 TOLERANCE = 1e-5
 MODULES = {matrix: f"self_attn.{matrix}_proj" for matrix in "qkvo"} | {

@@ -12,7 +12,7 @@ import yaml
 from click.testing import CliRunner
 
 import sparsetrace
-from sparsetrace.cli import cli, main
+from sparsetrace.cli.main import cli, main
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_system_errors_name_the_file_and_the_remedy(run, tiny, tmp_path, rng, mo
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", "/results/weights")
 
-    monkeypatch.setattr("sparsetrace.convert._write_at", full)
+    monkeypatch.setattr("sparsetrace.model.convert._write_at", full)
     status, _, err = run("convert", checkpoint, "--out", tmp_path / "m")
     assert status == 1
     # after the lines of progress
@@ -174,7 +174,7 @@ def test_an_interrupt_leaves_nothing(run, tiny, tmp_path, rng, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sparsetrace.convert._write_at", interrupt)
+    monkeypatch.setattr("sparsetrace.model.convert._write_at", interrupt)
     status, _, err = run("convert", checkpoint, "--out", tmp_path / "m")
     assert status == 130
     assert "interrupted" in err
@@ -185,7 +185,7 @@ def test_a_fault_of_ours_is_not_hidden(run, monkeypatch):
     def broken(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("sparsetrace.cli.load_study", broken)
+    monkeypatch.setattr("sparsetrace.cli.main.load_study", broken)
     with pytest.raises(ZeroDivisionError):
         run("check-config", "x.yaml")
 

@@ -17,9 +17,12 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from sparsetrace import config as config_module
-from sparsetrace.cli import settings
-from sparsetrace.config import (
+from sparsetrace.cli.main import settings
+from sparsetrace.core.files import InputError
+from sparsetrace.core.settings import Sampling
+from sparsetrace.methods import METHODS, Dense, Method, Teal
+from sparsetrace.study import study as config_module
+from sparsetrace.study.study import (
     Batching,
     Calibration,
     Conversion,
@@ -34,9 +37,6 @@ from sparsetrace.config import (
     parse_method,
     parse_study,
 )
-from sparsetrace.files import InputError
-from sparsetrace.methods import METHODS, Dense, Method, Teal
-from sparsetrace.settings import Sampling
 
 MODEL = {"checkpoint": "/models/tiny", "calibration_text": "wiki.txt"}
 RUN = {"prompts": "prompts.jsonl", "methods": [{"name": "teal", "sparsity": 0.5}]}
@@ -234,7 +234,7 @@ def test_reads_a_file_or_says_why_not(tmp_path):
 
 def test_the_file_that_comes_with_it_names_every_key():
     """config.yaml is the reference of the keys: none may be missing in it, with its range or choices beside it."""
-    path = Path(config_module.__file__).parents[2] / "config.yaml"
+    path = Path(config_module.__file__).parents[3] / "config.yaml"
     content = yaml.safe_load(path.read_text())
     found = load_study(path)
     model, chosen = found.models["demo"], found.runs["default"]
@@ -343,10 +343,10 @@ def test_method_of_the_command_line():
 @pytest.fixture
 def package(tmp_path):
     """A copy of the sources, and `source_hash` as that copy computes it."""
-    root = Path(config_module.__file__).parents[2]
+    root = Path(config_module.__file__).parents[3]
     for part in ("src/sparsetrace", "kernels/sparsetrace_kernels"):
         shutil.copytree(root / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
-    spec = importlib.util.spec_from_file_location("copied_config", tmp_path / "src/sparsetrace/config.py")
+    spec = importlib.util.spec_from_file_location("copied_config", tmp_path / "src/sparsetrace/study/study.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return tmp_path, module.source_hash
@@ -371,7 +371,12 @@ def test_source_hash_follows_imports(package):
         (source / "bundle" / f"{name}.py").write_text("")
     (source / "stranger.py").write_text("import sparsetrace.top\n")
     before = source_hash("top")
-    for file in (source / "stranger.py", source / "bundle/alone.py", source / "reader.py", kernels / "reference.py"):
+    for file in (
+        source / "stranger.py",
+        source / "bundle/alone.py",
+        source / "workload/reader.py",
+        kernels / "reference.py",
+    ):
         edit(file)
         assert source_hash("top") == before, f"{file} is not imported"
     used = [source / f"{name}.py" for name in ("top", "by_name", "from_package", "lazy", "bundle/part", "bundle/other")]
@@ -381,17 +386,22 @@ def test_source_hash_follows_imports(package):
         before = source_hash("top")
 
 
+# modules that rules name to `source_hash`
+CONVERT, CALIBRATE, GENERATE = "model.convert", "calibration.calibrate", "generation.generate"
+PACK, SPLIT = "packing.pack", "generation.prompts"
+
+
 @pytest.mark.parametrize(
     ("file", "changed", "same"),
     [
-        ("src/sparsetrace/reader.py", [], ["convert", "calibrate", "generate", "pack", "prompts"]),
-        ("src/sparsetrace/pack.py", ["pack"], ["convert", "calibrate", "generate"]),
-        ("src/sparsetrace/convert.py", ["convert"], ["pack", "prompts", "generate"]),
-        ("src/sparsetrace/engine.py", ["generate"], ["pack", "convert", "calibrate"]),
-        ("src/sparsetrace/histogram.py", ["calibrate"], ["pack", "convert"]),
-        ("src/sparsetrace/schema.py", ["pack", "convert", "calibrate", "generate"], []),
-        ("src/sparsetrace/methods/teal.py", ["generate"], ["pack"]),
-        ("kernels/sparsetrace_kernels/reference.py", ["generate"], ["pack"]),
+        ("src/sparsetrace/workload/reader.py", [], [CONVERT, CALIBRATE, GENERATE, PACK, SPLIT]),
+        ("src/sparsetrace/packing/pack.py", [PACK], [CONVERT, CALIBRATE, GENERATE]),
+        ("src/sparsetrace/model/convert.py", [CONVERT], [PACK, SPLIT, GENERATE]),
+        ("src/sparsetrace/generation/engine.py", [GENERATE], [PACK, CONVERT, CALIBRATE]),
+        ("src/sparsetrace/calibration/histogram.py", [CALIBRATE], [PACK, CONVERT]),
+        ("src/sparsetrace/formats/schema.py", [PACK, CONVERT, CALIBRATE, GENERATE], []),
+        ("src/sparsetrace/methods/teal.py", [GENERATE], [PACK]),
+        ("kernels/sparsetrace_kernels/reference.py", [GENERATE], [PACK]),
     ],
 )
 def test_a_change_reaches_the_steps_that_use_it(package, file, changed, same):
@@ -402,15 +412,15 @@ def test_a_change_reaches_the_steps_that_use_it(package, file, changed, same):
 
 
 def test_configuration_loads_no_torch():
-    paths = [str(Path(config_module.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    code = "import sys, sparsetrace.config; print('torch' in sys.modules, 'pyarrow' in sys.modules)"
+    paths = [str(Path(config_module.__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    code = "import sys, sparsetrace.study.study; print('torch' in sys.modules, 'pyarrow' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert output.stdout.split() == ["False", "False"]
 
 
 def test_the_embedded_model_has_the_layers_that_config_counts_on():
-    from sparsetrace.config import EMBEDDED_LAYERS
-    from sparsetrace.demo import CONFIG
+    from sparsetrace.model.demo import CONFIG
+    from sparsetrace.study.study import EMBEDDED_LAYERS
 
     assert CONFIG.num_hidden_layers == EMBEDDED_LAYERS

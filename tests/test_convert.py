@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsetrace import convert as step
-from sparsetrace.config import Conversion
-from sparsetrace.convert import convert, read_config
-from sparsetrace.files import InputError
-from sparsetrace.runtime import describe, open_model, source_weight
-from sparsetrace.schema import SITES
+from sparsetrace.core.files import InputError
+from sparsetrace.formats.schema import SITES
+from sparsetrace.model import convert as step
+from sparsetrace.model.convert import convert, read_config
+from sparsetrace.model.runtime import describe, open_model, source_weight
+from sparsetrace.study.study import Conversion
 
 
 def runtime_tensors(model) -> dict[str, torch.Tensor]:

@@ -13,17 +13,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sparsetrace import demo
-from sparsetrace.calibrate import calibrate
-from sparsetrace.convert import convert
-from sparsetrace.files import InputError
+from sparsetrace.calibration.calibrate import calibrate
+from sparsetrace.calibration.quality import measure
+from sparsetrace.calibration.thresholds import derive_thresholds
+from sparsetrace.core.files import InputError
+from sparsetrace.core.settings import Calibration, Conversion, Machine, Quality
+from sparsetrace.core.text import read_documents
 from sparsetrace.methods import Teal
-from sparsetrace.model import Decoder
-from sparsetrace.prompts import read_documents
-from sparsetrace.quality import measure
-from sparsetrace.settings import Calibration, Conversion, Machine, Quality
-from sparsetrace.thresholds import derive_thresholds
-from sparsetrace.tokenizer import Tokenizer, begin_token
+from sparsetrace.model import demo
+from sparsetrace.model.convert import convert
+from sparsetrace.model.decoder import Decoder
+from sparsetrace.model.tokenizer import Tokenizer, begin_token
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 FILES = [

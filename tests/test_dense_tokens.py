@@ -18,15 +18,15 @@ import pyarrow.parquet as pq
 import pytest
 
 import sparsetrace
-from sparsetrace.card import data_card
-from sparsetrace.config import Batching, Decoding, Machine, PromptSet
-from sparsetrace.files import InputError, sha256_file, sha256_json
-from sparsetrace.generate import generate
-from sparsetrace.pack import index, pack
-from sparsetrace.prompts import split, write_split
-from sparsetrace.recompute import recompute
-from sparsetrace.stats import statistics
-from sparsetrace.verify import verify
+from sparsetrace.core.files import InputError, sha256_file, sha256_json
+from sparsetrace.generation.generate import generate
+from sparsetrace.generation.prompts import split, write_split
+from sparsetrace.packing.card import data_card
+from sparsetrace.packing.pack import index, pack
+from sparsetrace.study.study import Batching, Decoding, Machine, PromptSet
+from sparsetrace.tools.recompute import recompute
+from sparsetrace.workload.stats import statistics
+from sparsetrace.workload.verify import verify
 
 LENGTHS = [3, 9, 1, 6, 4, 12, 2]
 BATCHING = Batching(max_new_tokens=6, batch_size=2, shards=2)

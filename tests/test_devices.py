@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsetrace import devices
+from sparsetrace.core import devices
 
 SOURCES = Path(devices.__file__).parents[1]
 LISTING = """GPU 0: NVIDIA H200 (UUID: GPU-aaaa)
@@ -23,7 +23,7 @@ DEVICES = ["GPU-aaaa", "GPU-abcd", "MIG-1111", "MIG-2222"]
 JOB = """
 import os, sys, time
 from pathlib import Path
-from sparsetrace.devices import lock_one
+from sparsetrace.core.devices import lock_one
 log = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 def say(what, device):
     os.write(log, f"{time.monotonic_ns()} {os.getpid()} {what} {device}\\n".encode())

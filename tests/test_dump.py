@@ -11,12 +11,12 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from sparsetrace import dump
-from sparsetrace.architecture import ModelConfig
-from sparsetrace.capture import Recorder
-from sparsetrace.dump import Block, block_name, group_name, write_block
-from sparsetrace.files import InputError
-from sparsetrace.schema import SITES
+from sparsetrace.core.files import InputError
+from sparsetrace.formats import dump
+from sparsetrace.formats.architecture import ModelConfig
+from sparsetrace.formats.dump import Block, block_name, group_name, write_block
+from sparsetrace.formats.schema import SITES
+from sparsetrace.generation.capture import Recorder
 
 # A block of two rows of one layer: K = 2 everywhere, bfloat16; q keeps (1.0, -2.0) and nothing, the rest as q.
 GOLDEN_HEADER = (

@@ -18,17 +18,17 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-import sparsetrace.capture
-import sparsetrace.cli
-import sparsetrace.runtime
-from sparsetrace.calibrate import calibrate
-from sparsetrace.config import Batching, Calibration, Capture, Conversion, Decoding, Machine, PromptSet
-from sparsetrace.convert import convert
-from sparsetrace.engine import Engine
-from sparsetrace.generate import generate
-from sparsetrace.pack import _Shard, index, pack
-from sparsetrace.prompts import split, write_split
-from sparsetrace.recompute import recompute
+import sparsetrace.cli.main
+import sparsetrace.generation.capture
+import sparsetrace.model.runtime
+from sparsetrace.calibration.calibrate import calibrate
+from sparsetrace.generation.engine import Engine
+from sparsetrace.generation.generate import generate
+from sparsetrace.generation.prompts import split, write_split
+from sparsetrace.model.convert import convert
+from sparsetrace.packing.pack import _Shard, index, pack
+from sparsetrace.study.study import Batching, Calibration, Capture, Conversion, Decoding, Machine, PromptSet
+from sparsetrace.tools.recompute import recompute
 
 CALIBRATE = ["--tokens", "200", "--sequence-length", "20", "--device", "cpu"]
 SPLIT = ["--max-new-tokens", "4", "--batch-size", "2"]
@@ -61,7 +61,7 @@ def command(monkeypatch, capsys):
     def run(*words) -> str:
         monkeypatch.setattr(sys, "argv", ["sparsetrace", *map(str, words)])
         with pytest.raises(SystemExit) as end:
-            sparsetrace.cli.main()
+            sparsetrace.cli.main.main()
         *progress, line = capsys.readouterr().err.splitlines()
         assert end.value.code not in (0, None) and line.startswith("error: ")
         assert all(re.match(r"\w+: [\d,]+ of [\d,]+ |warning: ", told) for told in progress), progress
@@ -155,7 +155,7 @@ def test_a_full_disk_that_was_cleared_lets_the_run_go_on(whole, small_disk, comm
     (small_disk / "filler").unlink()
     subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
     monkeypatch.setattr(sys, "argv", ["sparsetrace", "generate", *map(str, words)])
-    sparsetrace.cli.main()
+    sparsetrace.cli.main.main()
     assert files(small_disk / "dump") == files(whole / "dump")
 
 
@@ -249,7 +249,7 @@ def test_histograms_of_another_model(other, others, whole, tmp_path, command, un
     words = [others[other], "--histograms", mine, *words, "--out", tmp_path / "new" / "table.parquet"]
     assert f"{mine} must be of this model, got another's" in command("allocate", *words)
     # nor are they added to those of another
-    model = sparsetrace.runtime.open_model(others[other])
+    model = sparsetrace.model.runtime.open_model(others[other])
     settings = Calibration(tokens=200, sequence_length=20)
     calibrate(model, whole / "text.txt", histograms, settings, Machine(device="cpu"))
     line = command("calibrate", "--merge", mine, histograms, "--out", tmp_path / "new" / "h.safetensors")
@@ -341,7 +341,7 @@ def small_gpu(monkeypatch):
 
 
 def test_a_group_that_does_not_fit_the_gpu_starts_again_at_half_its_batch(whole, tiny, rng, tmp_path, small_gpu):
-    model = sparsetrace.runtime.open_model(whole / "model")
+    model = sparsetrace.model.runtime.open_model(whole / "model")
     prompts = tiny.prompts(tmp_path / "prompts.jsonl", rng, [3, 9, 5, 7, 4, 6, 8])
     batching, decoding = Batching(max_new_tokens=4, batch_size=5), Decoding(ignore_eos=True)
     groups, _ = split(prompts, model.tokenizer(), 128, PromptSet(), batching)
@@ -380,7 +380,7 @@ def test_a_group_that_does_not_fit_the_gpu_starts_again_at_half_its_batch(whole,
 @pytest.mark.gpu
 def test_a_real_lack_of_memory_halves_the_batch(tiny, tmp_path, rng, monkeypatch):
     """A cache of 525 MB at batch 64 where torch may take 450 MB more: the group runs in smaller batches, whole."""
-    monkeypatch.setattr(sparsetrace.capture, "GPU_BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(sparsetrace.generation.capture, "GPU_BLOCK_BYTES", 1 << 20)
     shape = {"head_dim": 64, "num_key_value_heads": 4, "max_position_embeddings": 4096, "torch_dtype": "float16"}
     model = tiny.model(tmp_path, rng, **shape)
     prompts = tiny.prompts(tmp_path / "prompts.jsonl", rng, [3] * 64)
@@ -412,15 +412,18 @@ def test_a_model_that_does_not_fit_the_gpu_is_refused(whole, tmp_path, command, 
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(sparsetrace.runtime, "_place", full)
+    monkeypatch.setattr(sparsetrace.model.runtime, "_place", full)
     line = command("generate", *steps(whole, tmp_path / "new")["generate"])
     assert "must fit the memory of one GPU, got" in line and "bytes of weights: use a larger GPU" in line
 
 
 def test_interrupt_before_the_program_starts_its_work_is_one_line(tmp_path):
     code = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
-    program = f"from sparsetrace import cli; cli.check_config.callback = lambda config: exec({code!r}); cli.main()"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(sparsetrace.cli.__file__).parents[1]), *sys.path])}
+    program = (
+        "from sparsetrace.cli import main as cli; "
+        f"cli.check_config.callback = lambda config: exec({code!r}); cli.main()"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(sparsetrace.cli.main.__file__).parents[2]), *sys.path])}
     run = subprocess.run(
         [sys.executable, "-c", program, "check-config", "x"], env=env, cwd=tmp_path, capture_output=True, text=True
     )

@@ -10,17 +10,17 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from sparsetrace import capture
-from sparsetrace.capture import Recorder
-from sparsetrace.config import Batching, Decoding, PromptSet
-from sparsetrace.engine import Engine
-from sparsetrace.files import InputError
-from sparsetrace.generate import generate, matrix_table, repeated_share
+from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.core.files import InputError
+from sparsetrace.formats.schema import MATRICES, TOKENS
+from sparsetrace.generation import capture
+from sparsetrace.generation.capture import Recorder
+from sparsetrace.generation.engine import Engine
+from sparsetrace.generation.generate import generate, matrix_table, repeated_share
+from sparsetrace.generation.prompts import read_shard, split, write_split
 from sparsetrace.methods import Dense, Teal
-from sparsetrace.patch import install
-from sparsetrace.prompts import read_shard, split, write_split
-from sparsetrace.schema import MATRICES, TOKENS
-from sparsetrace.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.model.patch import install
+from sparsetrace.study.study import Batching, Decoding, PromptSet
 
 LENGTHS = [3, 9, 1, 6, 4, 12, 2]
 

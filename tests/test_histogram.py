@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from sparsetrace.files import InputError
-from sparsetrace.histogram import ActivationCounter, Histograms, Provenance
-from sparsetrace.schema import FORMATS, SITES
+from sparsetrace.calibration.histogram import ActivationCounter, Histograms, Provenance
+from sparsetrace.core.files import InputError
+from sparsetrace.formats.schema import FORMATS, SITES
 
 DTYPES = ["float16", "bfloat16", "float32"]
 PROVENANCE = Provenance("m" * 64, "t" * 64, "bfloat16", 123, 2)

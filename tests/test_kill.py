@@ -43,13 +43,13 @@ def test_the_judge_sees_files_that_are_written_in_place():
     """Without writing beside and renaming, kills must be found to leave halves."""
     code = """
 import contextlib, sys
-import kill, sparsetrace.files
+import kill, sparsetrace.core.files
 @contextlib.contextmanager
 def in_place(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     yield path
-    sparsetrace.files.sync(path)
-sparsetrace.files.write_beside = in_place
+    sparsetrace.core.files.sync(path)
+sparsetrace.core.files.write_beside = in_place
 sys.argv = ["kill.py", "--trials", "30", "--seed", "1"]
 kill.main()
 """

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from sparsetrace.config import Conversion
-from sparsetrace.convert import convert
-from sparsetrace.model import KVCache, RMSNorm
+from sparsetrace.model.convert import convert
+from sparsetrace.model.decoder import KVCache, RMSNorm
+from sparsetrace.study.study import Conversion
 
 transformers = pytest.importorskip("transformers")
 

@@ -13,11 +13,11 @@ import pytest
 from safetensors.numpy import load_file
 
 import sparsetrace
-from sparsetrace import pack as packing
-from sparsetrace.config import Batching, Decoding
-from sparsetrace.files import InputError, sha256_file
-from sparsetrace.pack import index, pack
-from sparsetrace.schema import FORMATS, MATRICES
+from sparsetrace.core.files import InputError, sha256_file
+from sparsetrace.formats.schema import FORMATS, MATRICES
+from sparsetrace.packing import pack as packing
+from sparsetrace.packing.pack import index, pack
+from sparsetrace.study.study import Batching, Decoding
 
 DTYPES = ["float16", "bfloat16", "float32"]
 # none but one a multiple of eight
@@ -121,7 +121,7 @@ def test_every_bit_of_a_hand_made_dump(tiny, tmp_path, rng, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_round_trip_of_a_real_run(tiny, tmp_path, rng, dtype, monkeypatch):
     """Engine -> dump -> Parquet -> dense: the bits of the blocks come back, and the counts are those of DESIGN."""
-    from sparsetrace import capture, generate
+    from sparsetrace.generation import capture, generate
 
     monkeypatch.setattr(capture, "BLOCK_BYTES", 9_000)
     model = tiny.model(tmp_path, rng, torch_dtype=dtype)
@@ -392,7 +392,7 @@ def test_index_sets_strangers_aside(packed):
 
 def test_packing_loads_no_torch():
     paths = [str(Path(sparsetrace.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    code = "import sys, sparsetrace.pack, sparsetrace.reader; print('torch' in sys.modules)"
+    code = "import sys, sparsetrace.packing.pack, sparsetrace.workload.reader; print('torch' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "False"

@@ -6,11 +6,12 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from sparsetrace.config import Batching, PromptSet
-from sparsetrace.files import InputError
-from sparsetrace.prompts import Sequence, read_documents, read_shard, read_text, split, write_split
-from sparsetrace.schema import PROMPTS
-from sparsetrace.tokenizer import Tokenizer, begin_token
+from sparsetrace.core.files import InputError
+from sparsetrace.core.text import read_documents, read_text
+from sparsetrace.formats.schema import PROMPTS
+from sparsetrace.generation.prompts import Sequence, read_shard, split, write_split
+from sparsetrace.model.tokenizer import Tokenizer, begin_token
+from sparsetrace.study.study import Batching, PromptSet
 
 TEXTS = ["plain", 'quote " and \\', "two\nlines", "café ☃ 𝄞", "next\x85line\u2028sep\x0cfeed"]
 DOCUMENTS = [

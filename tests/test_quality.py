@@ -5,12 +5,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sparsetrace.files import InputError
+from sparsetrace.calibration.quality import QUALITY, measure, quality_windows
+from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.core.files import InputError
+from sparsetrace.core.settings import Machine, Quality
 from sparsetrace.methods import Dense, Griffin, Teal, TopK
-from sparsetrace.patch import install
-from sparsetrace.quality import QUALITY, measure, quality_windows
-from sparsetrace.settings import Machine, Quality
-from sparsetrace.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.model.patch import install
 
 CPU = Machine(device="cpu")
 SETTINGS = Quality(context=11, stride=5)

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from sparsetrace import runtime
-from sparsetrace.convert import convert
-from sparsetrace.settings import Conversion
+from sparsetrace.core.settings import Conversion
+from sparsetrace.model import runtime
+from sparsetrace.model.convert import convert
 
 
 @pytest.mark.parametrize("staged_bytes", [1, 7, 1 << 20])
@@ -32,7 +32,7 @@ def test_loading_a_model_imports_nothing_slow(tiny, tmp_path, rng):
     """A second of every step that runs a model."""
     convert(tiny.checkpoint(tmp_path / "c", rng), tmp_path / "m", Conversion())
     code = (
-        "import sys, torch; from pathlib import Path; from sparsetrace.runtime import open_model;"
+        "import sys, torch; from pathlib import Path; from sparsetrace.model.runtime import open_model;"
         "open_model(Path(sys.argv[1])).load(torch.device('cpu')); print('sympy' in sys.modules)"
     )
     line = [sys.executable, "-c", code, str(tmp_path / "m")]
@@ -45,7 +45,7 @@ def test_steps_that_run_no_model_are_done_without_torch(tiny, tmp_path, rng):
     tiny.thresholds(tmp_path, model, rng)
     prompts = tiny.prompts(tmp_path / "prompts.jsonl", rng, [3, 5])
     code = (
-        "import sys; from sparsetrace.cli import cli; cli(sys.argv[1:], standalone_mode=False);"
+        "import sys; from sparsetrace.cli.main import cli; cli(sys.argv[1:], standalone_mode=False);"
         "assert 'torch' not in sys.modules"
     )
     histograms = tmp_path / "histograms.safetensors"

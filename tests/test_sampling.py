@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparsetrace.engine import uniforms
-from sparsetrace.prompts import Sequence
+from sparsetrace.generation.engine import uniforms
+from sparsetrace.generation.prompts import Sequence
 from sparsetrace_kernels.reference import sample
 
 

@@ -8,9 +8,9 @@ import json
 import pytest
 import torch
 
-from sparsetrace import tuning
-from sparsetrace.cli import cli
-from sparsetrace.files import InputError
+from sparsetrace.cli.main import cli
+from sparsetrace.core.files import InputError
+from sparsetrace.tools import tuning
 from sparsetrace_kernels import configs
 from sparsetrace_kernels import tune as tuner
 from sparsetrace_kernels.configs import GemvConfig, active_table, choose_config, decode_config, table_path
@@ -168,7 +168,7 @@ def test_refuses(gpu, tiny, tmp_path, rng, monkeypatch):
 
 
 def test_refuses_where_there_is_no_gpu(monkeypatch, tmp_path, capsys):
-    from sparsetrace.cli import main
+    from sparsetrace.cli.main import main
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["sparsetrace", "tune", "--shape", "64x64", "--out", str(tmp_path / "t.json")])

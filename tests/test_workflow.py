@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import sparsetrace
-from sparsetrace.reproduce import reproduce
+from sparsetrace.tools.reproduce import reproduce
 
 ROOT = Path(__file__).parents[1]
 STUDY = {

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from sparsetrace.writer import PENDING, BlockWriter
+from sparsetrace.generation.writer import PENDING, BlockWriter
 
 
 @pytest.mark.parametrize("end", ["close", "abandon"])

@@ -8,13 +8,13 @@ __all__ = ["InputError", "Workload", "__version__", "open"]
 
 
 def __getattr__(name: str) -> object:
-    # PEP 562: importing `sparsetrace.config`, which every dry run does, must not load pyarrow.
+    # PEP 562: importing `sparsetrace.study.study`, which every dry run does, must not load pyarrow.
     if name in ("open", "Workload"):
-        from sparsetrace import reader
+        from sparsetrace.workload import reader
 
         return getattr(reader, name)
     if name == "InputError":
-        from sparsetrace.files import InputError
+        from sparsetrace.core.files import InputError
 
         return InputError
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run the command line, or say what to install where only the reader is."""
     try:
-        from sparsetrace.cli import main as run
+        from sparsetrace.cli.main import main as run
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.split(".")[0].startswith("sparsetrace"):
             raise

@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernel_testing import WORDS, assert_sum_close, make_slot, threshold_bits
 
-from sparsetrace.model import rotate
+from sparsetrace.model.decoder import rotate
 from sparsetrace_kernels.decode_attention import MAX_SPLITS, choose_splits, decode_attention, decode_attention_list
 from sparsetrace_kernels.partials import new_partials
 from sparsetrace_kernels.reference import compact_ref, decode_attention_ref, keep_segments, mask_operand

@@ -12,16 +12,16 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from sparsetrace.capture import Recorder, _pack_on_host, _Stage, captured_matrices, holders
-from sparsetrace.engine import Engine, choose_kind
-from sparsetrace.files import InputError
-from sparsetrace.fused import FusedDecoder
+from sparsetrace.core.files import InputError
+from sparsetrace.core.settings import Batching, Capture, Decoding
+from sparsetrace.formats.schema import FORMATS, MATRICES, SITES
+from sparsetrace.generation.capture import Recorder, _pack_on_host, _Stage, captured_matrices, holders
+from sparsetrace.generation.engine import Engine, choose_kind
+from sparsetrace.generation.fused import FusedDecoder
+from sparsetrace.generation.prompts import Sequence
 from sparsetrace.methods import Dense, MatrixRule, Teal, TopK, Wina
-from sparsetrace.model import KVCache
-from sparsetrace.patch import install
-from sparsetrace.prompts import Sequence
-from sparsetrace.schema import FORMATS, MATRICES, SITES
-from sparsetrace.settings import Batching, Capture, Decoding
+from sparsetrace.model.decoder import KVCache
+from sparsetrace.model.patch import install
 from sparsetrace_kernels import decode_attention
 from sparsetrace_kernels.add_rmsnorm import add_rmsnorm
 from sparsetrace_kernels.list_gemv import list_gemv
@@ -357,7 +357,7 @@ def test_graph_equals_eager(tiny, tmp_path, rng, device, batch, monkeypatch):
 @pytest.mark.parametrize("prefill", ["all", "half"])
 def test_passes_in_a_graph_equal_eager(tiny, tmp_path, rng, device, prefill, monkeypatch):
     """Bitwise equal operands of given texts in passes of one shape, and of groups of other lengths between them."""
-    monkeypatch.setattr("sparsetrace.capture.GPU_BLOCK_BYTES", 20_000)
+    monkeypatch.setattr("sparsetrace.generation.capture.GPU_BLOCK_BYTES", 20_000)
     decoder, patch = installed(tiny, tmp_path, rng, device)
     groups = [group_of(rng, lengths) for lengths in ([61, 40], [57, 57], [61, 9], [30, 30], [61, 61])]
     found = []

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsetrace.model import rotate
+from sparsetrace.model.decoder import rotate
 from sparsetrace_kernels.reference import rotate_rows_ref
 from sparsetrace_kernels.rotate_rows import rotate_rows
 

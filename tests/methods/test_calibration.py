@@ -5,11 +5,11 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from sparsetrace import calibrate as step
-from sparsetrace.calibrate import calibrate
-from sparsetrace.files import InputError
-from sparsetrace.histogram import ActivationCounter, Histograms, merge
-from sparsetrace.settings import Calibration, Machine
+from sparsetrace.calibration import calibrate as step
+from sparsetrace.calibration.calibrate import calibrate
+from sparsetrace.calibration.histogram import ActivationCounter, Histograms, merge
+from sparsetrace.core.files import InputError
+from sparsetrace.core.settings import Calibration, Machine
 
 CPU = Machine(device="cpu")
 SCORES = ("cats", "wina")

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from sparsetrace import config, methods, thresholds
-from sparsetrace.config import method_options, parse_method, parse_study
-from sparsetrace.files import InputError
+from sparsetrace import methods
+from sparsetrace.calibration import thresholds
+from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.core.files import InputError
 from sparsetrace.methods import MatrixRule
-from sparsetrace.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.study import study as config
+from sparsetrace.study.study import method_options, parse_method, parse_study
 
 DOCS = Path(__file__).parents[2] / "docs" / "methods.md"
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from sparsetrace.calibrate import calibrate, calibration_windows
-from sparsetrace.capture import Recorder, holders
-from sparsetrace.engine import Engine
-from sparsetrace.files import InputError
+from sparsetrace.calibration.calibrate import calibrate, calibration_windows
+from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.core.files import InputError
+from sparsetrace.core.settings import Batching, Calibration, Decoding, Machine, PromptSet
+from sparsetrace.formats.schema import MATRICES, SITE_OF
+from sparsetrace.generation.capture import Recorder, holders
+from sparsetrace.generation.engine import Engine
+from sparsetrace.generation.prompts import Sequence
 from sparsetrace.methods import METHODS, NM, Cats, Dense, ExactZeros, Griffin, MatrixRule, Teal, TopK, Wina
-from sparsetrace.patch import install, observe
-from sparsetrace.prompts import Sequence
-from sparsetrace.schema import MATRICES, SITE_OF
-from sparsetrace.settings import Batching, Calibration, Decoding, Machine, PromptSet
-from sparsetrace.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.model.patch import install, observe
 
 CPU = Machine(device="cpu")
 # widths of tiny models that 2:4 and 4:8 divide
@@ -132,7 +132,7 @@ def test_cats_in_the_dump(tiny, tmp_path, rng):
 )
 def test_griffin_in_the_dump(tiny, tmp_path, rng, prefill, rows, monkeypatch):
     """One mask per sequence, from the dense positions of its own prompt, for gate and up; down is zero there."""
-    from sparsetrace import engine as engine_module
+    from sparsetrace.generation import engine as engine_module
 
     if rows:
         monkeypatch.setattr(engine_module, "block_rows", lambda config, parts, batch, device: rows)
@@ -275,9 +275,9 @@ def test_relu_models_make_exact_zeros(tiny, tmp_path, rng):
 
 def test_out_masks_reach_the_workload(tiny, tmp_path, rng):
     import sparsetrace
-    from sparsetrace.generate import generate
-    from sparsetrace.pack import index, pack
-    from sparsetrace.prompts import split, write_split
+    from sparsetrace.generation.generate import generate
+    from sparsetrace.generation.prompts import split, write_split
+    from sparsetrace.packing.pack import index, pack
 
     model = tiny.model(tmp_path, rng, **EVEN)
     tiny.thresholds(tmp_path, model, rng)

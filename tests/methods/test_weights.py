@@ -9,19 +9,19 @@ import pytest
 import torch
 
 import sparsetrace
-from sparsetrace.calibrate import calibrate, calibration_windows
-from sparsetrace.config import parse_study, parse_weight_method
-from sparsetrace.files import InputError
-from sparsetrace.generate import generate
+from sparsetrace.calibration.calibrate import calibrate, calibration_windows
+from sparsetrace.calibration.thresholds import derive_thresholds
+from sparsetrace.calibration.weight_masks import prune
+from sparsetrace.core.files import InputError
+from sparsetrace.core.settings import Batching, Calibration, Decoding, Machine, PromptSet
+from sparsetrace.formats.schema import MATRICES, SITE_OF
+from sparsetrace.generation.generate import generate
+from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.methods import WEIGHT_METHODS, Magnitude, Teal, Wanda
-from sparsetrace.pack import index, pack
-from sparsetrace.patch import observe
-from sparsetrace.prompts import split, write_split
-from sparsetrace.runtime import open_model
-from sparsetrace.schema import MATRICES, SITE_OF
-from sparsetrace.settings import Batching, Calibration, Decoding, Machine, PromptSet
-from sparsetrace.thresholds import derive_thresholds
-from sparsetrace.weight_masks import prune
+from sparsetrace.model.patch import observe
+from sparsetrace.model.runtime import open_model
+from sparsetrace.packing.pack import index, pack
+from sparsetrace.study.study import parse_study, parse_weight_method
 
 CPU = Machine(device="cpu")
 EVEN = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8}

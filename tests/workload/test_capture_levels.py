@@ -13,17 +13,17 @@ import pytest
 from click.testing import CliRunner
 
 import sparsetrace
-from sparsetrace import cli
-from sparsetrace.config import Batching, Capture, Decoding, Machine, Packing, PromptSet, parse_study
-from sparsetrace.estimate import Shape, captured_positions, estimate, sizes
-from sparsetrace.files import InputError, sha256_file, sha256_json
-from sparsetrace.generate import generate
-from sparsetrace.pack import index, pack
-from sparsetrace.prompts import split, write_split
-from sparsetrace.recompute import recompute
-from sparsetrace.rows import row_figures
-from sparsetrace.schema import FORMATS, MATRICES
-from sparsetrace.verify import verify
+from sparsetrace.cli import main as cli
+from sparsetrace.core.files import InputError, sha256_file, sha256_json
+from sparsetrace.formats.rows import row_figures
+from sparsetrace.formats.schema import FORMATS, MATRICES
+from sparsetrace.generation.generate import generate
+from sparsetrace.generation.prompts import split, write_split
+from sparsetrace.packing.pack import index, pack
+from sparsetrace.study.study import Batching, Capture, Decoding, Machine, Packing, PromptSet, parse_study
+from sparsetrace.tools.estimate import Shape, captured_positions, estimate, sizes
+from sparsetrace.tools.recompute import recompute
+from sparsetrace.workload.verify import verify
 
 BATCHING = Batching(max_new_tokens=6, batch_size=3, shards=2)
 DECODING = Decoding(prefill="half", ignore_eos=True)
@@ -189,7 +189,7 @@ def study(run, tmp_path, **changes):
 
 def test_estimate_is_near_what_is_written(run, tmp_path, monkeypatch):
     # words of the tiny tokenizer are three or four characters with their blank
-    monkeypatch.setattr("sparsetrace.estimate.CHARACTERS_PER_TOKEN", 4)
+    monkeypatch.setattr("sparsetrace.tools.estimate.CHARACTERS_PER_TOKEN", 4)
     (found,) = estimate(study(run, tmp_path)[0], CPU)
     ds = sparsetrace.open(run.full)
     assert found.name == "tiny/one/teal-0.5"
@@ -217,9 +217,9 @@ TIMES = [
 @pytest.mark.parametrize(("decoding", "passes"), [pytest.param(*case[1:], id=case[0]) for case in TIMES])
 def test_estimated_time_is_that_of_the_passes(run, tmp_path, monkeypatch, decoding, passes):
     """A row takes a second; what is fed at once counts up to a power of two. The dense run counts once."""
-    monkeypatch.setattr("sparsetrace.estimate._layer_seconds", lambda shape, rows, machine: rows)
-    monkeypatch.setattr("sparsetrace.estimate.prompt_lengths", lambda one, checkpoint: ([8] * 6, []))
-    monkeypatch.setattr("sparsetrace.estimate.PACK_BYTES_PER_SECOND", float("inf"))
+    monkeypatch.setattr("sparsetrace.tools.estimate._layer_seconds", lambda shape, rows, machine: rows)
+    monkeypatch.setattr("sparsetrace.tools.estimate.prompt_lengths", lambda one, checkpoint: ([8] * 6, []))
+    monkeypatch.setattr("sparsetrace.tools.estimate.PACK_BYTES_PER_SECOND", float("inf"))
     methods = [{"name": "teal", "sparsity": [0.3, 0.6]}]
     batching = {"max_new_tokens": 4, "batch_size": 3}
     first, second = estimate(study(run, tmp_path, decoding=decoding, batching=batching, methods=methods)[0], CPU)

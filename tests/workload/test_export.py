@@ -10,9 +10,9 @@ from safetensors import safe_open
 from workload_testing import OUTPUTS, build
 
 import sparsetrace
-from sparsetrace import export as exporting
-from sparsetrace.export import FORMS, Layout, export
-from sparsetrace.files import InputError
+from sparsetrace.core.files import InputError
+from sparsetrace.workload import export as exporting
+from sparsetrace.workload.export import FORMS, Layout, export
 
 LEAF = (1, "down")
 

@@ -18,11 +18,9 @@ import pytest
 from workload_testing import LAYERS, SHARDS, build, pack_all, write_dump
 
 import sparsetrace
-from sparsetrace import pack as packing
-from sparsetrace import verify as verification
-from sparsetrace.files import InputError
-from sparsetrace.rows import Figures, Index, Rows, decode_rows, encode_rows
-from sparsetrace.schema import (
+from sparsetrace.core.files import InputError
+from sparsetrace.formats.rows import Figures, Index, Rows, decode_rows, encode_rows
+from sparsetrace.formats.schema import (
     ENCODINGS,
     FORMATS,
     LEVELS,
@@ -33,7 +31,9 @@ from sparsetrace.schema import (
     data_schema,
     row_group_rows,
 )
-from sparsetrace.verify import verify
+from sparsetrace.packing import pack as packing
+from sparsetrace.workload import verify as verification
+from sparsetrace.workload.verify import verify
 
 # one row of nine inputs; inputs 0, 3 and 8 are kept: 1.0, -2.5 and the smallest positive number
 KEPT = [0, 3, 8]
@@ -98,7 +98,7 @@ def test_three_lines_of_numpy():
 
 def test_every_column_and_key_is_described(half):
     """On docs/format.md, by name."""
-    from sparsetrace.quality import QUALITY
+    from sparsetrace.calibration.quality import QUALITY
 
     page = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
     words = set(re.findall(r"\w+", page))
@@ -245,7 +245,7 @@ def test_bytes_do_not_depend_on_what_is_held_at_a_time(tmp_path, monkeypatch, se
 
 def test_order_of_a_long_shard_is_sorted_a_range_at_a_time(tmp_path, monkeypatch, rng):
     """Numbers in clumps far apart, some twice: ranges of any width come out as one sort of all."""
-    from sparsetrace.dump import Block, write_block
+    from sparsetrace.formats.dump import Block, write_block
 
     clumps = [rng.permutation(rng.choice(300, 200)) + at for at in (-50, 10_000, 1 << 40)]
     token = rng.permutation(np.concatenate(clumps))
@@ -366,7 +366,7 @@ def test_memory_stays_bounded(tmp_path):
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        "from sparsetrace.pack import pack\n"
+        "from sparsetrace.packing.pack import pack\n"
         "pack(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))\n"
         # not ru_maxrss, which begins at what this process has
         "status = Path('/proc/self/status').read_text().splitlines()\n"
@@ -387,7 +387,7 @@ def test_memory_stays_bounded(tmp_path):
 
 def wide_dump(folder: Path, blocks: int, rows: int = 1024, features: int = 4096):
     """One group of one matrix, 8 MiB a block."""
-    from sparsetrace.dump import block_name, write_block
+    from sparsetrace.formats.dump import block_name, write_block
 
     built = write_dump(folder / "model", "float16")
     manifest = json.loads((built.folder / "dump" / "00000" / "manifest.json").read_text())

@@ -11,14 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 from test_verify import edited_table, resign, rewrite, said
 
-from sparsetrace.calibrate import calibrate
-from sparsetrace.config import Batching, Calibration, Capture, Decoding, Machine, PromptSet
-from sparsetrace.generate import generate
+from sparsetrace.calibration.calibrate import calibrate
+from sparsetrace.calibration.thresholds import derive_thresholds
+from sparsetrace.generation.generate import generate
+from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.methods import NM, Cats, Dense, ExactZeros, Griffin, Teal, TopK, Wina
-from sparsetrace.pack import index, pack
-from sparsetrace.prompts import split, write_split
-from sparsetrace.recompute import recompute
-from sparsetrace.thresholds import derive_thresholds
+from sparsetrace.packing.pack import index, pack
+from sparsetrace.study.study import Batching, Calibration, Capture, Decoding, Machine, PromptSet
+from sparsetrace.tools.recompute import recompute
 
 METHODS = {
     "teal": Teal(sparsity=0.5),

@@ -11,10 +11,11 @@ import pytest
 from workload_testing import LAYERS, WIDTHS, build
 
 import sparsetrace
-from sparsetrace import pack, reader
-from sparsetrace.card import data_card
-from sparsetrace.files import InputError
-from sparsetrace.schema import FORMATS, MATRICES
+from sparsetrace.core.files import InputError
+from sparsetrace.formats.schema import FORMATS, MATRICES
+from sparsetrace.packing import pack
+from sparsetrace.packing.card import data_card
+from sparsetrace.workload import reader
 
 LEAVES = [(layer, matrix) for layer in range(LAYERS) for matrix in MATRICES]
 
@@ -135,7 +136,7 @@ def test_replay_is_the_order_of_execution(half):
     captured = [row for row in half.fed if row["captured"]]
     wanted = sorted(captured, key=lambda row: (row["group"], row["step"], row["slot"]))
     for window in (1, 1 << 30):
-        from sparsetrace.schedule import replay
+        from sparsetrace.workload.schedule import replay
 
         walked = list(replay(ds, True, window))
         assert [int(t) for step in walked for t in step.token] == [row["token"] for row in wanted]
@@ -388,8 +389,8 @@ def test_weights_and_products(tmp_path, half):
     from safetensors.torch import save_file
     from workload_testing import OUTPUTS
 
-    from sparsetrace.files import InputError
-    from sparsetrace.schema import MATRIX_TABLE, SITES
+    from sparsetrace.core.files import InputError
+    from sparsetrace.formats.schema import MATRIX_TABLE, SITES
 
     rng = torch.Generator().manual_seed(0)
     plain, merged, digests = {}, {}, {}

@@ -8,9 +8,9 @@ import pytest
 from workload_testing import LAYERS, build
 
 import sparsetrace
-from sparsetrace import stats
-from sparsetrace.files import InputError
-from sparsetrace.schema import MATRICES
+from sparsetrace.core.files import InputError
+from sparsetrace.formats.schema import MATRICES
+from sparsetrace.workload import stats
 
 LEAVES = [(layer, matrix) for layer in range(LAYERS) for matrix in MATRICES]
 TILES = (5, 16)

@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader
 from workload_testing import build
 
 import sparsetrace
-from sparsetrace.files import InputError
-from sparsetrace.torch_data import OperandDataset, OperandStream
+from sparsetrace.core.files import InputError
+from sparsetrace.workload.torch_data import OperandDataset, OperandStream
 
 
 @pytest.mark.parametrize("workers", [0, 2, 3])

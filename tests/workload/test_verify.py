@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from workload_testing import build
 
-from sparsetrace.files import InputError, sha256_file, sha256_json
-from sparsetrace.schema import FORMATS, LEVELS, column_encodings, data_schema
-from sparsetrace.verify import DATA_FILE, MANIFEST, verify
+from sparsetrace.core.files import InputError, sha256_file, sha256_json
+from sparsetrace.formats.schema import FORMATS, LEVELS, column_encodings, data_schema
+from sparsetrace.workload.verify import DATA_FILE, MANIFEST, verify
 
 PART = "data/L01/down/part-00000.parquet"
 

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparsetrace.dump import block_name, group_name, write_block
-from sparsetrace.pack import index, pack
-from sparsetrace.schema import DUMP_VERSION, FORMATS, MATRICES, SEQUENCES, SITE_OF, SITES, TOKENS
+from sparsetrace.formats.dump import block_name, group_name, write_block
+from sparsetrace.formats.schema import DUMP_VERSION, FORMATS, MATRICES, SEQUENCES, SITE_OF, SITES, TOKENS
+from sparsetrace.packing.pack import index, pack
 
 # widths that are no multiple of 8, of 4, of anything
 WIDTHS = {"attn_in": 37, "attn_out": 40, "mlp_in": 37, "mlp_mid": 67}

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sparsetrace.files import InputError
-from sparsetrace.names import MATRICES, SITE_OF, SITES, Parts
+from sparsetrace.core.files import InputError
+from sparsetrace.formats.names import MATRICES, SITE_OF, SITES, Parts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsetrace.architecture import ModelConfig
+    from sparsetrace.formats.architecture import ModelConfig
 
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
 # What a method's thresholds are quantiles of: |x| at the site, which calibration always counts; float32 |x| * scale of

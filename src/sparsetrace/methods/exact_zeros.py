@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from sparsetrace.files import InputError
+from sparsetrace.core.files import InputError
 from sparsetrace.methods.base import Method
 
 if TYPE_CHECKING:
-    from sparsetrace.architecture import ModelConfig
+    from sparsetrace.formats.architecture import ModelConfig
 
 
 class ExactZeros(Method):

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from sparsetrace.files import InputError
+from sparsetrace.core.files import InputError
+from sparsetrace.formats.names import SITES
 from sparsetrace.methods.base import MatrixRule, Method
-from sparsetrace.names import SITES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsetrace.architecture import ModelConfig
+    from sparsetrace.formats.architecture import ModelConfig
 
 
 def parse_pattern(value: Any) -> str:

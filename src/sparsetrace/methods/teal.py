@@ -1,8 +1,8 @@
 """TEAL: keep |x| > t, with t from the distribution of the site's activations.
 
 Source: Liu et al., Training-Free Activation Sparsity in Large Language Models, arXiv:2408.14690. Choice: t is the exact
-quantile of |x| (see `sparsetrace.histogram`), where TEAL's code reads a signed 10,000-bin histogram at 0.5 + s/2;
-`sparsetrace import-teal` gives TEAL's own thresholds.
+quantile of |x| (see `sparsetrace.calibration.histogram`), where TEAL's code reads a signed 10,000-bin histogram at
+0.5 + s/2; `sparsetrace import-teal` gives TEAL's own thresholds.
 """
 
 from __future__ import annotations

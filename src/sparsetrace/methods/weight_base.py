@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from sparsetrace.files import InputError
+from sparsetrace.core.files import InputError
+from sparsetrace.formats.names import SITES
 from sparsetrace.methods.base import Sparsity, kept_count
 from sparsetrace.methods.nm import parse_pattern, pattern_numbers
-from sparsetrace.names import SITES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsetrace.architecture import ModelConfig
+    from sparsetrace.formats.architecture import ModelConfig
 
 # Outputs whose masks are decided at a time; bounds the memory of the keys that are ranked.
 OUTPUTS = 512

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from sparsetrace.formats.names import MATRICES
 from sparsetrace.methods.base import MatrixRule, Score, ThresholdMethod, kept_count
-from sparsetrace.names import MATRICES
 
 if TYPE_CHECKING:
     from torch import Tensor

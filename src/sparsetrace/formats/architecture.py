@@ -1,0 +1,80 @@
+"""The architecture of a decoder in numbers, which steps that never run a model read too: without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sparsetrace.formats.schema import SITES
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """Llama 3.1's frequency scaling (`rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Architecture of a decoder; names are those of Hugging Face's config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    sliding_window: int | None
+    tie_word_embeddings: bool
+    dtype: str
+    hidden_act: str = "silu"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch's."""
+        import torch
+
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    def out_features(self, matrix: str) -> int:
+        """Outputs of one matrix."""
+        return {
+            "q": self.num_attention_heads * self.head_dim,
+            "k": self.num_key_value_heads * self.head_dim,
+            "v": self.num_key_value_heads * self.head_dim,
+            "o": self.hidden_size,
+            "gate": self.intermediate_size,
+            "up": self.intermediate_size,
+            "down": self.hidden_size,
+        }[matrix]
+
+    def in_features(self, site: str) -> int:
+        """Width of the vector read at a site."""
+        return {
+            "attn_in": self.hidden_size,
+            "attn_out": self.num_attention_heads * self.head_dim,
+            "mlp_in": self.hidden_size,
+            "mlp_mid": self.intermediate_size,
+        }[site]
+
+    def columns(self, site: str) -> dict[str, slice]:
+        """Columns of each matrix in the site's merged weight."""
+        stop, columns = 0, {}
+        for matrix in SITES[site]:
+            start, stop = stop, stop + self.out_features(matrix)
+            columns[matrix] = slice(start, stop)
+        return columns

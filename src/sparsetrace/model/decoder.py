@@ -1,0 +1,233 @@
+"""Llama and Mistral decoders; knows nothing of sparsity or files.
+
+The matrices that read one site are one `Projection`, named by the site, so that a method is installed by replacing it
+(`sparsetrace.model.patch`). Numerics follow Hugging Face transformers' modeling_llama, the oracle of the tests.
+"""
+
+# Shape suffixes: B batch, T tokens of this call, S key positions, C hidden, H query heads, G kv heads, D head dim,
+# K input features, N output features, V vocabulary.
+
+import math
+from copy import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparsetrace.formats.architecture import ModelConfig
+from sparsetrace.formats.schema import SITES
+
+ACTIVATIONS = {"silu": functional.silu, "relu": functional.relu}
+
+
+def multiply(x_BTK: Tensor, weight_KN: Tensor) -> Tensor:
+    """x @ W, summed in float32 and rounded once to the dtype of both.
+
+    On a CPU they are widened first, which changes no input: few processors multiply 16-bit types, and torch takes fifty
+    times as long on those that do not.
+    """
+    if x_BTK.device.type == "cpu" and x_BTK.dtype != torch.float32:
+        return (x_BTK.float() @ weight_KN.float()).to(x_BTK.dtype)
+    return x_BTK @ weight_KN
+
+
+class Projection(nn.Module):
+    """y = x @ W for all matrices that read one site, side by side.
+
+    Args:
+        config: of the model.
+        site: one of `schema.SITES`.
+    """
+
+    def __init__(self, config: ModelConfig, site: str) -> None:
+        super().__init__()
+        self.columns = config.columns(site)
+        N = max(columns.stop for columns in self.columns.values())
+        # input-major: a dropped input skips one contiguous row
+        self.weight = nn.Parameter(torch.empty(config.in_features(site), N, dtype=config.torch_dtype))
+
+    def forward(self, x_BTK: Tensor) -> Tensor:
+        return multiply(x_BTK, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean in float32."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size, dtype=config.torch_dtype))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        x = x_BTC.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x.to(x_BTC.dtype)
+
+
+class KVCache:
+    """Keys and values of a batch at fixed shapes; slot positions never written are zero and masked.
+
+    Args:
+        config: of the model.
+        batch: slots.
+        length: positions per slot.
+        device: where it lies.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, length: int, device: torch.device) -> None:
+        shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
+        self.k_LBSGD = torch.zeros(shape, dtype=config.torch_dtype, device=device)
+        self.v_LBSGD = torch.zeros(shape, dtype=config.torch_dtype, device=device)
+        self.slots_B1 = torch.arange(batch, device=device)[:, None]
+
+    def first(self, length: int) -> "KVCache":
+        """The first positions alone, of the same memory."""
+        part = copy(self)
+        part.k_LBSGD, part.v_LBSGD = self.k_LBSGD[:, :, :length], self.v_LBSGD[:, :, :length]
+        return part
+
+    def update(self, layer: int, positions_BT: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store at `positions_BT` and return the whole cache of the layer, [B, S, G, D]."""
+        self.k_LBSGD[layer, self.slots_B1, positions_BT] = k_BTGD
+        self.v_LBSGD[layer, self.slots_B1, positions_BT] = v_BTGD
+        return self.k_LBSGD[layer], self.v_LBSGD[layer]
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """[D/2] float32 rotary frequencies, scaled as Llama 3.1 does where the config says so."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    frequency = 1.0 / (config.rope_theta**exponent)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    wavelength = 2 * math.pi / frequency
+    context = scaling.original_max_position_embeddings
+    smooth = (context / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blended = (1 - smooth) * frequency / scaling.factor + smooth * frequency
+    low = wavelength > context / scaling.low_freq_factor
+    high = wavelength < context / scaling.high_freq_factor
+    return torch.where(low, frequency / scaling.factor, torch.where(high, frequency, blended))
+
+
+def rotate(x_BTHD: Tensor, cos_BT1D: Tensor, sin_BT1D: Tensor) -> Tensor:
+    """Rotary embedding, halves convention."""
+    low, high = x_BTHD.chunk(2, dim=-1)
+    return x_BTHD * cos_BT1D + torch.cat((-high, low), dim=-1) * sin_BT1D
+
+
+class Block(nn.Module):
+    """One decoder layer; its four `Projection`s carry the names of the sites."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.attn_norm = RMSNorm(config)
+        self.attn_in = Projection(config, "attn_in")
+        self.attn_out = Projection(config, "attn_out")
+        self.mlp_norm = RMSNorm(config)
+        self.mlp_in = Projection(config, "mlp_in")
+        self.mlp_mid = Projection(config, "mlp_mid")
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x_BTC: Tensor, context: "Context", cache: KVCache | None) -> Tensor:
+        y_BTK = attend(self.config, self.layer, self.attn_in(self.attn_norm(x_BTC)), context, cache)
+        x_BTC = x_BTC + self.attn_out(y_BTK)
+        gate, up = self.mlp_in(self.mlp_norm(x_BTC)).chunk(2, dim=-1)
+        return x_BTC + self.mlp_mid(self.activation(gate) * up)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What every layer of a pass shares.
+
+    Args:
+        positions: int64 [B, T].
+        rotary: cosines and sines of the positions, [B, T, 1, D] in the model's dtype.
+        mask: bool [B, 1, T, S], as `attended` makes it.
+    """
+
+    positions: Tensor
+    rotary: tuple[Tensor, Tensor]
+    mask: Tensor
+
+
+def context_of(config: ModelConfig, positions_BT: Tensor, cache: KVCache | None) -> Context:
+    """Rotary factors and attention mask of a pass; without a cache, its tokens attend to one another."""
+    cos_BTE, sin_BTE = rotary_factors(config, positions_BT)
+    rotary = cos_BTE.repeat(1, 1, 2)[:, :, None], sin_BTE.repeat(1, 1, 2)[:, :, None]
+    return Context(positions_BT, rotary, attended(config, positions_BT, cache))
+
+
+def attended(config: ModelConfig, positions_BT: Tensor, cache: KVCache | None) -> Tensor:
+    """bool [B, 1, T, S]: which keys each query attends to; without a cache, those of the same pass."""
+    device = positions_BT.device
+    keys_S = torch.arange(cache.k_LBSGD.shape[2], device=device) if cache else positions_BT[:, None, :]
+    distance_BTS = positions_BT[:, :, None] - keys_S
+    mask_BTS = distance_BTS >= 0
+    if config.sliding_window is not None:
+        mask_BTS &= distance_BTS < config.sliding_window
+    return mask_BTS[:, None]
+
+
+def rotary_factors(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of each position, [..., D / 2] in the model's dtype."""
+    # built here, not stored: a model on the `meta` device has no values to keep
+    angle = positions[..., None].float() * inverse_frequencies(config).to(positions.device)
+    return angle.cos().to(config.torch_dtype), angle.sin().to(config.torch_dtype)
+
+
+def attend(config: ModelConfig, layer: int, qkv_BTN: Tensor, context: Context, cache: KVCache | None) -> Tensor:
+    """Rotary embedding, cache and attention of one layer: [B, T, N] of q, k, v side by side to [B, T, K]."""
+    B, T, _ = qkv_BTN.shape
+    q, k, v = qkv_BTN.split([config.out_features(matrix) for matrix in SITES["attn_in"]], dim=-1)
+    q_BTHD = rotate(q.reshape(B, T, -1, config.head_dim), *context.rotary)
+    k_BTGD = rotate(k.reshape(B, T, -1, config.head_dim), *context.rotary)
+    v_BTGD = v.reshape(B, T, -1, config.head_dim)
+    if cache is not None:
+        k_BTGD, v_BTGD = cache.update(layer, context.positions, k_BTGD, v_BTGD)
+    y_BHTD = functional.scaled_dot_product_attention(
+        q_BTHD.transpose(1, 2), k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2), attn_mask=context.mask, enable_gqa=True
+    )
+    return y_BHTD.transpose(1, 2).reshape(B, T, -1)
+
+
+def _table(config: ModelConfig) -> nn.Parameter:
+    """[V, C]; not by `empty_like`, which on the `meta` device imports sympy, for a second."""
+    return nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=config.torch_dtype))
+
+
+class Decoder(nn.Module):
+    """Token ids to hidden states, and hidden states to logits."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = _table(config)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config)
+        # one parameter under two names where they are tied
+        self.lm_head = self.embedding if config.tie_word_embeddings else _table(config)
+
+    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Hidden states after the last norm.
+
+        Args:
+            tokens_BT: int64 ids.
+            positions_BT: int64 position of each; a token attends to the positions up to its own.
+            cache: holds the earlier positions and receives these; without one, the T tokens are all there is.
+
+        Returns:
+            [B, T, C] in the model's dtype.
+        """
+        context = context_of(self.config, positions_BT, cache)
+        x_BTC = functional.embedding(tokens_BT, self.embedding)
+        for layer in self.layers:
+            x_BTC = layer(x_BTC, context, cache)
+        hidden: Tensor = self.norm(x_BTC)
+        return hidden
+
+    def logits(self, hidden_C: Tensor) -> Tensor:
+        """[..., V] float32 logits of hidden states [..., C]."""
+        return multiply(hidden_C, self.lm_head.T).float()

@@ -1,0 +1,220 @@
+"""Installing a method in a model, and observing one, from outside: the only place where a model is altered."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sparsetrace.core.files import InputError
+from sparsetrace.formats.architecture import ModelConfig
+from sparsetrace.formats.schema import SITES, Parts
+from sparsetrace.methods import MatrixRule, Method, operand_parts
+from sparsetrace.model.decoder import ACTIVATIONS, Block, Decoder, Projection, multiply
+from sparsetrace_kernels.reference import mask_operand
+
+Record = Callable[[int, str, Tensor], None]
+
+
+class Patch:
+    """A method installed in a model; the engine sets the attributes before each forward pass.
+
+    Args:
+        method: decides the masks.
+        config: of the model.
+
+    Attributes:
+        sparsified_BT: which rows of the coming pass the method applies to; True for all, False for none.
+        dense_BT: which rows are positions of sequences that run dense; None for none. Read by methods that look at a
+            sequence's prompt before they decide.
+        record: called as record(layer, matrix, operand [B, T, K]) with the tensor that the multiply consumes.
+        record_outputs: called as record_outputs(layer, matrix, dropped bool [B, T, N]) with the outputs that are not
+            computed, for the matrices of which the method says so.
+        modules: what was put into the model, by (layer, site).
+    """
+
+    def __init__(self, method: Method, config: ModelConfig) -> None:
+        self.method = method
+        self.config = config
+        self.sparsified_BT: Tensor | bool = False
+        self.dense_BT: Tensor | None = None
+        self.record: Record | None = None
+        self.record_outputs: Record | None = None
+        self.modules: dict[tuple[int, str], SparseProjection] = {}
+        self._memory: dict[int, dict[str, Tensor]] = {}
+
+    def begin(self) -> None:
+        """A new group of sequences: forget what the method remembers of the last."""
+        self._memory = {}
+
+    def memory(self, layer: int) -> dict[str, Tensor]:
+        """What the method remembers of the group's sequences in one layer."""
+        return self._memory.setdefault(layer, {})
+
+    @property
+    def parts(self) -> Parts:
+        """The matrices of each site, those that read one operand together."""
+        return operand_parts(self.method, [rule for module in self.modules.values() for rule in module.rules.values()])
+
+    def use(self, rules: list[MatrixRule]) -> None:
+        """Decide by other rules from now on; all those of each site that they name."""
+        for (layer, site), module in self.modules.items():
+            own = [rule for rule in rules if rule.layer == layer and rule.matrix in SITES[site]]
+            if own:
+                module.use([replace(rule, scale=module.rules[rule.matrix].scale) for rule in own])
+
+    def put(self, model: Decoder, *, sparse: bool = True) -> None:
+        """Put the sparse projections into the model they were made for, or the dense ones back."""
+        for (layer, site), module in self.modules.items():
+            setattr(model.layers[layer], site, module if sparse else module.dense)
+
+
+class SparseProjection(nn.Module):
+    """A `Projection` whose input is masked first, matrix by matrix.
+
+    Args:
+        dense: the projection it stands for.
+        patch: shared by the whole model.
+        rules: one per matrix of the site, in order.
+    """
+
+    def __init__(self, dense: Projection, patch: Patch, rules: list[MatrixRule]) -> None:
+        super().__init__()
+        self.dense = dense
+        self.patch = patch
+        scales = {rule.matrix: patch.method.scale(dense.weight[:, dense.columns[rule.matrix]]) for rule in rules}
+        self.use([replace(rule, scale=scales[rule.matrix]) for rule in rules])
+
+    def use(self, rules: list[MatrixRule]) -> None:
+        """Decide by other rules from now on."""
+        self.rules = {rule.matrix: rule for rule in rules}
+        columns = self.dense.columns
+        # one masking and one multiply serve neighbours that read the same operand
+        self.parts = [
+            (part, slice(columns[part[0].matrix].start, columns[part[-1].matrix].stop))
+            for part in self.patch.method.parts(rules)
+        ]
+
+    def forward(self, x_BTK: Tensor) -> Tensor:
+        patch = self.patch
+        if patch.sparsified_BT is False:
+            y: Tensor = self.dense(x_BTK)
+            if patch.method.needs_dense_prefill and patch.dense_BT is not None and "up" in self.rules:
+                self._keep_outputs(y)
+            return y
+        parts_y = []
+        for rules, columns in self.parts:
+            keep = patch.method.keep(x_BTK, rules[0])
+            operand_BTK = mask_operand(x_BTK, torch.ones_like(x_BTK, dtype=torch.bool) if keep is None else keep)
+            if isinstance(patch.sparsified_BT, Tensor):
+                operand_BTK = torch.where(patch.sparsified_BT[..., None], operand_BTK, x_BTK)
+            if patch.record is not None:
+                for rule in rules:
+                    patch.record(rule.layer, rule.matrix, operand_BTK)
+            parts_y.append(multiply(operand_BTK, self.dense.weight[:, columns]))
+        y = parts_y[0] if len(parts_y) == 1 else torch.cat(parts_y, dim=-1)
+        if patch.method.out_masks and "up" in self.rules:
+            y = self._drop_outputs(y)
+        return y
+
+    def _keep_outputs(self, y_BTN: Tensor) -> Tensor | None:
+        gate_BTN, up_BTN = y_BTN.chunk(2, dim=-1)
+        active_BTN = ACTIVATIONS[self.patch.config.hidden_act](gate_BTN)
+        rule = self.rules["up"]
+        memory = self.patch.memory(rule.layer)
+        return self.patch.method.keep_outputs(active_BTN, up_BTN, rule, self.patch.dense_BT, memory)
+
+    def _drop_outputs(self, y_BTN: Tensor) -> Tensor:
+        """Set to zero what the method says is not computed, and record it."""
+        patch = self.patch
+        keep = self._keep_outputs(y_BTN)
+        parts = dict(zip(SITES["mlp_in"], y_BTN.chunk(2, dim=-1), strict=True))
+        dropped = torch.zeros_like(parts["up"], dtype=torch.bool)
+        if keep is not None:
+            dropped = dropped | ~keep
+            if isinstance(patch.sparsified_BT, Tensor):
+                dropped &= patch.sparsified_BT[..., None]
+        for matrix in patch.method.out_masks:
+            if patch.record_outputs is not None:
+                patch.record_outputs(self.rules[matrix].layer, matrix, dropped)
+            parts[matrix] = parts[matrix].masked_fill(dropped, 0)
+        return y_BTN if keep is None else torch.cat(list(parts.values()), dim=-1)
+
+
+def install(model: Decoder, method: Method, rules: list[MatrixRule]) -> Patch:
+    """Replace every projection of `model` by a sparse one.
+
+    Args:
+        model: is altered.
+        method: decides the masks.
+        rules: one per layer and matrix.
+
+    Raises:
+        InputError: a matrix has no rule, a rule lacks the threshold that the method needs, or the method does not fit
+            the model.
+    """
+    by_matrix = {(rule.layer, rule.matrix): rule for rule in rules}
+    wanted = [(layer, matrix) for layer in range(len(model.layers)) for matrix in chain(*SITES.values())]
+    if missing := [f"layer {layer} {matrix}" for layer, matrix in wanted if (layer, matrix) not in by_matrix]:
+        raise InputError(f"thresholds: every matrix must have a row, got none for {', '.join(missing)}")
+    if len(by_matrix) != len(wanted):
+        raise InputError(f"thresholds: rows must be those of a model of {len(model.layers)} layers, got {len(rules)}")
+    bare = [f"layer {r.layer} {r.matrix}" for r in rules if r.matrix in method.thresholded and r.threshold_bits is None]
+    if bare:
+        raise InputError(f"thresholds: method {method.name} needs a threshold, got none for {', '.join(bare)}")
+    method.refuse_model(model.config)
+    patch = Patch(method, model.config)
+    for layer, site, projection in projections(model):
+        site_rules = [by_matrix[layer, matrix] for matrix in SITES[site]]
+        patch.modules[layer, site] = SparseProjection(projection, patch, site_rules)
+    patch.put(model)
+    return patch
+
+
+def install_block(block: Block, method: Method, rules: list[MatrixRule]) -> Patch:
+    """The same for one layer alone; `rules` are its seven."""
+    patch = Patch(method, block.config)
+    by_matrix = {rule.matrix: rule for rule in rules}
+    for site, matrices in SITES.items():
+        module = SparseProjection(getattr(block, site), patch, [by_matrix[matrix] for matrix in matrices])
+        patch.modules[block.layer, site] = module
+        setattr(block, site, module)
+    return patch
+
+
+@contextmanager
+def observe(
+    model: Decoder,
+    see: Callable[[int, str, Tensor], None],
+    see_output: Callable[[int, str, Tensor], None] | None = None,
+) -> Iterator[None]:
+    """Within the block, call see(layer, site, x [B, T, K]) with each vector that enters a projection.
+
+    Args:
+        model: not altered but for hooks, which are gone after the block.
+        see: gets what enters.
+        see_output: gets what leaves, [B, T, N] of all matrices of the site side by side.
+    """
+
+    def hook(layer: int, site: str, projection: Projection) -> Iterator[RemovableHandle]:
+        yield projection.register_forward_pre_hook(lambda _, inputs: see(layer, site, inputs[0]))
+        if see_output is not None:
+            yield projection.register_forward_hook(lambda _module, _inputs, y: see_output(layer, site, y))
+
+    handles = [handle for place in projections(model) for handle in hook(*place)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def projections(model: Decoder) -> Iterator[tuple[int, str, Projection]]:
+    """Every (layer, site, projection), in the order of execution."""
+    for layer, block in enumerate(model.layers):
+        assert isinstance(block, Block)
+        for site in SITES:
+            yield layer, site, getattr(block, site)

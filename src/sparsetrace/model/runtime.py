@@ -1,0 +1,171 @@
+"""The runtime model: what `convert` writes and every step that runs or describes the model opens.
+
+torch is imported where weights are loaded: `split` needs the tokenizer alone, and is done before torch would be there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import local
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from sparsetrace.core.files import InputError, read_json
+from sparsetrace.core.settings import Machine
+from sparsetrace.formats.architecture import ModelConfig, RopeScaling
+from sparsetrace.formats.schema import MATRICES, MODEL_VERSION, SITES
+from sparsetrace.model.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sparsetrace.model.decoder import Decoder
+
+# Tensors copied to a GPU at a time, and the pinned memory that each passes through, which a GPU reads by itself.
+READERS, STAGED_BYTES = 8, 32 << 20
+
+SOURCE_MODULES = {matrix: f"self_attn.{matrix}_proj" for matrix in ("q", "k", "v", "o")} | {
+    matrix: f"mlp.{matrix}_proj" for matrix in ("gate", "up", "down")
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RuntimeModel:
+    """A converted model's description.
+
+    Args:
+        folder: where it lies.
+        config: architecture.
+        model_hash: of the architecture, every weight and the tokenizer.
+        source_hash: of the checkpoint's files.
+        source: what data sets call the model.
+        bos: id put before prompts, or None.
+        eos: ids that end a sequence.
+        tensors: name to {file, shape, sha256}.
+    """
+
+    folder: Path
+    config: ModelConfig
+    model_hash: str
+    source_hash: str
+    source: str
+    bos: int | None
+    eos: frozenset[int]
+    tensors: dict[str, dict[str, Any]]
+
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return Tokenizer(self.folder, self.config.vocab_size, self.bos)
+
+    def load(self, device: torch.device) -> Decoder:
+        """The decoder with its weights on `device`."""
+        import torch
+
+        from sparsetrace.model.decoder import Decoder
+
+        with torch.device("meta"):
+            model = Decoder(self.config)
+        mapped: dict[str, Tensor] = {}
+        for file in sorted({entry["file"] for entry in self.tensors.values()}):
+            try:
+                with safe_open(self.folder / file, framework="pt") as opened:
+                    mapped |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a mapping
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"model: {self.folder / file} must be whole, got {error}: convert again") from None
+        try:
+            state = _place(mapped, device)
+        except torch.OutOfMemoryError:
+            size = sum(tensor.nbytes for tensor in mapped.values())
+            raise InputError(
+                f"model: {self.folder} must fit the memory of one GPU, got {size:,} bytes of weights: use a larger "
+                "GPU, or `device: cpu`"
+            ) from None
+        if self.config.tie_word_embeddings:
+            state["lm_head"] = state["embedding"]
+        model.load_state_dict(state, assign=True)
+        model.lm_head = model.embedding if self.config.tie_word_embeddings else model.lm_head
+        return model.requires_grad_(False).eval()
+
+
+def _place(mapped: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors of mapped files on a device; on the host they stay mapped."""
+    return mapped if device.type == "cpu" else _copy(mapped, device)
+
+
+def _copy(mapped: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    import torch
+
+    own = local()
+
+    def begin() -> None:
+        own.staged = torch.empty(STAGED_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+    def copy(tensor: Tensor) -> Tensor:
+        out = torch.empty_like(tensor, device=device)
+        parts = (each.flatten().view(torch.uint8).split(STAGED_BYTES) for each in (tensor, out))
+        for source, target in zip(*parts, strict=True):
+            staged = own.staged[: len(source)]
+            # by numpy, which takes one thread
+            staged.numpy()[:] = source.numpy()
+            target.copy_(staged)
+        return out
+
+    with ThreadPoolExecutor(READERS, initializer=begin) as pool:
+        return dict(zip(mapped, pool.map(copy, mapped.values()), strict=True))
+
+
+def open_model(folder: Path) -> RuntimeModel:
+    """Read a converted model's description; the weights stay on disk."""
+    # the folder, or its config.json, which is what a workflow rule names
+    folder = folder.parent if folder.name == "config.json" else folder
+    content = read_json(folder / "config.json", "model")
+    if content.get("format") != "sparsetrace-model":
+        raise InputError(
+            f"model: {folder} must be a converted model, got another config.json: run `sparsetrace convert`"
+        )
+    if content["version"] != MODEL_VERSION:
+        raise InputError(f"model: {folder} must have version {MODEL_VERSION}, got {content['version']}: convert again")
+    architecture = dict(content["architecture"])
+    if architecture["rope_scaling"] is not None:
+        architecture["rope_scaling"] = RopeScaling(**architecture["rope_scaling"])
+    return RuntimeModel(
+        folder=folder,
+        config=ModelConfig(**architecture),
+        model_hash=content["model_hash"],
+        source_hash=content["source_hash"],
+        source=content["source"],
+        bos=content["bos"],
+        eos=frozenset(content["eos"]),
+        tensors=content["tensors"],
+    )
+
+
+def source_weight(layer: int, matrix: str) -> str:
+    """Name of a matrix in the Hugging Face checkpoint, where it is stored [out, in]."""
+    return f"model.layers.{layer}.{SOURCE_MODULES[matrix]}.weight"
+
+
+def use(machine: Machine) -> torch.device:
+    """Set torch up for a step that runs the model, and return its device."""
+    import torch
+
+    torch.set_num_threads(machine.threads)
+    available = torch.cuda.is_available()
+    if machine.device == "cuda" and not available:
+        raise InputError("machine: device must be cpu or auto where torch sees no GPU, got cuda")
+    return torch.device("cpu" if machine.device == "cpu" or not available else "cuda")
+
+
+def describe(model: RuntimeModel) -> str:
+    """One line for people."""
+    config = model.config
+    weights = sum(config.out_features(m) * config.in_features(site) for site, ms in SITES.items() for m in ms)
+    return (
+        f"{model.source}: {config.num_hidden_layers} layers of {len(MATRICES)} matrices with {weights / 1e6:.1f} M "
+        f"weights, hidden {config.hidden_size}, {config.num_attention_heads} heads ({config.num_key_value_heads} kv), "
+        f"{config.dtype}"
+    )

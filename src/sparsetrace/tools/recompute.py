@@ -1,0 +1,150 @@
+"""Running sequences of a workload again, from the model, and comparing every bit: `sparsetrace verify --recompute`.
+
+A sequence's bits depend on those that it was multiplied with, so whole groups are run.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+
+from sparsetrace.core.files import InputError
+from sparsetrace.core.settings import Batching, Capture, Decoding, Machine
+from sparsetrace.formats.dump import Block
+from sparsetrace.generation.capture import holders
+from sparsetrace.generation.engine import GroupResult, Kind
+from sparsetrace.generation.generate import Runner
+from sparsetrace.generation.prompts import Sequence
+from sparsetrace.methods import METHODS, MatrixRule
+from sparsetrace.model.patch import install
+from sparsetrace.model.runtime import open_model, use
+from sparsetrace.workload.reader import Workload
+from sparsetrace.workload.verify import Fault
+
+
+def recompute(
+    folder: Path, model: Path, sequences: int, machine: Machine, report: Callable[[int, int], None] | None = None
+) -> list[Fault]:
+    """Run the first sequences of a workload again.
+
+    Args:
+        folder: of the workload.
+        model: the runtime model that it was made with.
+        sequences: number of sequences; the groups that hold them are run whole.
+        machine: where the model runs; the same bits are promised only on the kind that made the workload.
+        report: called with (groups done, in all).
+
+    Raises:
+        InputError: another model, or a workload that lacks the rules of some matrices.
+    """
+    workload = Workload(folder)
+    manifest = workload.manifest
+    opened = open_model(model)
+    if opened.model_hash != manifest["model_hash"]:
+        raise InputError(
+            f"verify: {model} must be the workload's model ({manifest['model_hash'][:12]}), "
+            f"got {opened.model_hash[:12]}"
+        )
+    device = use(machine)
+    method = METHODS[manifest["method"]](**manifest["parameters"])
+    rules = [
+        MatrixRule(row["layer"], row["matrix"], row["threshold_bits"], expected=row["target_sparsity"])
+        for row in workload.matrix_table.to_pylist()
+    ]
+    capture = Capture(**manifest["capture"])
+    if capture.layers or capture.matrices:
+        raise InputError(
+            "verify: the workload must hold every layer and matrix to be recomputed, got a sample: "
+            "the thresholds of the others are not in it"
+        )
+    decoder = opened.load(device)
+    patch = install(decoder, method, rules)
+    table = workload.sequence_table.sort_by("sequence")
+    decoding, batching = Decoding(**manifest["decoding"]), Batching(**manifest["batching"])
+    given = None
+    if decoding.tokens_from == "dense":
+        given = dict(zip(table["sequence"].to_pylist(), table["output_ids"].to_pylist(), strict=True))
+    kind: Kind = manifest["engine"] if device.type == "cuda" else "torch"
+    positions = max(map(len, table["prompt_ids"].to_pylist())) + batching.max_new_tokens
+    runner = Runner(decoder, patch, decoding, batching, opened.eos, capture, kind, positions)
+    held = holders(workload.leaves, patch.parts)
+    groups = list(dict.fromkeys(table["group"].to_pylist()[:sequences]))
+    faults: list[Fault] = []
+    again: list[tuple[GroupResult, list[str]]] = []
+
+    def keep(_group: list[Sequence], result: GroupResult, _size: int, blocks: list[str], _rows: int) -> None:
+        again.append((result, blocks))
+
+    for done, group in enumerate(groups, start=1):
+        rows = table.filter(pc.field("group") == group).to_pylist()
+        names = Sequence.__dataclass_fields__
+        batch = [Sequence(**{name: row[name] for name in names}) for row in rows]
+        scratch = Path(tempfile.mkdtemp(prefix="sparsetrace-"))
+        try:
+            size = manifest.get("smaller_batches", {}).get(str(group))
+            runner.run(batch, scratch, keep, given, size)
+            runner.wait()
+            result, blocks = again.pop()
+            for sequence, row, ids in zip(batch, rows, result.output_ids, strict=True):
+                if ids != row["output_ids"]:
+                    what = f"output of sequence {sequence.sequence} must be the same when run again, got another"
+                    faults.append(Fault("sequences.parquet", what + _versions(manifest, device)))
+            for name in blocks:
+                faults += _differences(workload, Block(scratch / name), held, device)
+        finally:
+            shutil.rmtree(scratch)
+        if report is not None:
+            report(done, len(groups))
+    return faults
+
+
+def _differences(
+    workload: Workload, block: Block, held: dict[tuple[int, str], str], device: torch.device
+) -> Iterator[Fault]:
+    tokens = block["rows.token"]
+    known = np.isin(tokens, workload.tokens)
+    if not known.all():
+        yield Fault("tokens.parquet", f"must name token {tokens[~known][0]}, which is captured when run again")
+        return
+    for layer, matrix in workload.leaves:
+        name, outputs = f"L{layer:02d}.{held[layer, matrix]}", f"L{layer:02d}.{matrix}.out_mask"
+        if workload.level == "stats":
+            figures = workload.select(token=tokens).figures(layer, matrix)
+            back = np.argsort(np.argsort(tokens))
+            pairs = [(figures[kind].to_numpy()[back], block[f"{name}.{kind}"]) for kind in ("nnz", "absmax", "l2")]
+        else:
+            rows = workload.matrix(layer, matrix, tokens)
+            pairs = [(rows.mask, block[f"{name}.mask"])]
+            if rows.out_mask is not None:
+                pairs += [(rows.out_mask, block[outputs])]
+            if rows.bits is not None:
+                # with equal masks, values lie at equal places
+                whole = np.array_equal(*pairs[0])
+                pairs += [(rows.bits, block[f"{name}.values"])] if whole else []
+        for stored, again in pairs:
+            if np.array_equal(stored, again):
+                continue
+            differ = np.flatnonzero((stored != again).reshape(len(stored), -1).any(axis=1))
+            row = differ[0]
+            if workload.level != "stats" and stored is rows.bits:
+                row = np.searchsorted(rows.offsets, differ[0], side="right") - 1
+            yield Fault(
+                f"data/L{layer:02d}/{matrix}",
+                f"token {tokens[row]} must be the same when run again, got another"
+                + _versions(workload.manifest, device),
+            )
+            break
+
+
+def _versions(manifest: dict[str, Any], device: torch.device) -> str:
+    """What differs from the run that made the workload, in words; empty if nothing known does."""
+    here = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    made = manifest["versions"].get("torch")
+    differ = [f"device {manifest['device']} then, {here} now"] if manifest["device"] != here else []
+    differ += [f"torch {made} then, {torch.__version__} now"] if made != torch.__version__ else []
+    return f" ({'; '.join(differ)})" if differ else ""

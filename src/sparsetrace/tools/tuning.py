@@ -1,0 +1,114 @@
+"""A tuning table for one's own GPU and model shapes: which shapes, and where the table goes.
+
+The measuring is `sparsetrace_kernels.tune`'s, the choice by a table `sparsetrace_kernels.configs`'.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from sparsetrace.core.files import InputError, write_beside
+from sparsetrace.formats.architecture import ModelConfig
+from sparsetrace.formats.schema import SITES
+from sparsetrace.model.runtime import RuntimeModel
+from sparsetrace_kernels import tune as tuner
+from sparsetrace_kernels.configs import active_table, table_name
+
+DTYPES = ("float16", "bfloat16")
+
+
+def site_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(K, N) of each site's multiply, its matrices side by side."""
+    return {
+        site: (config.in_features(site), max(columns.stop for columns in config.columns(site).values()))
+        for site in SITES
+    }
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """(K, N) of `4096x11008`: inputs x outputs."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise InputError(f"tune: --shape must be INPUTSxOUTPUTS, such as 4096x11008, got {text}")
+    return int(found[1]), int(found[2])
+
+
+def choose_dtype(models: Iterable[RuntimeModel], asked: str | None) -> str:
+    """The type to measure in: what is asked for, else the models', float16 where none is named.
+
+    One 16-bit type stands in for the other where a table lacks it.
+
+    Raises:
+        InputError: a model in float32, which the kernels do not take, and no dtype asked for.
+    """
+    if asked is not None:
+        return asked
+    for model in models:
+        if model.config.dtype not in DTYPES:
+            raise InputError(
+                f"tune: dtype must be one of {', '.join(DTYPES)}, got {model.config.dtype} of {model.folder}: "
+                "convert it to one of them, or give --dtype"
+            )
+        return model.config.dtype
+    return DTYPES[0]
+
+
+def gpu_name(where: str) -> str:
+    """The GPU at hand, as tables name it.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not torch.cuda.is_available():
+        raise InputError(f"{where}: a CUDA GPU must be there, got none: run it on the machine that generates")
+    return torch.cuda.get_device_name()
+
+
+def refuse_own_table() -> None:
+    """Refuse a table named by `SPARSETRACE_TUNING` that cannot serve the GPU at hand.
+
+    Raises:
+        InputError: it is not there, is no table, or is another GPU's.
+    """
+    if torch.cuda.is_available():
+        try:
+            active_table(torch.cuda.get_device_name())
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+
+def tune(
+    shapes: Iterable[tuple[int, int]],
+    dtype: str,
+    out: Path | None,
+    folder: Path,
+    report: Callable[[int, int, str], None] | None = None,
+) -> tuple[Path, int]:
+    """Measure and write a table, whole or not at all.
+
+    Args:
+        shapes: (K, N); those that occur twice are measured once.
+        dtype: one of `DTYPES`.
+        out: table file; None names one after the GPU in `folder`.
+        folder: of the user's tables.
+        report: called with (steps done, steps in all, what was done last).
+
+    Returns:
+        The file and the number of its entries.
+
+    Raises:
+        InputError: no GPU, or no shape.
+    """
+    gpu = gpu_name("tune")
+    distinct = list(dict.fromkeys(shapes))
+    if not distinct:
+        raise InputError("tune: a model or --shape must be given, got neither")
+    path = folder / table_name(gpu) if out is None else out
+    # made now, so that a folder that cannot be written is not found out after minutes of measuring
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = tuner.tune(distinct, [getattr(torch, dtype)], report=report)
+    with write_beside(path) as partial:
+        partial.write_text(tuner.format_table(document), encoding="utf-8")
+    return path, len(document["entries"])

@@ -1,0 +1,141 @@
+"""Weights of a converted or an original checkpoint by memory map, in numpy: what a workload is multiplied with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsetrace.core.files import InputError
+from sparsetrace.formats.schema import FORMATS, SITES
+
+_CODES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+_PREFIX_BYTES = 8
+
+
+class Checkpoint:
+    """A folder of safetensors files, opened lazily.
+
+    Args:
+        folder: a runtime model made by `sparsetrace convert`, or the Hugging Face folder that it was made from.
+
+    Raises:
+        InputError: there is no safetensors file, or one that is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise InputError(f"weights: {folder} must be a checkpoint folder, got no safetensors file there")
+        self._tensors = {name: (file, entry) for file in files for name, entry in _header(file).items()}
+        self._map = lru_cache(None)(_map)
+        self._checked: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def patterns(self, name: str) -> tuple[np.ndarray, str]:
+        """Bit patterns of a tensor, not copied, and its dtype."""
+        if name not in self._tensors:
+            raise InputError(f"weights: {self.folder} must hold {name}, got no such tensor: give the workload's model")
+        file, entry = self._tensors[name]
+        if entry["dtype"] not in _CODES:
+            raise InputError(f"weights: {name} must be one of {', '.join(_CODES)}, got {entry['dtype']}")
+        dtype = _CODES[entry["dtype"]]
+        shape = tuple(entry["shape"])
+        mapped = np.frombuffer(
+            self._map(file), FORMATS[dtype].bits, int(np.prod(shape)), entry["start"] + entry["data_offsets"][0]
+        )
+        return mapped.reshape(shape), dtype
+
+    def weight(self, matrix: dict[str, Any], dtype: str) -> np.ndarray:
+        """Bit patterns [in, out] of one matrix in the workload's dtype; a view of the file where they are stored so.
+
+        Args:
+            matrix: a row of `matrices.parquet`.
+            dtype: of the workload; an original checkpoint in another is rounded to it, as `convert` does.
+
+        Raises:
+            InputError: the tensor is missing or has another shape.
+        """
+        if matrix["weight"] in self:
+            merged, _ = self.patterns(matrix["weight"])
+            start = matrix["weight_column"]
+            patterns = merged[:, start : start + matrix["out_features"]]
+        else:
+            stored, own = self.patterns(matrix["source_weight"])
+            patterns = stored.T
+            if own != dtype:
+                patterns = FORMATS[dtype].from_float(FORMATS[own].to_float(np.ascontiguousarray(patterns)))
+        if patterns.shape != (matrix["in_features"], matrix["out_features"]):
+            raise InputError(
+                f"weights: {matrix['source_weight']} in {self.folder} must be [in={matrix['in_features']}, "
+                f"out={matrix['out_features']}], got {list(patterns.shape)}"
+            )
+        return patterns
+
+    def check_once(self, matrix: dict[str, Any], siblings: list[dict[str, Any]], dtype: str) -> None:
+        """`check`, the first time that a runtime tensor is asked for."""
+        if matrix["weight"] not in self._checked:
+            self.check(matrix, siblings, dtype)
+            self._checked.add(matrix["weight"])
+
+    def check(self, matrix: dict[str, Any], siblings: list[dict[str, Any]], dtype: str) -> None:
+        """Refuse weights that are not those of the workload, by their hash.
+
+        The hash is of the runtime tensor, which holds all matrices of a site; of an original checkpoint it can be
+        told only where the workload has a row for each of them.
+
+        Args:
+            matrix: a row of `matrices.parquet`.
+            siblings: the rows of its layer and site, itself among them.
+            dtype: of the workload.
+        """
+        order = SITES[matrix["site"]]
+        if matrix["weight"] in self:
+            merged, _ = self.patterns(matrix["weight"])
+        elif len(siblings) == len(order):
+            ordered = sorted(siblings, key=lambda sibling: order.index(sibling["matrix"]))
+            merged = np.concatenate([self.weight(sibling, dtype) for sibling in ordered], axis=1)
+        else:
+            return
+        found = hashlib.sha256(np.ascontiguousarray(merged).data).hexdigest()
+        if found != matrix["weight_sha256"]:
+            raise InputError(
+                f"weights: {matrix['weight']} must have sha256 {matrix['weight_sha256'][:12]}, got {found[:12]} in "
+                f"{self.folder}: give the model that the workload was made with"
+            )
+
+
+def _header(file: Path) -> dict[str, dict[str, Any]]:
+    """Entries of a safetensors file by tensor, each with the `start` of the data; nothing else is read.
+
+    Raises:
+        InputError: the file is cut short or is no safetensors file.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(_PREFIX_BYTES), "little")
+        # the length of what is no safetensors file may be any number
+        text = opened.read(min(length, size))
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        start = _PREFIX_BYTES + length
+        needed = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise InputError(f"weights: {file} must be a safetensors file, got {error!r}") from None
+    if size < needed:
+        raise InputError(f"weights: {file} must have {needed} bytes, got {size}: copy it again")
+    return {name: entry | {"start": start} for name, entry in header.items()}
+
+
+def _map(file: Path) -> mmap.mmap:
+    with file.open("rb") as opened:
+        return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
