@@ -341,7 +341,7 @@ def test_refuses_a_dump_that_does_not_add_up(tiny, tmp_path, rng):
     with pytest.raises(InputError, match="must hold 8 rows of different tokens, got 7 with 7 different"):
         pack(manifest, tmp_path / "w", out)
     manifest.write_text(json.dumps(content | {"version": 99}))
-    with pytest.raises(InputError, match="must have version 2, got 99"):
+    with pytest.raises(InputError, match="must have version 3, got 99"):
         pack(manifest, tmp_path / "w", out)
     rows = {(0, "q"): patterns_of(rng, "float16", 2, 9)}
     twice = tiny.dump(tmp_path / "twice", "float16", {0: [rows, rows]}, {(0, 0): [1, 2], (0, 1): [2, 3]})

@@ -146,7 +146,7 @@ def test_refuses_what_is_no_workload(made, tmp_path):
     shutil.copytree(path, copy)
     content = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(content | {"version": 99}))
-    with pytest.raises(sparsetrace.InputError, match="must have format version 1, got 99: install the sparsetrace"):
+    with pytest.raises(sparsetrace.InputError, match="2 revision 0, got 99 revision 0: install the sparsetrace"):
         sparsetrace.open(copy)
     (copy / "manifest.json").write_text(json.dumps({"name": "something else"}))
     with pytest.raises(sparsetrace.InputError, match="must be a sparsetrace workload, got another manifest.json"):

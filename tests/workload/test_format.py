@@ -191,8 +191,9 @@ def test_unknown_versions_are_refused(tmp_path, half):
     folder = tmp_path / "w"
     folder.mkdir()
     manifest = json.loads((half.workload / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"version": 2}))
-    with pytest.raises(InputError, match="must have format version 1, got 2: install the sparsetrace that knows it"):
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"version": 3}))
+    known = "must have format version 1 revision 0 or 2 revision 0"
+    with pytest.raises(InputError, match=f"{known}, got 3 revision 0: install the sparsetrace that knows it"):
         sparsetrace.open(folder)
     (folder / "manifest.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(InputError, match="must be a sparsetrace workload, got another"):

@@ -247,8 +247,11 @@ def test_row_groups_are_read_one_or_many_at_a_time(tmp_path, monkeypatch, rng, r
     [
         ("[]", "manifest.json must be a JSON object, got list"),
         ("{", "manifest.json must be JSON that can be read, got "),
-        ('{"format": "sparsetrace-workload"}', "must have format version 1, got None"),
-        ('{"format": "sparsetrace-workload", "version": 2}', "must have format version 1, got 2: install the "),
+        ('{"format": "sparsetrace-workload"}', "must have format version 1 revision 0 or 2 revision 0, got None"),
+        (
+            '{"format": "sparsetrace-workload", "version": 2, "revision": 7}',
+            "or 2 revision 0, got 2 revision 7: install",
+        ),
         ("{}", "must be a sparsetrace workload, got another manifest.json"),
     ],
 )

@@ -361,7 +361,7 @@ def test_not_a_workload(tmp_path):
     with pytest.raises(InputError, match="must be a file, got nothing there"):
         verify(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": "sparsetrace-workload", "version": 9}')
-    with pytest.raises(InputError, match="must be a sparsetrace workload of version 1, got sparsetrace-workload 9"):
+    with pytest.raises(InputError, match="must have format version 1 revision 0 or 2 revision 0, got 9 revision 0"):
         verify(tmp_path)
 
 

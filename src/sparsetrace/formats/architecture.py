@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparsetrace.formats.schema import SITES
+from sparsetrace.formats.sites import Site
 
 if TYPE_CHECKING:
     import torch
@@ -78,3 +79,18 @@ class ModelConfig:
             start, stop = stop, stop + self.out_features(matrix)
             columns[matrix] = slice(start, stop)
         return columns
+
+
+def sites_of(config: ModelConfig) -> tuple[Site, ...]:
+    """The sites of a decoder of Llama's structure, which all families of our own engines share."""
+    attention, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    hidden, inner = config.hidden_size, config.intermediate_size
+    sites = []
+    for layer in range(config.num_hidden_layers):
+        sites += [
+            Site("attn_in", layer, ("q", "k", "v"), hidden, (attention, kv, kv)),
+            Site("attn_out", layer, ("o",), attention, (hidden,)),
+            Site("mlp_in", layer, ("gate", "up"), hidden, (inner, inner)),
+            Site("mlp_mid", layer, ("down",), inner, (hidden,)),
+        ]
+    return (*sites, Site("head_in", None, ("lm_head",), hidden, (config.vocab_size,)))

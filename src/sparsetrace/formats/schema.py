@@ -5,11 +5,12 @@ The workload format is specified in docs/format.md; the schemas here are its con
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 
+from sparsetrace.core.files import InputError
 from sparsetrace.formats.names import MATRICES as MATRICES
 from sparsetrace.formats.names import SITE_OF as SITE_OF
 from sparsetrace.formats.names import SITES as SITES
@@ -17,9 +18,17 @@ from sparsetrace.formats.names import Parts as Parts
 
 PHASES: Final = ("prefill", "decode", "forced")
 
-WORKLOAD_VERSION: Final = 1
-DUMP_VERSION: Final = 2
-MODEL_VERSION: Final = 1
+# Written into a workload's manifest. A revision is a change within a version that has not been released yet; a reader
+# refuses what it does not know by both.
+WORKLOAD_VERSION: Final = 2
+WORKLOAD_REVISION: Final = 0
+# (version, revision) of the workloads that can be read; version 1 had no revisions.
+READABLE_WORKLOADS: Final = ((1, 0), (2, 0))
+# Version of the format that first described a data file: files of matrices within layers have not changed since 1.
+LAYER_FILE_VERSION: Final = 1
+MODEL_FILE_VERSION: Final = 2
+DUMP_VERSION: Final = 3
+MODEL_VERSION: Final = 2
 # A row group: inputs (rows x width) that it is made to hold, and the fewest and most rows that it may have. To read one
 # row costs its row group: 3 ms at every width from 128 to 4,096; twice as many inputs or rows, 5 ms for 0.1 % of bytes.
 ROW_GROUP_INPUTS: Final = 1 << 21
@@ -158,14 +167,17 @@ def index_type(features: int) -> np.dtype:
 
 
 @cache
-def data_schema(dtype: str, encoding: str = "split", level: str = "full", features: int = 1) -> pa.Schema:
-    """Schema of `data/LNN/matrix/part-*.parquet`.
+def data_schema(
+    dtype: str, encoding: str = "split", level: str = "full", features: int = 1, in_layer: bool = True
+) -> pa.Schema:
+    """Schema of a data file, `data/L07/q/part-00003.parquet` or `data/model/lm_head/part-00003.parquet`.
 
     Args:
         dtype: of the operands.
         encoding: one of `ENCODINGS`.
         level: one of `LEVELS`.
         features: inputs of the matrix; they decide the width of an index in the open encoding.
+        in_layer: whether the matrix belongs to a layer; the column `layer` of one that does not is null.
     """
     number = FORMATS[dtype]
     recipe = "pattern = sum(plane[i] << 8*i)"
@@ -174,7 +186,7 @@ def data_schema(dtype: str, encoding: str = "split", level: str = "full", featur
     plane = {"decode": f"{recipe}; a {dtype} each, in the order of the mask's set bits"}
     mask = {"decode": "bit j of byte i is input 8*i + j (numpy.unpackbits bitorder='little')"}
     fields = [
-        pa.field("layer", pa.int16(), nullable=False),
+        pa.field("layer", pa.int16(), nullable=not in_layer),
         pa.field("matrix", pa.dictionary(pa.int8(), pa.string()), nullable=False),
         pa.field("token", pa.int64(), nullable=False),
         pa.field("sequence", pa.int32(), nullable=False),
@@ -184,7 +196,8 @@ def data_schema(dtype: str, encoding: str = "split", level: str = "full", featur
         pa.field("absmax", pa.float32(), nullable=False),
         pa.field("l2", pa.float32(), nullable=False),
     ]
-    metadata = {"sparsetrace_version": str(WORKLOAD_VERSION), "dtype": dtype}
+    version = LAYER_FILE_VERSION if in_layer else MODEL_FILE_VERSION
+    metadata = {"sparsetrace_version": str(version), "dtype": dtype}
     if level != "stats" and encoding == "split":
         fields += [pa.field("mask", pa.binary(), nullable=False, metadata=mask)]
         fields += [pa.field("out_mask", pa.binary(), metadata=mask)]
@@ -280,9 +293,10 @@ THRESHOLDS: Final = pa.schema(
 )
 
 # `calibrated_sparsity` was counted on the calibration text, `achieved_sparsity` on this workload's own rows.
+# The layer is null where the matrix belongs to the model as a whole.
 MATRIX_TABLE: Final = pa.schema(
     [
-        pa.field("layer", pa.int16(), nullable=False),
+        pa.field("layer", pa.int16()),
         pa.field("matrix", pa.string(), nullable=False),
         pa.field("site", pa.string(), nullable=False),
         pa.field("shares_input_with", pa.string()),
@@ -324,9 +338,30 @@ WEIGHT_MASKS: Final = pa.schema(
 )
 
 
-def leaf(layer: int, matrix: str) -> str:
+def refuse_unknown_format(manifest: dict[str, Any], where: str) -> None:
+    """Refuse a workload of a format that this version does not know.
+
+    Args:
+        manifest: of the workload.
+        where: for the message, `<step>: <place>`.
+
+    Raises:
+        InputError: it is no workload, or one of another version or revision.
+    """
+    if manifest.get("format") != "sparsetrace-workload":
+        raise InputError(f"{where} must be a sparsetrace workload, got another manifest.json")
+    version, revision = manifest.get("version"), manifest.get("revision", 0)
+    if (version, revision) not in READABLE_WORKLOADS:
+        known = " or ".join(f"{v} revision {r}" for v, r in READABLE_WORKLOADS)
+        raise InputError(
+            f"{where} must have format version {known}, got {version} revision {revision}: "
+            "install the sparsetrace that knows it"
+        )
+
+
+def leaf(layer: int | None, matrix: str) -> str:
     """Folder of one layer and matrix below `data/`; no `key=value`, which `pyarrow.parquet.read_table` trips over."""
-    return f"L{layer:02d}/{matrix}"
+    return f"model/{matrix}" if layer is None else f"L{layer:02d}/{matrix}"
 
 
 def part_name(shard: int, cut: int | None = None) -> str:

@@ -45,6 +45,7 @@ from sparsetrace.formats.schema import (
     ROW_GROUP_ROWS,
     SEQUENCES,
     TOKENS,
+    WORKLOAD_REVISION,
     WORKLOAD_VERSION,
     column_encodings,
     data_schema,
@@ -642,6 +643,7 @@ def index(
     manifest = {
         "format": "sparsetrace-workload",
         "version": WORKLOAD_VERSION,
+        "revision": WORKLOAD_REVISION,
         **{name: first[name] for name in (*model, *settings)},
         "capture": capture,
         "encoding": encoding,

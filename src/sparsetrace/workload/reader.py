@@ -28,7 +28,7 @@ from sparsetrace.core.files import InputError
 from sparsetrace.core.folder import Folder
 from sparsetrace.formats.ragged import runs
 from sparsetrace.formats.rows import Rows, decode_rows, join, no_rows, operand_columns
-from sparsetrace.formats.schema import FORMATS, MATRICES, PHASES, SITE_OF, WORKLOAD_VERSION, mask_bytes
+from sparsetrace.formats.schema import FORMATS, MATRICES, PHASES, SITE_OF, mask_bytes, refuse_unknown_format
 from sparsetrace.workload.schedule import Step, batches, replay
 from sparsetrace.workload.twin import twin
 from sparsetrace.workload.weights import Checkpoint
@@ -53,14 +53,7 @@ class _Files:
         self.folder = folder
         self.manifest = folder.read_json("manifest.json")
         where = folder.where
-        if self.manifest.get("format") != "sparsetrace-workload":
-            raise InputError(f"open: {where} must be a sparsetrace workload, got another manifest.json")
-        version = self.manifest.get("version")
-        if version != WORKLOAD_VERSION:
-            raise InputError(
-                f"open: {where} must have format version {WORKLOAD_VERSION}, got {version}: "
-                "install the sparsetrace that knows it"
-            )
+        refuse_unknown_format(self.manifest, f"open: {where}")
         self.parts: dict[tuple[int, str], list[dict[str, Any]]] = {}
         for file in self.manifest["files"]:
             if "matrix" in file and file["rows"]:

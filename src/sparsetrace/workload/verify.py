@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparsetrace.core.files import InputError, read_json, sha256_file, sha256_json
+from sparsetrace.core.files import read_json, sha256_file, sha256_json
 from sparsetrace.formats.rows import Rows, decode_rows, operand_columns, popcounts, row_figures
 from sparsetrace.formats.schema import (
     ENCODINGS,
@@ -39,10 +39,10 @@ from sparsetrace.formats.schema import (
     MATRIX_TABLE,
     SEQUENCES,
     TOKENS,
-    WORKLOAD_VERSION,
     data_schema,
     leaf,
     mask_bytes,
+    refuse_unknown_format,
     row_group_rows,
 )
 from sparsetrace.methods import METHODS, Method
@@ -96,11 +96,7 @@ def verify(folder: Path, report: Callable[[int, int], None] | None = None) -> li
         InputError: there is no workload, or its version is unknown.
     """
     manifest = read_json(folder / "manifest.json", "verify")
-    if manifest.get("format") != "sparsetrace-workload" or manifest.get("version") != WORKLOAD_VERSION:
-        raise InputError(
-            f"verify: {folder} must be a sparsetrace workload of version {WORKLOAD_VERSION}, "
-            f"got {manifest.get('format')} {manifest.get('version')}"
-        )
+    refuse_unknown_format(manifest, f"verify: {folder}")
     faults = []
     content = {name: value for name, value in manifest.items() if name != "sha256"}
     if manifest.get("sha256") != sha256_json(content):
