@@ -457,7 +457,7 @@ def thresholds(
     for note in result.notes:
         click.echo(note)
     target, achieved = result.overall()
-    if not setting.method.thresholded:
+    if not setting.method.needs_thresholds:
         click.echo(f"{setting.label}: no thresholds needed")
         return
     table = Table("layer", *MATRICES, title=f"{setting.label}: share of the counted activations dropped")

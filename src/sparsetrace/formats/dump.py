@@ -228,6 +228,11 @@ class Block:
         self._map = None
 
 
+def array_prefix(layer: int | None, matrix: str) -> str:
+    """What the names of a matrix's arrays begin with: `L07.q`, or `model.lm_head` for one that is in no layer."""
+    return f"model.{matrix}" if layer is None else f"L{layer:02d}.{matrix}"
+
+
 def group_name(group: int) -> str:
     """Stem of a group's files."""
     return f"group-{group:05d}"

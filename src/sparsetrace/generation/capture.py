@@ -8,7 +8,7 @@ pinned memory and to the disk overlaps with decoding) and filled anew.
 # Shape suffixes: n rows of a pass, R rows of the ring, P parts of a site (matrices that read one operand), B slots,
 # T positions, K input features, N output features.
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Capture
-from sparsetrace.formats.architecture import ModelConfig
-from sparsetrace.formats.dump import block_name, write_block
+from sparsetrace.formats.dump import array_prefix, block_name, write_block
 from sparsetrace.formats.ragged import offsets_of
 from sparsetrace.formats.rows import row_figures
-from sparsetrace.formats.schema import FORMATS, MATRICES, SITE_OF, SITES, Parts, mask_bytes
+from sparsetrace.formats.schema import FORMATS, mask_bytes
+from sparsetrace.formats.sites import Leaf, Parts, Site, by_leaf, layer_sites
 from sparsetrace.generation.writer import PENDING, BlockWriter
 from sparsetrace_kernels.reference import pack_bits, place_rows_ref
 
@@ -36,33 +36,38 @@ LABELS = ("token", "sequence", "position")
 WriteBlock = Callable[[Path, dict[str, np.ndarray]], None]
 
 
-def block_rows(config: ModelConfig, parts: Parts, batch: int, device: torch.device) -> int:
-    """Rows of one block of all operands: what fits the memory, but at least one pass of the batch."""
-    width = sum(config.in_features(site) * len(site_parts) for (_, site), site_parts in parts.items())
+def block_rows(sites: Sequence[Site], parts: Parts, dtype: str, batch: int, device: torch.device) -> int:
+    """Rows of one block of all operands within layers: what fits the memory, but at least one pass of the batch."""
+    width = sum(site.in_features * len(parts[site.key]) for site in layer_sites(sites))
     room = GPU_BLOCK_BYTES if device.type == "cuda" else BLOCK_BYTES
-    return max(batch, room // (width * FORMATS[config.dtype].bits.itemsize))
+    return max(batch, room // (width * FORMATS[dtype].bits.itemsize))
 
 
-def captured_matrices(config: ModelConfig, capture: Capture) -> list[tuple[int, str]]:
-    """Every (layer, matrix) that is captured, in the order of execution.
+def captured_matrices(sites: Sequence[Site], capture: Capture) -> list[Leaf]:
+    """Layer and name of every matrix that is captured, in the order of execution.
+
+    A matrix that belongs to no layer is captured where `capture.matrices` names it, whatever the layers.
 
     Raises:
-        InputError: the model has no such layer.
+        InputError: the model has no such layer or matrix.
     """
-    layers = range(config.num_hidden_layers)
+    layers = {site.layer for site in layer_sites(sites)}
     if beyond := [layer for layer in capture.layers if layer not in layers]:
         raise InputError(f"capture: layers must be 0 to {len(layers) - 1}, got {beyond[0]}")
+    known = dict.fromkeys(matrix for _, matrix in by_leaf(sites))
+    if unknown := [matrix for matrix in capture.matrices if matrix not in known]:
+        raise InputError(f"capture: matrices must be among {', '.join(known)}, got {unknown[0]}")
     return [
         (layer, matrix)
-        for layer in layers
-        for matrix in MATRICES
-        if (not capture.layers or layer in capture.layers) and (not capture.matrices or matrix in capture.matrices)
+        for layer, matrix in by_leaf(sites)
+        if (matrix in capture.matrices if capture.matrices else layer is not None)
+        and (layer is None or not capture.layers or layer in capture.layers)
     ]
 
 
-def holders(chosen: list[tuple[int, str]], parts: Parts) -> dict[tuple[int, str], str]:
+def holders(chosen: Sequence[Leaf], parts: Parts) -> dict[Leaf, str]:
     """The matrix under whose name the dump holds the operand of each captured one: the first captured that reads it."""
-    held: dict[tuple[int, str], str] = {}
+    held: dict[Leaf, str] = {}
     for (layer, _), site_parts in parts.items():
         for part in site_parts:
             captured = [matrix for matrix in part if (layer, matrix) in chosen]
@@ -76,7 +81,8 @@ class Recorder:
     What several matrices read is held once.
 
     Args:
-        config: of the model.
+        sites: of the model.
+        dtype: of the operands.
         rows: of a block; no pass captures more.
         device: of the model.
         parts: which matrices read one operand.
@@ -87,7 +93,8 @@ class Recorder:
 
     def __init__(
         self,
-        config: ModelConfig,
+        sites: Sequence[Site],
+        dtype: str,
         rows: int,
         device: torch.device,
         parts: Parts,
@@ -95,36 +102,38 @@ class Recorder:
         capture: Capture | None = None,
         write: WriteBlock = write_block,
     ) -> None:
-        self.config = config
+        self._number = FORMATS[dtype]
+        torch_dtype = getattr(torch, dtype)
         self.capture = capture or Capture()
         self.device = device
         self._writer = BlockWriter()
         self._write = write
         self._capacity = rows
-        chosen = captured_matrices(config, self.capture)
+        chosen = captured_matrices(sites, self.capture)
         held = holders(chosen, parts)
         # all parts of a site side by side, since one launch captures for them all
-        sites = dict.fromkeys((layer, SITE_OF[matrix]) for layer, matrix in chosen)
-        self._num_parts = {key: len(parts[key]) for key in sites}
-        widths = {(layer, part[0]): config.in_features(site) for layer, site in sites for part in parts[layer, site]}
+        of = by_leaf(sites)
+        self._sites = {site.key: site for site in (of[leaf] for leaf in chosen)}
+        self._num_parts = {key: len(parts[key]) for key in self._sites}
+        widths = {(site.layer, part[0]): site.in_features for site in self._sites.values() for part in parts[site.key]}
         # the last row takes whatever is not captured
-        self._ring = torch.empty(sum(widths.values()) * (rows + 1), dtype=config.torch_dtype, device=device)
+        self._ring = torch.empty(sum(widths.values()) * (rows + 1), dtype=torch_dtype, device=device)
         # by the first matrix of each part
-        self._regions: dict[tuple[int, str], Tensor] = {}
+        self._regions: dict[Leaf, Tensor] = {}
         base = 0
         for key, width in widths.items():
             self._regions[key] = self._ring[base : base + width * (rows + 1)].view(rows + 1, width)
             base += width * (rows + 1)
         self._dumped = {
             (layer, held[layer, matrix]): self._regions[layer, part[0]]
-            for layer, site in sites
+            for layer, site in self._sites
             for part in parts[layer, site]
             for matrix in part
             if (layer, matrix) in held
         }
         self._dropped = {
             (layer, matrix): torch.empty(
-                rows + 1, mask_bytes(config.out_features(matrix)), dtype=torch.uint8, device=device
+                rows + 1, mask_bytes(of[layer, matrix].outputs(matrix)), dtype=torch.uint8, device=device
             )
             for layer, matrix in chosen
             if matrix in out_masks and self.capture.level != "stats"
@@ -144,7 +153,7 @@ class Recorder:
         self._stages: list[_Stage] = []
         if device.type == "cuda":
             regions = list(self._dumped.values())
-            self._stages = [_Stage(self._ring, regions, FORMATS[config.dtype].infinity) for _ in range(PENDING)]
+            self._stages = [_Stage(self._ring, regions, self._number.infinity) for _ in range(PENDING)]
 
     def open(self, folder: Path, group: int) -> None:
         """Begin a group, whose blocks go to `folder`."""
@@ -179,23 +188,23 @@ class Recorder:
         )
         return self._rows_n
 
-    def ring(self, layer: int, site: str) -> Tensor | None:
+    def ring(self, layer: int | None, site: str) -> Tensor | None:
         """[R, P, K] view of what a site's parts fill; None where none of its matrices is captured."""
-        first = (layer, SITES[site][0])
-        if first not in self._regions:
+        if (layer, site) not in self._sites:
             return None
+        first = (layer, self._sites[layer, site].matrices[0])
         region = self._regions[first]
         rows, width = region.shape
         shape = (rows - 1, self._num_parts[layer, site], width)
         return self._ring.as_strided(shape, (width, rows * width, 1), region.storage_offset())
 
-    def record(self, layer: int, matrix: str, operand_BTK: Tensor) -> None:
+    def record(self, layer: int | None, matrix: str, operand_BTK: Tensor) -> None:
         """Take the placed rows of an operand, once for all that read it; `patch.Patch.record`."""
         assert self._rows_n is not None
         if (layer, matrix) in self._regions:
             self._regions[layer, matrix].index_copy_(0, self._rows_n, operand_BTK.flatten(0, 1))
 
-    def record_outputs(self, layer: int, matrix: str, dropped_BTN: Tensor) -> None:
+    def record_outputs(self, layer: int | None, matrix: str, dropped_BTN: Tensor) -> None:
         """Take the placed rows of the outputs that are not computed; `patch.Patch.record_outputs`."""
         assert self._rows_n is not None
         if (layer, matrix) in self._dropped:
@@ -260,8 +269,8 @@ class Recorder:
     def _arrays(
         self,
         labels: np.ndarray,
-        packed: dict[tuple[int, str], tuple[np.ndarray, np.ndarray, np.ndarray]],
-        dropped: dict[tuple[int, str], np.ndarray],
+        packed: dict[Leaf, tuple[np.ndarray, np.ndarray, np.ndarray]],
+        dropped: dict[Leaf, np.ndarray],
         looked_through: bool = False,
     ) -> dict[str, np.ndarray]:
         """The arrays of a block, from (offsets, values, mask) of each matrix."""
@@ -274,23 +283,23 @@ class Recorder:
         for (layer, matrix), (offsets, values, mask) in packed.items():
             if not looked_through:
                 self._refuse_not_finite(layer, matrix, values, offsets, rows)
-            name = f"L{layer:02d}.{matrix}"
+            name = array_prefix(layer, matrix)
             if self.capture.level == "full":
                 arrays |= {f"{name}.offsets": offsets, f"{name}.values": values}
             else:
-                figures = row_figures(values, offsets, FORMATS[self.config.dtype])
+                figures = row_figures(values, offsets, self._number)
                 arrays |= {f"{name}.absmax": figures[0], f"{name}.l2": figures[1]}
             if self.capture.level == "stats":
                 arrays[f"{name}.nnz"] = np.diff(offsets).astype(np.int32)
             else:
                 arrays[f"{name}.mask"] = mask
-        arrays |= {f"L{layer:02d}.{matrix}.out_mask": mask for (layer, matrix), mask in dropped.items()}
+        arrays |= {f"{array_prefix(layer, matrix)}.out_mask": mask for (layer, matrix), mask in dropped.items()}
         return arrays
 
     def _refuse_not_finite(
-        self, layer: int, matrix: str, values: np.ndarray, offsets: np.ndarray, rows: dict[str, np.ndarray]
+        self, layer: int | None, matrix: str, values: np.ndarray, offsets: np.ndarray, rows: dict[str, np.ndarray]
     ) -> None:
-        number = FORMATS[self.config.dtype]
+        number = self._number
         bad = (values & (number.sign - 1)) >= number.infinity
         if bad.any():
             row = int(np.searchsorted(offsets, int(bad.argmax()), side="right")) - 1
@@ -346,12 +355,10 @@ class _Stage:
         self._side = torch.cuda.Stream(device) if pin else None
         self._packed = torch.cuda.Event() if pin else None
         self._bound = 0
-        self._dropped: dict[tuple[int, str], Tensor] = {}
+        self._dropped: dict[Leaf, Tensor] = {}
         self.finite = True
 
-    def take(
-        self, ring: Tensor, bound: int, filled: Tensor, labels: Tensor, dropped: dict[tuple[int, str], Tensor]
-    ) -> None:
+    def take(self, ring: Tensor, bound: int, filled: Tensor, labels: Tensor, dropped: dict[Leaf, Tensor]) -> None:
         """Pack the first rows of the ring, at most `bound`, in stream order; the ring is free for what comes after."""
         self._bound = bound
         device = self._device
@@ -377,7 +384,7 @@ class _Stage:
 
     def fetch(
         self,
-    ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray, np.ndarray]], dict[tuple[int, str], np.ndarray]]:
+    ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray, np.ndarray]], dict[Leaf, np.ndarray]]:
         """Wait for what `take` began and copy it; called by a writing thread.
 
         Returns:

@@ -26,7 +26,6 @@ from torch.nn import functional
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Decoding
 from sparsetrace.formats.architecture import ModelConfig
-from sparsetrace.formats.schema import SITES
 from sparsetrace.generation.capture import Recorder, block_rows
 from sparsetrace.generation.prompts import Sequence
 from sparsetrace.methods import MatrixRule, Method
@@ -128,7 +127,8 @@ class Engine:
                 "part of the prompt, got all"
             )
         self.device = model.embedding.device
-        self.block_rows = block_rows(model.config, patch.parts, batching.batch_size, self.device)
+        sites, dtype = model.sites, model.config.dtype
+        self.block_rows = block_rows(sites, patch.parts, dtype, batching.batch_size, self.device)
         # tokens that are given end where they end
         self._ending = self.eos if decoding.tokens_from == "own" else frozenset()
         self._given = decoding.tokens_from != "own" and decoding.replay == "steps"
@@ -392,10 +392,11 @@ class Engine:
         longest = max(map(len, plan.at_once))
         chunks = self._chunks(longest)
         start = 0
+        matrices = {site.key: site.matrices for site in self.model.sites}
 
         def see(layer: int, site: str, x_BTK: Tensor) -> None:
             nonlocal start
-            if layer == 0 and site == next(iter(SITES)):
+            if (layer, site) == self.model.sites[0].key:
                 start, _ = next(chunks)
             bad_BT = ~x_BTK.isfinite().all(-1).cpu().numpy()
             for slot, column in zip(*np.nonzero(bad_BT[: len(group)]), strict=True):
@@ -404,8 +405,8 @@ class Engine:
                     sequence = group[slot]
                     raise InputError(
                         f"generate: activations must be finite, got Inf or NaN in layer {layer}, matrix "
-                        f"{SITES[site][0]}, token {sequence.base + position} (sequence {sequence.sequence}, position "
-                        f"{position}): the checkpoint may need a dtype of wider range"
+                        f"{matrices[layer, site][0]}, token {sequence.base + position} (sequence {sequence.sequence}, "
+                        f"position {position}): the checkpoint may need a dtype of wider range"
                     )
 
         cache = KVCache(self.model.config, self.batching.batch_size, max(longest, 1), self.device)

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from sparsetrace.core.files import InputError
 from sparsetrace.formats.architecture import ModelConfig
+from sparsetrace.formats.sites import SiteKey
 from sparsetrace.generation.capture import Recorder
 from sparsetrace.methods import MatrixRule, Method
 from sparsetrace.model.decoder import Block, Decoder, KVCache, attended, rotary_factors
@@ -36,7 +37,7 @@ from sparsetrace_kernels.rotate_rows import launch_rotate_rows
 from sparsetrace_kernels.silu_mul import silu_mul
 
 # Called as probe(layer, site, x [n, K] as the producer stored it, y [n, N]).
-Probe = Callable[[int, str, Tensor, Tensor], None]
+Probe = Callable[[int | None, str, Tensor, Tensor], None]
 
 
 def unsupported(config: ModelConfig, method: Method, rules: list[MatrixRule]) -> str | None:
@@ -65,7 +66,7 @@ class _Site:
         ring: where the operands are captured, [R, P, K]; None where they are not.
     """
 
-    layer: int
+    layer: int | None
     name: str
     weight: Tensor
     columns: list[slice]
@@ -309,7 +310,7 @@ class _Many:
         return torch.cat(parts, dim=-1)
 
 
-def _site(key: tuple[int, str], module: SparseProjection, method: Method, table: TuningTable | None) -> _Site:
+def _site(key: SiteKey, module: SparseProjection, method: Method, table: TuningTable | None) -> _Site:
     weight_KN = module.dense.weight
     device, (K, N) = weight_KN.device, weight_KN.shape
     # rules of one part are alike, but for what is expected of them

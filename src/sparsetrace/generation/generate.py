@@ -24,14 +24,15 @@ from sparsetrace.core.files import InputError, read_json, sha256_json, write_bes
 from sparsetrace.core.provenance import commit, tuning_table
 from sparsetrace.core.settings import Batching, Capture, Decoding, Machine
 from sparsetrace.formats.dump import group_name
-from sparsetrace.formats.schema import DUMP_VERSION, MATRICES, SEQUENCES, SITE_OF, SITES, TOKENS
+from sparsetrace.formats.schema import DUMP_VERSION, SEQUENCES, TOKENS
+from sparsetrace.formats.sites import Leaf, by_leaf, layer_sites
 from sparsetrace.generation.capture import Recorder, captured_matrices, holders
 from sparsetrace.generation.engine import Engine, GroupResult, Kind, choose_kind
 from sparsetrace.generation.prompts import Sequence, read_shard
-from sparsetrace.methods import operand_parts
+from sparsetrace.methods import Dense, MatrixRule, operand_parts
 from sparsetrace.model.decoder import Decoder
 from sparsetrace.model.patch import Patch, install
-from sparsetrace.model.runtime import RuntimeModel, source_weight, use
+from sparsetrace.model.runtime import RuntimeModel, use
 from sparsetrace.model.tokenizer import Tokenizer
 from sparsetrace_kernels.configs import table_path
 
@@ -245,7 +246,7 @@ class Runner:
         self._make = lambda size: Engine(
             decoder, patch, decoding, batching.model_copy(update={"batch_size": size}), eos, kind, positions
         )
-        self._config = decoder.config
+        self._sites, self._dtype = layer_sites(decoder.sites), decoder.config.dtype
         self._parts, self._out_masks = patch.parts, patch.method.out_masks
         self._capture = capture
         self._batch_size = batching.batch_size
@@ -316,7 +317,13 @@ class Runner:
             self._engine = engine = self._make(batch_size)
             if self._capture is not None:
                 self._recorder = Recorder(
-                    self._config, engine.block_rows, engine.device, self._parts, self._out_masks, self._capture
+                    self._sites,
+                    self._dtype,
+                    engine.block_rows,
+                    engine.device,
+                    self._parts,
+                    self._out_masks,
+                    self._capture,
                 )
         if self._recorder is not None:
             self._recorder.open(folder, group[0].group)
@@ -348,47 +355,48 @@ def matrix_table(model: RuntimeModel, thresholds: Thresholds, capture: Capture |
     For packing, `held_by` names the matrix under whose name the dump holds the operand, and `same_input_as` an earlier
     one whose row of the data set is this one's whatever x is.
     """
-    config, method = model.config, thresholds.method
-    wanted = captured_matrices(config, capture or Capture())
-    rules = {(rule.layer, rule.matrix): rule for rule in thresholds.rules}
-    held = holders(wanted, operand_parts(method, thresholds.rules))
+    sites = by_leaf(model.sites)
+    wanted = captured_matrices(model.sites, capture or Capture())
+    rules: dict[Leaf, MatrixRule] = {(rule.layer, rule.matrix): rule for rule in thresholds.rules}
+    rows = {(row["layer"], row["matrix"]): row for row in thresholds.rows}
+    held = holders(wanted, operand_parts(thresholds.method, model.sites, thresholds.rules))
     table = []
-    for row in thresholds.rows:
-        layer, matrix = row["layer"], row["matrix"]
-        if (layer, matrix) not in wanted:
-            continue
+    for layer, matrix in wanted:
+        site = sites[layer, matrix]
+        # a matrix in no layer is captured as it is
+        method = Dense() if layer is None else thresholds.method
+        row = rows.get((layer, matrix), {})
         same = (
             other
-            for other in SITES[SITE_OF[matrix]][: SITES[SITE_OF[matrix]].index(matrix)]
+            for other in site.matrices[: site.matrices.index(matrix)]
             if (layer, other) in wanted
             and not {matrix, other} & set(method.out_masks)
             and method.same_mask(rules[layer, other], rules[layer, matrix])
         )
-        site = SITE_OF[matrix]
-        weight = f"layers.{layer}.{site}.weight"
+        weight = model.weight(site)
         table.append(
             {
                 "layer": layer,
                 "matrix": matrix,
-                "site": site,
+                "site": site.name,
                 "held_by": held[layer, matrix],
                 "same_input_as": next(same, None),
-                "in_features": config.in_features(site),
-                "out_features": config.out_features(matrix),
-                "dtype": config.dtype,
+                "in_features": site.in_features,
+                "out_features": site.outputs(matrix),
+                "dtype": model.config.dtype,
                 "method": method.name,
                 "parameters": json.dumps(method.model_dump(), sort_keys=True),
                 **{
-                    name: row[name]
+                    name: row.get(name)
                     for name in ("threshold", "threshold_bits", "target_sparsity", "calibrated_sparsity")
                 },
                 "weight": weight,
-                "weight_column": config.columns(site)[matrix].start,
+                "weight_column": site.columns[matrix].start,
                 "weight_sha256": model.tensors[weight]["sha256"],
-                "source_weight": source_weight(layer, matrix),
+                "source_weight": model.source_weight((layer, matrix)),
             }
         )
-    return sorted(table, key=lambda row: (row["layer"], MATRICES.index(row["matrix"])))
+    return table
 
 
 def _discard_other_runs(folder: Path, key: str) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Decoding
 from sparsetrace.formats.architecture import ModelConfig
-from sparsetrace.formats.schema import SITES
 from sparsetrace.generation import prompts
 from sparsetrace.generation.capture import Recorder
 from sparsetrace.generation.engine import Engine, choose_kind
@@ -107,10 +106,11 @@ def kernel_rows(config: ModelConfig, sparsity: float, device: torch.device) -> I
 def observed_rules(decoder: Decoder, sparsity: float, seed: int = 0) -> list[MatrixRule]:
     """Thresholds that drop `sparsity` of what enters each site while the model reads random tokens."""
     rules: list[MatrixRule] = []
+    matrices = {site.key: site.matrices for site in decoder.sites}
 
     def see(layer: int, site: str, x_BTK: Tensor) -> None:
         bits = int(threshold_bits_for(x_BTK.flatten(), sparsity))
-        rules.extend(MatrixRule(layer, matrix, bits) for matrix in SITES[site])
+        rules.extend(MatrixRule(layer, matrix, bits) for matrix in matrices[layer, site])
 
     config, device = decoder.config, decoder.embedding.device
     generator = torch.Generator().manual_seed(seed)

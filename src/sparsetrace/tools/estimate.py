@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from sparsetrace.calibration.thresholds import read_thresholds
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Capture, Decoding, Machine, Packing
 from sparsetrace.core.text import read_documents
+from sparsetrace.formats.architecture import sites_of
 from sparsetrace.formats.schema import FORMATS, MATRICES, SITE_OF, SITES, mask_bytes
+from sparsetrace.formats.sites import Site, by_leaf, layer_sites
 from sparsetrace.generation.prompts import read_shard
 from sparsetrace.model.runtime import RuntimeModel, use
 from sparsetrace.study.study import EMBEDDED, Run, Study
@@ -110,9 +112,7 @@ def read_shape(checkpoint: str, dtype: str) -> Shape:
     if checkpoint == EMBEDDED:
         from sparsetrace.model.demo import CONFIG
 
-        inputs = {m: CONFIG.in_features(SITE_OF[m]) for m in MATRICES}
-        outputs = {m: CONFIG.out_features(m) for m in MATRICES}
-        return Shape(CONFIG.num_hidden_layers, inputs, outputs, "bfloat16" if dtype == "auto" else dtype)
+        return Shape(CONFIG.num_hidden_layers, *_widths(sites_of(CONFIG)), "bfloat16" if dtype == "auto" else dtype)
     path = Path(checkpoint) / "config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -126,6 +126,15 @@ def read_shape(checkpoint: str, dtype: str) -> Shape:
     outputs = {"q": heads * head, "k": keys, "v": keys, "o": hidden, "gate": inner, "up": inner, "down": hidden}
     stored = config.get("torch_dtype") or config.get("dtype") or "float32"
     return Shape(layers, inputs, outputs, stored if dtype == "auto" else dtype)
+
+
+def _widths(sites: Sequence[Site]) -> tuple[dict[str, int], dict[str, int]]:
+    """Inputs and outputs of each matrix of a layer."""
+    leaves = {matrix: site for (_, matrix), site in by_leaf(layer_sites(sites)).items()}
+    return (
+        {matrix: site.in_features for matrix, site in leaves.items()},
+        {matrix: site.outputs(matrix) for matrix, site in leaves.items()},
+    )
 
 
 def prompt_lengths(run: Run, checkpoint: str) -> tuple[list[int], list[str]]:
@@ -205,9 +214,7 @@ def shard_warning(
 ) -> str | None:
     """A warning where the dump of one shard will not fit; the arguments are those of `generate`."""
     config = model.config
-    inputs = {matrix: config.in_features(SITE_OF[matrix]) for matrix in MATRICES}
-    outputs = {matrix: config.out_features(matrix) for matrix in MATRICES}
-    shape = Shape(config.num_hidden_layers, inputs, outputs, config.dtype)
+    shape = Shape(config.num_hidden_layers, *_widths(model.sites), config.dtype)
     targets = {(row["layer"], row["matrix"]): row["target_sparsity"] for row in read_thresholds(thresholds, model).rows}
     lengths = [len(sequence.prompt_ids) for group in read_shard(prompts, shard) for sequence in group]
     need = sizes(shape, lengths, batching.max_new_tokens, decoding, capture, Packing(), lambda *leaf: targets.get(leaf))

@@ -16,6 +16,7 @@ import torch
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Capture, Decoding, Machine
 from sparsetrace.formats.dump import Block
+from sparsetrace.formats.sites import Leaf
 from sparsetrace.generation.capture import holders
 from sparsetrace.generation.engine import GroupResult, Kind
 from sparsetrace.generation.generate import Runner
@@ -103,9 +104,7 @@ def recompute(
     return faults
 
 
-def _differences(
-    workload: Workload, block: Block, held: dict[tuple[int, str], str], device: torch.device
-) -> Iterator[Fault]:
+def _differences(workload: Workload, block: Block, held: dict[Leaf, str], device: torch.device) -> Iterator[Fault]:
     tokens = block["rows.token"]
     known = np.isin(tokens, workload.tokens)
     if not known.all():
