@@ -244,7 +244,8 @@ def test_tokens_of_something_else_are_refused(run, tiny, tmp_path, rng):
     assert "must be those of the same split" in refused(run, tmp_path, first, prompts=prompts)
     fewer = Batching(max_new_tokens=2, batch_size=2, shards=2)
     short = run.splitted("short", batching=fewer)
-    assert "must be 1 to max_new_tokens (2) behind" in refused(run, tmp_path, first, prompts=short, batching=fewer)
+    whole = run.dense("whole", decoding=OWN.model_copy(update={"ignore_eos": True})) / "00000" / "manifest.json"
+    assert "must be 1 to max_new_tokens (2) behind" in refused(run, tmp_path, whole, prompts=short, batching=fewer)
     sparse = tmp_path / "sparse" / "manifest.json"
     generate(Job(run.model, run.split, 0, sparse, OWN, BATCHING, CPU, run.folder / "0.3" / "thresholds.parquet"))
     assert "of checkpoint under teal" in refused(run, tmp_path, sparse)

@@ -335,6 +335,74 @@ def test_stage_packs_as_the_host_does(rng, device, dtype):
     assert not stage.fetch().finite
 
 
+@pytest.mark.parametrize("prefill", ["none", "half", "all"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_head_reads_what_is_captured_of_it(tiny, tmp_path, rng, device, backend, prefill, monkeypatch):
+    """`lm_head` has a row for each captured token whose logits are computed, of just the bits that they come from."""
+    if prefill == "half" and not WHOLE:
+        # passes of two positions, so that the prompts end in different ones
+        monkeypatch.setattr("sparsetrace.generation.selection.BLOCK_BYTES", 2_000)
+    decoder, patch = installed(tiny, tmp_path, rng, device, layers=1)
+    engine = engine_of(decoder, patch, Decoding(prefill=prefill), 2, backend)
+    if device.type == "cuda" and backend == "triton":
+        # a graph calls no Python
+        engine.backend.graphs = False
+    read, plain = [], engine.backend._draw
+
+    def watched(hidden_BC):
+        read.append(hidden_BC.clone())
+        return plain(hidden_BC)
+
+    engine.backend._draw = watched
+    group = group_of(rng, [5, 3])
+    capture = Capture(matrices=("down", "lm_head"))
+    recorder = Recorder(select(decoder.sites, decoder.config.dtype, patch, capture), engine.block_rows, device)
+    # what is not filled must not be taken
+    recorder._ring.operands.fill_(torch.nan)
+    recorder.open(tmp_path, 0, {sequence.sequence: len(sequence.prompt_ids) - 1 for sequence in group})
+    read.clear()
+    result = engine.run(group, recorder)
+    read = read[-NEW:]
+    expected = {}
+    for slot, sequence in enumerate(group):
+        last = len(sequence.prompt_ids) - 1
+        for step in range(len(result.output_ids[slot])):
+            if step or prefill != "none":
+                expected[sequence.base + last + step] = read[step][slot].cpu().view(torch.int16).numpy().view(np.uint16)
+    found, downs = {}, 0
+    for name in recorder.close()[0]:
+        arrays = load_file(tmp_path / name)
+        downs += len(arrays["L00.down.mask"])
+        rows = arrays.get("model.lm_head.rows", np.arange(len(arrays["rows.token"])))
+        assert len(arrays["model.lm_head.mask"]) == len(rows) == len(arrays["model.lm_head.offsets"]) - 1
+        for row, place in enumerate(rows.tolist()):
+            dense = np.zeros(decoder.config.hidden_size, np.uint16)
+            keep = np.unpackbits(arrays["model.lm_head.mask"][row], count=len(dense), bitorder="little").astype(bool)
+            start, stop = arrays["model.lm_head.offsets"][row : row + 2]
+            dense[keep] = arrays["model.lm_head.values"][start:stop]
+            found[int(arrays["rows.token"][place])] = dense
+    recorder.shutdown()
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[token], expected[token]) for token in expected)
+    assert downs == len(found) if prefill == "none" else downs > len(found)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_capturing_the_head_changes_nothing(tiny, tmp_path, rng, device, backend):
+    decoder, patch = installed(tiny, tmp_path, rng, device, layers=1)
+    group = group_of(rng, [5, 3])
+    outputs = []
+    for capture in (None, Capture(matrices=("lm_head",))):
+        engine = engine_of(decoder, patch, Decoding(prefill="half", temperature=0.8), 2, backend)
+        recorder = None
+        if capture is not None:
+            recorder = Recorder(select(decoder.sites, decoder.config.dtype, patch, capture), engine.block_rows, device)
+            recorder.open(tmp_path, 0, {sequence.sequence: len(sequence.prompt_ids) - 1 for sequence in group})
+        result = engine.run(group, recorder)
+        outputs.append((result.output_ids, result.fed.drop_columns(["captured"]).to_pydict()))
+    assert outputs[0] == outputs[1]
+
+
 def test_refuses_what_the_kernels_cannot_run(tiny, tmp_path, rng):
     wide = tiny.model(tmp_path / "wide", rng, torch_dtype="float32")
     half = tiny.model(tmp_path / "half", rng, torch_dtype="float16")
