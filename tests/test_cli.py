@@ -13,6 +13,8 @@ from click.testing import CliRunner
 
 import sparsetrace
 from sparsetrace.cli.main import cli, main
+from sparsetrace.core.settings import Capture
+from sparsetrace.study.study import options
 
 
 @pytest.fixture
@@ -103,6 +105,23 @@ def test_the_whole_way(run, tiny, tmp_path, rng, monkeypatch):
     assert len(ds.tokens) == captured
     assert ds.manifest["decoding"]["ignore_eos"] is True
     assert ds.manifest["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("layers", [[0], [1], [0, 1]], ids=str)
+def test_only_the_layers_that_are_named_are_captured(run, tiny, tmp_path, rng, layers):
+    model = tiny.model(tmp_path, rng)
+    thresholds = tiny.thresholds(tmp_path, model, rng)
+    prompts = ["--prompts", tiny.prompts(tmp_path / "prompts.jsonl", rng, [3]), "--out", tmp_path / "split.parquet"]
+    batching = ["--batch-size", 1, "--max-new-tokens", 3]
+    assert run("split", model.folder, *prompts, *batching)[0] == 0
+    words = ["--thresholds", thresholds, "--prompts", tmp_path / "split.parquet", *batching, "--ignore-eos"]
+    out = tmp_path / "dump" / "manifest.json"
+    chosen = options(Capture(layers=tuple(layers))).split()
+    status, _, err = run("generate", model.folder, *words, "--out", out, *chosen)
+    assert status == 0, err
+    manifest = json.loads(out.read_text())
+    assert manifest["capture"]["layers"] == layers
+    assert [row["layer"] for row in manifest["matrices"]] == [layer for layer in layers for _ in range(7)]
 
 
 def test_errors_are_one_line_each(run, tiny, tmp_path, rng):

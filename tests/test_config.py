@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from sparsetrace.cli.main import settings
 from sparsetrace.core.files import InputError
-from sparsetrace.core.settings import Sampling
+from sparsetrace.core.settings import Capture, Greedy, Quality, Sampling
 from sparsetrace.methods import METHODS, Dense, Method, Teal
 from sparsetrace.study import study as config_module
 from sparsetrace.study.study import (
@@ -289,6 +289,16 @@ SECTIONS = [
         replay=st.sampled_from(["forced", "steps"]),
     ),
     st.builds(Sampling, temperature=st.floats(0, 1e300), seed=st.integers(0, 2**63), ignore_eos=st.booleans()),
+    st.builds(
+        Capture,
+        level=st.sampled_from(["full", "masks", "stats"]),
+        # 0 is falsy, and `shlex.quote` makes '' of what is
+        layers=st.lists(st.integers(0, 99), max_size=3).map(tuple),
+        matrices=st.lists(st.sampled_from(["q", "down"]), max_size=3).map(tuple),
+        every=st.integers(1, 99),
+    ),
+    st.builds(Greedy, tokens=st.integers(1, 10**9), step=st.floats(1e-300, 0.9)),
+    st.builds(Quality, prefill=st.sampled_from(["half", "all"]), windows=st.none() | st.integers(1, 10**6)),
     st.builds(Packing, encoding=st.sampled_from(["split", "open"]), share_inputs=st.booleans()),
     st.builds(Machine, device=st.sampled_from(["auto", "cpu", "cuda"]), threads=st.integers(1, 512)),
 ]

@@ -464,7 +464,7 @@ def options(section: BaseModel) -> str:
         if isinstance(value, bool):
             words.append(flag if value else "--no-" + name.replace("_", "-"))
         elif isinstance(value, tuple):
-            words.extend(f"{flag} {shlex.quote(item)}" for item in value)
+            words.extend(f"{flag} {shlex.quote(str(item))}" for item in value)
         elif value is not None:
             words.append(f"{flag} {shlex.quote(str(value))}")
     return " ".join(words)
