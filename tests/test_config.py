@@ -131,6 +131,12 @@ WRONG = [
         "decoding: prefill must be half or all with tokens_from text, got none",
     ),
     ("tokens-from", run(decoding={"tokens_from": "file"}), "decoding.tokens_from must be valid, got 'file'"),
+    (
+        "matrix",
+        run(capture={"matrices": ["q", "a/b"]}),
+        r"runs.default.capture.matrices.1 must be valid, got 'a/b': .*\^\[A-Za-z0-9_\.\]\+\$",
+    ),
+    ("matrix-without-name", run(capture={"matrices": [""]}), "capture.matrices.0 must be valid, got ''"),
     ("replay", run(decoding={"replay": "batches"}), "decoding.replay must be valid, got 'batches'"),
     ("unknown-model", run(models=["tiny", "huge"]), "runs.default.models must be among tiny, got huge"),
     ("run-name", study(runs={"model": RUN}), "runs: a name must not be one of checkpoint, model, .*got model"),
@@ -149,6 +155,13 @@ def test_refuses(content, message):
 def test_every_fault_has_its_line():
     message = refusal(study(resluts="x", machine={"threads": 0}, runs={"default": RUN | {"foo": 1}}))
     assert len(message.splitlines()) == 3
+
+
+@pytest.mark.parametrize("matrices", [[], ["q", "down"], ["lm_head"], ["experts.3.up", "2"]], ids=str)
+def test_matrices_are_named_freely(matrices):
+    """Which ones there are is the model's to say."""
+    found = parse_study(run(capture={"matrices": matrices}), "x").runs["default"]
+    assert list(found.capture.matrices) == matrices
 
 
 def test_a_single_token_is_enough_with_captured_prefill():
@@ -262,6 +275,7 @@ def test_sections_are_frozen_and_described():
 
 
 FIELD_NAME = st.text(st.characters(categories=["L", "N", "P", "S", "Zs"]), min_size=1, max_size=8)
+MATRIX_NAME = st.sampled_from(["q", "down", "lm_head"]) | st.from_regex(r"[A-Za-z0-9_.]+", fullmatch=True)
 SECTIONS = [
     st.builds(Conversion, dtype=st.sampled_from(["auto", "bfloat16"]), ignore_fields=st.lists(FIELD_NAME).map(tuple)),
     st.builds(
@@ -294,7 +308,7 @@ SECTIONS = [
         level=st.sampled_from(["full", "masks", "stats"]),
         # 0 is falsy, and `shlex.quote` makes '' of what is
         layers=st.lists(st.integers(0, 99), max_size=3).map(tuple),
-        matrices=st.lists(st.sampled_from(["q", "down"]), max_size=3).map(tuple),
+        matrices=st.lists(MATRIX_NAME, max_size=3).map(tuple),
         every=st.integers(1, 99),
     ),
     st.builds(Greedy, tokens=st.integers(1, 10**9), step=st.floats(1e-300, 0.9)),
