@@ -14,12 +14,12 @@ rule calibrate:
     threads: STUDY.machine.threads
     resources:
         gpu=STUDY.gpus,
-        mem_mb=lambda wildcards, input, attempt: STUDY.mem_mb(
+        mem_mb=lambda wildcards, input, attempt: STUDY.needs(
             "calibrate", wildcards.model, input.model, attempt
-        ),
-        runtime=lambda wildcards, input, attempt: STUDY.runtime(
+        ).mem_mb,
+        runtime=lambda wildcards, input, attempt: STUDY.needs(
             "calibrate", wildcards.model, input.model, attempt
-        ),
+        ).runtime,
     params:
         shard=lambda wildcards: int(wildcards.shard),
         scores=lambda wildcards: repeated("--score", STUDY.scores(wildcards.model)),

@@ -23,12 +23,12 @@ rule generate:
     threads: STUDY.machine.threads
     resources:
         gpu=STUDY.gpus,
-        mem_mb=lambda wildcards, input, attempt: STUDY.mem_mb(
+        mem_mb=lambda wildcards, input, attempt: STUDY.needs(
             "generate", wildcards.model, input.model, attempt
-        ),
-        runtime=lambda wildcards, input, attempt: STUDY.runtime(
+        ).mem_mb,
+        runtime=lambda wildcards, input, attempt: STUDY.needs(
             "generate", wildcards.model, input.model, attempt
-        ),
+        ).runtime,
     params:
         shard=lambda wildcards: int(wildcards.shard),
         tokens=lambda wildcards, input: repeated("--tokens", input.tokens),

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import sparsetrace
 from sparsetrace.cli.main import cli, main
 from sparsetrace.core.settings import Capture
-from sparsetrace.study.study import options
+from sparsetrace.study.options import options
 
 
 @pytest.fixture

@@ -19,25 +19,24 @@ from hypothesis import strategies as st
 
 from sparsetrace.cli.main import settings
 from sparsetrace.core.files import InputError
-from sparsetrace.core.settings import Capture, Greedy, Quality, Sampling
-from sparsetrace.methods import METHODS, Dense, Method, Teal
-from sparsetrace.study import study as config_module
-from sparsetrace.study.study import (
+from sparsetrace.core.settings import (
     Batching,
     Calibration,
+    Capture,
     Conversion,
     Decoding,
+    Greedy,
     Machine,
     Packing,
     PromptSet,
-    Study,
-    load_study,
-    method_options,
-    options,
-    parse_method,
-    parse_study,
+    Quality,
+    Sampling,
 )
+from sparsetrace.methods import METHODS, Dense, Method, Teal
+from sparsetrace.study.options import method_options, options, parse_method
+from sparsetrace.study.study import Study, load_study, parse_study
 
+ROOT = Path(__file__).parents[1]
 MODEL = {"checkpoint": "/models/tiny", "calibration_text": "wiki.txt"}
 RUN = {"prompts": "prompts.jsonl", "methods": [{"name": "teal", "sparsity": 0.5}]}
 
@@ -105,6 +104,16 @@ WRONG = [
     ("sparsity-below", methods({"name": "teal", "sparsity": [0.5, -0.1]}), "greater than or equal to 0"),
     ("sparsity-nan", methods({"name": "teal", "sparsity": float("nan")}), "finite"),
     ("no-sparsity", methods({"name": "teal"}), "sparsity must be given"),
+    (
+        "allocation-key",
+        methods({"name": "teal", "allocation": {"file": "t.csv", "sheet": 1}}),
+        r"runs.default.methods.allocation\..*sheet must not be given",
+    ),
+    (
+        "allocation-value",
+        methods({"name": "teal", "allocation": {"per_layer": [1.5]}}),
+        "runs.default.methods.allocation.*per_layer.0.* must be valid, got 1.5: .* less than 1",
+    ),
     ("no-name", methods({"sparsity": 0.5}), "a method must be a mapping with `name`, one of dense, teal"),
     ("no-mapping", methods("teal"), "a method must be a mapping with `name`"),
     ("unknown-method", methods({"name": "tael", "sparsity": 0.5}), "must be one of dense, teal.*, got 'tael'"),
@@ -247,7 +256,7 @@ def test_reads_a_file_or_says_why_not(tmp_path):
 
 def test_the_file_that_comes_with_it_names_every_key():
     """config.yaml is the reference of the keys: none may be missing in it, with its range or choices beside it."""
-    path = Path(config_module.__file__).parents[3] / "config.yaml"
+    path = ROOT / "config.yaml"
     content = yaml.safe_load(path.read_text())
     found = load_study(path)
     model, chosen = found.models["demo"], found.runs["default"]
@@ -357,6 +366,7 @@ def test_method_of_the_command_line():
         ([], "--set: sparsity must be given"),
         (["sparsity=[0.1, 0.2]"], "one value"),
         (["sparsity=[0.1"], "--set"),
+        (["allocation={file: t.csv, sheet: 1}"], r"--set: allocation.*sheet must not be given"),
     ):
         with pytest.raises(InputError, match=message.replace("(", r"\(").replace("[", r"\[")):
             parse_method("teal", parameters, None)
@@ -367,10 +377,10 @@ def test_method_of_the_command_line():
 @pytest.fixture
 def package(tmp_path):
     """A copy of the sources, and `source_hash` as that copy computes it."""
-    root = Path(config_module.__file__).parents[3]
+    root = ROOT
     for part in ("src/sparsetrace", "kernels/sparsetrace_kernels"):
         shutil.copytree(root / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
-    spec = importlib.util.spec_from_file_location("copied_config", tmp_path / "src/sparsetrace/study/study.py")
+    spec = importlib.util.spec_from_file_location("copied_sources", tmp_path / "src/sparsetrace/study/sources.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return tmp_path, module.source_hash
@@ -410,6 +420,12 @@ def test_source_hash_follows_imports(package):
         before = source_hash("top")
 
 
+def test_source_hash_refuses_a_module_that_moved_away(package):
+    _, source_hash = package
+    with pytest.raises(ValueError, match="must be among those of the package, got sparsetrace.packing.absent"):
+        source_hash("packing.pack", "packing.absent")
+
+
 # modules that rules name to `source_hash`
 CONVERT, CALIBRATE, GENERATE = "model.convert", "calibration.calibrate", "generation.generate"
 PACK, SPLIT = "packing.pack", "generation.prompts"
@@ -436,8 +452,9 @@ def test_a_change_reaches_the_steps_that_use_it(package, file, changed, same):
 
 
 def test_configuration_loads_no_torch():
-    paths = [str(Path(config_module.__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    code = "import sys, sparsetrace.study.study; print('torch' in sys.modules, 'pyarrow' in sys.modules)"
+    paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    modules = ", ".join(f"sparsetrace.study.{path.stem}" for path in (ROOT / "src/sparsetrace/study").glob("[a-z]*.py"))
+    code = f"import sys, {modules}; print('torch' in sys.modules, 'pyarrow' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert output.stdout.split() == ["False", "False"]

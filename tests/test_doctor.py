@@ -17,7 +17,8 @@ from sparsetrace.core import devices
 from sparsetrace.core.files import InputError
 from sparsetrace.core.provenance import commit, merged
 from sparsetrace.methods import METHODS
-from sparsetrace.study.study import MINUTES, needs, parse_study
+from sparsetrace.study.resources import MINUTES, needs
+from sparsetrace.study.study import parse_study
 from sparsetrace.tools import doctor
 from sparsetrace.tools.reproduce import located, reproduce
 
@@ -146,11 +147,11 @@ def test_jobs_ask_for_what_the_model_needs(step):
 def test_shards_auto_is_settled_where_snakemake_starts(monkeypatch, study):
     content = yaml.safe_load((study / "my.yaml").read_text())
     content["runs"]["first"]["batching"]["shards"] = "auto"
-    monkeypatch.setattr("sparsetrace.study.study.shards_here", lambda: 4)
+    monkeypatch.setattr("sparsetrace.study.sections.auto_shards", lambda: 4)
     monkeypatch.delenv("SPARSETRACE_AUTO_SHARDS", raising=False)
     assert len(parse_study(content, "x").shards("first")) == 4
     # a job on another machine inherits it
-    monkeypatch.setattr("sparsetrace.study.study.shards_here", lambda: 1)
+    monkeypatch.setattr("sparsetrace.study.sections.auto_shards", lambda: 1)
     assert len(parse_study(content, "x").shards("first")) == 4
     monkeypatch.delenv("SPARSETRACE_AUTO_SHARDS")
 

@@ -22,12 +22,12 @@ import sparsetrace.cli.main
 import sparsetrace.generation.capture
 import sparsetrace.model.runtime
 from sparsetrace.calibration.calibrate import calibrate
+from sparsetrace.core.settings import Batching, Calibration, Capture, Conversion, Decoding, Machine, PromptSet
 from sparsetrace.generation.engine import Engine
 from sparsetrace.generation.generate import generate
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.model.convert import convert
 from sparsetrace.packing.pack import _Shard, index, pack
-from sparsetrace.study.study import Batching, Calibration, Capture, Conversion, Decoding, Machine, PromptSet
 from sparsetrace.tools.recompute import recompute
 
 CALIBRATE = ["--tokens", "200", "--sequence-length", "20", "--device", "cpu"]

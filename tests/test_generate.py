@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
 from sparsetrace.core.files import InputError
+from sparsetrace.core.settings import Batching, Decoding, PromptSet
 from sparsetrace.formats.schema import MATRICES, TOKENS
 from sparsetrace.generation import capture
 from sparsetrace.generation.capture import Recorder
@@ -20,7 +21,6 @@ from sparsetrace.generation.generate import generate, matrix_table, repeated_sha
 from sparsetrace.generation.prompts import read_shard, split, write_split
 from sparsetrace.methods import Dense, Teal
 from sparsetrace.model.patch import install
-from sparsetrace.study.study import Batching, Decoding, PromptSet
 
 LENGTHS = [3, 9, 1, 6, 4, 12, 2]
 

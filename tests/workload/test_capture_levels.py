@@ -15,12 +15,13 @@ from click.testing import CliRunner
 import sparsetrace
 from sparsetrace.cli import main as cli
 from sparsetrace.core.files import InputError, sha256_file, sha256_json
+from sparsetrace.core.settings import Batching, Capture, Decoding, Machine, Packing, PromptSet
 from sparsetrace.formats.rows import row_figures
 from sparsetrace.formats.schema import FORMATS, MATRICES
 from sparsetrace.generation.generate import generate
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.packing.pack import index, pack
-from sparsetrace.study.study import Batching, Capture, Decoding, Machine, Packing, PromptSet, parse_study
+from sparsetrace.study.study import parse_study
 from sparsetrace.tools.estimate import Shape, captured_positions, estimate, sizes
 from sparsetrace.tools.recompute import recompute
 from sparsetrace.workload.verify import verify

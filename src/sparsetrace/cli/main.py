@@ -39,7 +39,8 @@ from sparsetrace.core.settings import (
     Quality,
     Sampling,
 )
-from sparsetrace.study.study import load_study, parse_method, parse_weight_method
+from sparsetrace.study.options import parse_method, parse_weight_method
+from sparsetrace.study.study import load_study
 
 Command = TypeVar("Command", bound=Callable[..., None])
 SectionType = TypeVar("SectionType", bound=BaseModel)

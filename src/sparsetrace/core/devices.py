@@ -145,6 +145,6 @@ def lock_one(
         time.sleep(poll)
 
 
-def shards_here() -> int:
+def auto_shards() -> int:
     """What `shards: auto` stands for on this machine."""
     return max(1, SHARDS_PER_GPU * len(candidates(installed(), os.environ)))

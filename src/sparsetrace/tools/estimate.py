@@ -23,7 +23,8 @@ from sparsetrace.core.text import read_documents
 from sparsetrace.formats.schema import FORMATS, MATRICES, SITE_OF, SITES, mask_bytes
 from sparsetrace.generation.prompts import read_shard
 from sparsetrace.model.runtime import RuntimeModel, use
-from sparsetrace.study.study import EMBEDDED, Run, Study
+from sparsetrace.study.sections import EMBEDDED, Run
+from sparsetrace.study.study import Study
 
 # Measured in benchmarks/results/pack.csv: bytes a kept value in its planes, and the index columns of a row.
 VALUE_BYTES = {"float16": 1.62, "bfloat16": 1.35, "float32": 3.6}

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from sparsetrace.core.files import InputError, read_json
-from sparsetrace.study.study import EMBEDDED, parse_study
+from sparsetrace.study.sections import EMBEDDED
+from sparsetrace.study.study import parse_study
 
 RESULTS = "results"
 SNAKEFILE = Path(__file__).parents[3] / "workflow" / "Snakefile"
