@@ -207,7 +207,7 @@ def test_a_fault_of_ours_is_not_hidden(run, monkeypatch):
     def broken(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("sparsetrace.cli.main.load_study", broken)
+    monkeypatch.setattr("sparsetrace.study.study.load_study", broken)
     with pytest.raises(ZeroDivisionError):
         run("check-config", "x.yaml")
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from sparsetrace.cli.main import settings
+from sparsetrace.cli.options import settings
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import (
     Batching,

@@ -1,0 +1,133 @@
+"""Commands that run a model over prompts: split, dense-tokens, generate."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sparsetrace.cli.gpu import on_gpu
+from sparsetrace.cli.options import gathered, path_argument, path_option, settings
+from sparsetrace.cli.terminal import progress
+from sparsetrace.core.settings import Batching, Capture, Decoding, Machine, PromptSet, Sampling
+
+if TYPE_CHECKING:
+    from sparsetrace.model.runtime import RuntimeModel
+
+
+@click.command()
+@path_argument("model")
+@path_option("--prompts", "prompt set: .jsonl, .json, .txt, or gzipped")
+@path_option("--out", "the split prompt set (Parquet)")
+@click.option("--texts", is_flag=True, help="for tokens_from text: leave no room behind a prompt for new tokens")
+@settings(PromptSet, Batching)
+def split(model: Path, prompts: Path, out: Path, texts: bool, prompt_set: PromptSet, batching: Batching) -> None:
+    """Number a prompt set for MODEL and split it into groups and shards."""
+    from sparsetrace.generation.prompts import split as run
+    from sparsetrace.generation.prompts import write_split
+    from sparsetrace.model.runtime import open_model
+
+    opened = open_model(model)
+    context = opened.config.max_position_embeddings
+    groups, skipped = run(prompts, opened.tokenizer(), context, prompt_set, batching, texts=texts)
+    write_split(groups, batching.shards, out)
+    sequences = sum(len(group) for group in groups)
+    click.echo(f"{prompts}: {sequences} sequences in {len(groups)} groups and {batching.shards} shards")
+    if skipped:
+        click.echo(f"skipped {skipped} prompts longer than the context")
+
+
+@click.command("dense-tokens")
+@path_argument("model")
+@path_option("--prompts", "the split prompt set")
+@click.option("--shard", type=click.IntRange(min=0), default=0, show_default=True, help="which part of it")
+@path_option("--out", "manifest.json; the tokens are written beside it")
+@settings(Sampling, Batching, Machine)
+@on_gpu
+def dense_tokens(
+    model: Path, prompts: Path, shard: int, out: Path, sampling: Sampling, batching: Batching, machine: Machine
+) -> None:
+    """Let MODEL as it is continue one shard's prompts, for `generate --tokens` under several settings.
+
+    Nothing is captured. The same command after an interruption starts at the first group that is not sealed.
+
+    \b
+    Example:
+      sparsetrace dense-tokens results/llama/model --prompts split.parquet --out dense_tokens/00000/manifest.json
+      sparsetrace generate results/llama/model --thresholds t.parquet --prompts split.parquet --tokens-from dense \
+        --tokens dense_tokens/00000/manifest.json --out dump/00000/manifest.json
+    """
+    from sparsetrace.generation.generate import generate as run
+    from sparsetrace.model.runtime import open_model
+
+    decoding = Decoding(**sampling.model_dump())
+    with progress("generating", "groups") as report:
+        manifest = run(
+            *(open_model(model), None, prompts, shard, out, decoding, batching, machine),
+            lambda done, total, _: report(done, total),
+            tokens_only=True,
+        )
+    click.echo(f"{out.parent}: tokens of {len(manifest['groups'])} groups")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardJob:
+    """What one shard is generated from, and the manifest to write."""
+
+    model: Path
+    thresholds: Path
+    prompts: Path
+    shard: int
+    tokens: Path | None
+    out: Path
+
+
+@click.command()
+@path_argument("model")
+@path_option("--thresholds", "threshold table of the method setting")
+@path_option("--prompts", "the split prompt set")
+@click.option("--shard", type=click.IntRange(min=0), default=0, show_default=True, help="which part of it")
+@click.option(
+    "--tokens", type=click.Path(path_type=Path), help="manifest.json of dense-tokens, with tokens_from dense alone"
+)
+@path_option("--out", "manifest.json of the dump; the blocks are written beside it")
+@settings(Decoding, Batching, Capture, Machine)
+@on_gpu
+@gathered(ShardJob, "job")
+def generate(job: ShardJob, decoding: Decoding, batching: Batching, capture: Capture, machine: Machine) -> None:
+    """Decode one shard with MODEL under a method and dump the operand of every multiply.
+
+    A group of sequences is sealed when it is done; the same command after an interruption starts at the first that is
+    not sealed.
+    """
+    from sparsetrace.model.runtime import open_model
+    from sparsetrace.tools.estimate import shard_warning
+
+    model = open_model(job.model)
+    paths = (job.thresholds, job.prompts, job.shard, job.out)
+    if warning := shard_warning(model, *paths, decoding, batching, capture):
+        click.echo(f"warning: the dump of shard {job.shard} {warning}", err=True)
+    manifest = _generate(model, job, decoding, batching, capture, machine)
+    captured, rows = manifest["rows"], manifest["rows"] * len(manifest["matrices"])
+    click.echo(f"{job.out.parent}: {captured:,} tokens captured, {rows:,} rows, in {len(manifest['groups'])} groups")
+
+
+def _generate(
+    model: "RuntimeModel",
+    job: ShardJob,
+    decoding: Decoding,
+    batching: Batching,
+    capture: Capture,
+    machine: Machine,
+) -> dict[str, Any]:
+    """Run one shard and show its progress; returns the manifest of its dump."""
+    from sparsetrace.generation.generate import generate as run
+
+    paths = (job.thresholds, job.prompts, job.shard, job.out)
+    with progress("generating", "groups") as report:
+        return run(
+            *(model, *paths, decoding, batching, machine),
+            report=lambda done, total, rows: report(done, total, f"{rows:,} tokens captured"),
+            capture=capture,
+            tokens=job.tokens,
+        )
