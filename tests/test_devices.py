@@ -110,7 +110,7 @@ def test_waiting_is_told_once(tmp_path):
 )
 def test_visible_devices_are_respected(visible, expected):
     environment = {} if visible is None else {devices.VISIBLE: visible}
-    assert devices.candidates(devices.parse_listing(LISTING), environment) == expected
+    assert devices.visible_devices(devices.parse_listing(LISTING), environment) == expected
 
 
 @pytest.fixture
