@@ -33,7 +33,7 @@ rule calibrate:
         " --out {output:q} {params.options} {params.machine} > {log:q} 2>&1"
 
 
-# The shards added up.
+# Adds up the shards.
 rule histograms:
     input:
         lambda wildcards: expand(

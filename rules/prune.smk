@@ -1,4 +1,4 @@
-# Where config says `prune`: the converted model with masked weights, which everything below then uses.
+# Where the study file says `prune`: the converted model with masked weights, which all later steps then use.
 rule prune:
     input:
         model=rules.convert.output[0],

@@ -21,7 +21,7 @@ from sparsetrace.core.settings import Calibration, Greedy, Machine, Quality
 @click.option("--method", type=click.Choice(["magnitude", "wanda"]), required=True, help="how weights are scored")
 @click.option("--set", "parameters", multiple=True, metavar="NAME=VALUE", help="sparsity or pattern")
 @click.option("--text", type=click.Path(path_type=Path), help="calibration text, for wanda")
-@path_option("--out", "folder of the pruned model; written beside and renamed")
+@path_option("--out", "folder of the pruned model; appears when it is complete")
 @settings(Calibration, Machine)
 @on_gpu
 def prune(
@@ -33,7 +33,9 @@ def prune(
     calibration: Calibration,
     machine: Machine,
 ) -> None:
-    """Mask the weights of MODEL, unstructured or N:M; the result is a model like any other, with its table of masks.
+    """Mask the weights of MODEL, unstructured or N:M.
+
+    The result is a runtime model with a table of its masks.
 
     \b
     Example:
@@ -62,7 +64,9 @@ class CountJob:
 @path_argument("paths", nargs=-1, required=True)
 @click.option("--merge", is_flag=True, help="add up PATHS, histogram files of one model, instead of counting")
 @click.option("--text", type=click.Path(path_type=Path), help="calibration text: .txt, .json, .jsonl, or gzipped")
-@click.option("--shard", type=click.IntRange(min=0), default=0, show_default=True, help="which part is counted")
+@click.option(
+    "--shard", type=click.IntRange(min=0), default=0, show_default=True, help="part of the text that is counted"
+)
 @click.option("--score", "scores", multiple=True, help="method whose scores are counted too (cats, wina); repeatable")
 @path_option("--out", "histogram file (safetensors)")
 @settings(Calibration, Machine)
@@ -72,7 +76,7 @@ def calibrate(
 ) -> None:
     """Count the exact distribution of what enters each matrix of a model, over a text.
 
-    PATHS is the model. An interrupted run goes on with the same command.
+    PATHS is the model. The same command resumes an interrupted run.
 
     \b
     Examples:
@@ -113,19 +117,21 @@ class LayerSearch:
 
 @click.command()
 @path_argument("model")
-@path_option("--histograms", "of the model")
+@path_option("--histograms", "histograms of the model (safetensors)")
 @path_option("--text", "calibration text")
-@click.option("--layer", type=click.IntRange(min=0), required=True, help="which layer is searched")
-@click.option("--method", default="teal", show_default=True, help="method with thresholds whose masks are searched for")
+@click.option("--layer", type=click.IntRange(min=0), required=True, help="layer to search")
+@click.option(
+    "--method", default="teal", show_default=True, help="method whose masks are searched; must have thresholds"
+)
 @path_option("--out", "search table of the layer (Parquet)")
 @settings(Greedy, Machine)
 @on_gpu
 @gathered(LayerSearch, "search")
 def allocate(model: Path, search: LayerSearch, out: Path, greedy: Greedy, machine: Machine) -> None:
-    """Search how one layer of MODEL is best sparsified, for `allocation: greedy`.
+    """Search how to spread sparsity over the matrices of one layer of MODEL, for `allocation: greedy`.
 
-    TEAL's rule: the matrix whose next step raises the error of the layer's output least takes it. Every sparsity up to
-    0.9 is looked up in the table afterwards. An interrupted search goes on with the same command.
+    TEAL's rule: each step goes to the matrix where it raises the error of the layer's output least. Targets up to 0.9
+    are looked up in the resulting table. The same command resumes an interrupted search.
     """
     from sparsetrace.calibration.allocation import read_greedy
     from sparsetrace.calibration.greedy import allocate as run
@@ -150,7 +156,7 @@ def allocate(model: Path, search: LayerSearch, out: Path, greedy: Greedy, machin
 @click.command()
 @path_argument("histograms")
 @click.option("--method", required=True, help="name of the method, such as teal")
-@click.option("--set", "parameters", multiple=True, metavar="NAME=VALUE", help="parameter of the method, repeatable")
+@click.option("--set", "parameters", multiple=True, metavar="NAME=VALUE", help="parameter of the method; repeatable")
 @click.option("--label", default=None, help="folder name of the setting; the method's own if not given")
 @click.option(
     "--table", "tables", multiple=True, type=click.Path(path_type=Path), help="search table of a layer; repeatable"
@@ -164,7 +170,7 @@ def thresholds(
     tables: tuple[Path, ...],
     out: Path,
 ) -> None:
-    """Look a method's target sparsity up in HISTOGRAMS and print target against achieved.
+    """Derive a method's thresholds from HISTOGRAMS, and print target and achieved sparsity.
 
     \b
     Example:
@@ -197,10 +203,10 @@ def thresholds(
 @settings(Quality, Machine)
 @on_gpu
 def quality(model: Path, tables: tuple[Path, ...], text: Path, out: Path, quality: Quality, machine: Machine) -> None:
-    """Measure what each method setting costs MODEL in quality, on held-out text, beside the dense model.
+    """Measure the quality of MODEL under each method setting, and of the dense model, on held-out text.
 
     Perplexity, KL divergence of the next token from the dense model's, and share of predictions that agree on the
-    likeliest token; in windows as TEAL's evaluation takes them.
+    likeliest token, over windows as in TEAL's evaluation.
     """
     from sparsetrace.calibration.quality import measure
     from sparsetrace.model.runtime import open_model
@@ -227,7 +233,7 @@ def quality(model: Path, tables: tuple[Path, ...], text: Path, out: Path, qualit
     type=click.Choice(["teal", "magnitude"]),
     default="teal",
     show_default=True,
-    help="teal: the signed quantile at 0.5 + s/2, as TEAL's code; magnitude: the quantile of |x|, same histogram",
+    help="teal: the signed quantile at 0.5 + s/2, as in TEAL's code; magnitude: the quantile of |x|, same histogram",
 )
 @click.option(
     "--lookup", type=click.Path(path_type=Path), help="folder of TEAL's search tables, for greedy targets; else uniform"
@@ -237,7 +243,7 @@ def quality(model: Path, tables: tuple[Path, ...], text: Path, out: Path, qualit
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="activations that a histogram may lack of a whole number of vectors",
+    help="activations that may be missing from a histogram",
 )
 @path_option("--out", "threshold file (Parquet), for `allocation: {file: ...}`")
 def import_teal(
@@ -245,8 +251,8 @@ def import_teal(
 ) -> None:
     """Read thresholds out of TEAL's published HISTOGRAMS, a folder of layer-N/{self_attn,mlp}/histograms.pt.
 
-    Files that cannot be of the model of CONFIG are refused: every site must have counted a whole number of vectors of
-    its width, the same number everywhere.
+    Files that cannot belong to the model of --config are refused: every site must have counted a whole number of
+    vectors of its width, the same number at every site.
 
     \b
     Example:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @path_argument("model")
 @path_option("--prompts", "prompt set: .jsonl, .json, .txt, or gzipped")
 @path_option("--out", "the split prompt set (Parquet)")
-@click.option("--texts", is_flag=True, help="for tokens_from text: leave no room behind a prompt for new tokens")
+@click.option("--texts", is_flag=True, help="for tokens_from text: leave no room for new tokens after a prompt")
 @settings(PromptSet, Batching)
 def split(model: Path, prompts: Path, out: Path, texts: bool, prompt_set: PromptSet, batching: Batching) -> None:
     """Number a prompt set for MODEL and split it into groups and shards."""
@@ -40,16 +40,17 @@ def split(model: Path, prompts: Path, out: Path, texts: bool, prompt_set: Prompt
 @click.command("dense-tokens")
 @path_argument("model")
 @path_option("--prompts", "the split prompt set")
-@click.option("--shard", type=click.IntRange(min=0), default=0, show_default=True, help="which part of it")
+@click.option("--shard", type=click.IntRange(min=0), default=0, show_default=True, help="which shard of it")
 @path_option("--out", "manifest.json; the tokens are written beside it")
 @settings(Sampling, Batching, Machine)
 @on_gpu
 def dense_tokens(
     model: Path, prompts: Path, shard: int, out: Path, sampling: Sampling, batching: Batching, machine: Machine
 ) -> None:
-    """Let MODEL as it is continue one shard's prompts, for `generate --tokens` under several settings.
+    """Continue one shard's prompts with the dense MODEL, for `generate --tokens`.
 
-    Nothing is captured. The same command after an interruption starts at the first group that is not sealed.
+    Several settings can then be fed the same tokens. Nothing is captured. After an interruption the same command
+    resumes at the first group that is not sealed.
 
     \b
     Example:
@@ -86,9 +87,9 @@ class ShardJob:
 @path_argument("model")
 @path_option("--thresholds", "threshold table of the method setting")
 @path_option("--prompts", "the split prompt set")
-@click.option("--shard", type=click.IntRange(min=0), default=0, show_default=True, help="which part of it")
+@click.option("--shard", type=click.IntRange(min=0), default=0, show_default=True, help="which shard of it")
 @click.option(
-    "--tokens", type=click.Path(path_type=Path), help="manifest.json of dense-tokens, with tokens_from dense alone"
+    "--tokens", type=click.Path(path_type=Path), help="manifest.json of dense-tokens; only with tokens_from dense"
 )
 @path_option("--out", "manifest.json of the dump; the blocks are written beside it")
 @settings(Decoding, Batching, Capture, Machine)
@@ -97,8 +98,8 @@ class ShardJob:
 def generate(job: ShardJob, decoding: Decoding, batching: Batching, capture: Capture, machine: Machine) -> None:
     """Decode one shard with MODEL under a method and dump the operand of every multiply.
 
-    A group of sequences is sealed when it is done; the same command after an interruption starts at the first that is
-    not sealed.
+    Each group of sequences is sealed when it is done. After an interruption the same command resumes at the first
+    group that is not sealed.
     """
     from sparsetrace.model.runtime import open_model
     from sparsetrace.tools.estimate import shard_warning

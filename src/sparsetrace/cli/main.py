@@ -1,4 +1,4 @@
-"""Entry of the `sparsetrace` command: the group of all commands, and what becomes of their errors.
+"""Entry of the `sparsetrace` command: the group of all commands, and how their errors are printed.
 
 Each command is one step of the pipeline or a tool beside it. It imports what it runs inside its function, so that
 `sparsetrace --help`, and steps that need no torch, start fast. Results go to standard output, progress and errors to
@@ -87,9 +87,9 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line; what a user can mend ends as one line, without a traceback."""
-    # Read when torch loads OpenMP. Its idle threads spin by default: where jobs share cores, training the embedded
-    # model took 88 instead of 51 CPU seconds.
+    """Run the command line; an error that a user can mend is printed as one line, without a traceback."""
+    # OpenMP reads these when torch loads it. By default its idle threads spin: where jobs share cores, training the
+    # embedded model took 88 CPU seconds instead of 51.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     try:
@@ -100,7 +100,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        fail("interrupted: nothing half-written is left; the same command goes on where it can", INTERRUPTED)
+        fail("interrupted: nothing half-written is left; run the same command again to resume", INTERRUPTED)
     except InputError as error:
         fail(str(error))
     except OSError as error:

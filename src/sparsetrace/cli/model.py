@@ -10,14 +10,17 @@ from sparsetrace.core.settings import Conversion
 
 
 @click.command("demo-checkpoint")
-@path_option("--out", "folder of the checkpoint; written beside and renamed")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="of initial weights and batches")
+@path_option("--out", "folder of the checkpoint; appears when it is complete")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="seed of initial weights and batches"
+)
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="CPU threads")
 def demo_checkpoint(out: Path, seed: int, threads: int) -> None:
     """Train the embedded demonstration model.
 
-    A small Llama on the English that every Python install carries, written as an ordinary Hugging Face checkpoint
-    with its calibration text and prompts, which are held out of the training. Takes about a minute on two cores.
+    A small Llama, trained on the English text in every Python install and written as an ordinary Hugging Face
+    checkpoint, with a calibration text and prompts that are held out of the training. Takes about a minute on two
+    cores.
     """
     from sparsetrace.model.demo import make_checkpoint
 
@@ -32,8 +35,10 @@ def demo_checkpoint(out: Path, seed: int, threads: int) -> None:
 
 @click.command()
 @path_argument("checkpoint")
-@path_option("--out", "folder of the runtime model; written beside and renamed")
-@click.option("--name", default=None, help="what data sets call the model; the checkpoint's folder name if not given")
+@path_option("--out", "folder of the runtime model; appears when it is complete")
+@click.option(
+    "--name", default=None, help="name of the model in data sets; name of the checkpoint's folder if not given"
+)
 @settings(Conversion)
 def convert(checkpoint: Path, out: Path, name: str | None, conversion: Conversion) -> None:
     """Convert CHECKPOINT, a Hugging Face folder of a Llama or Mistral model.

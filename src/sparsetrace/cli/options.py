@@ -151,11 +151,11 @@ def selection_options(command: Command) -> Command:
     command = gathered(Selection, "selection")(command)
     for option in (
         click.option("--phase", multiple=True, help="prefill, decode or forced; repeatable"),
-        click.option("--position", default=None, help="positions START:STOP"),
-        click.option("--sequence", default=None, help="sequences START:STOP"),
-        click.option("--token", default=None, help="token numbers START:STOP"),
-        click.option("--matrix", multiple=True, help="q, k, v, o, gate, up or down; repeatable"),
-        click.option("--layer", default=None, help="layers START:STOP, or one"),
+        click.option("--position", default=None, help="position, or positions START:STOP"),
+        click.option("--sequence", default=None, help="sequence, or sequences START:STOP"),
+        click.option("--token", default=None, help="token number, or numbers START:STOP"),
+        click.option("--matrix", multiple=True, help="matrix, such as q or down; repeatable"),
+        click.option("--layer", default=None, help="layer, or layers START:STOP"),
     ):
         command = option(command)
     return command

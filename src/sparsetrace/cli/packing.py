@@ -15,13 +15,13 @@ from sparsetrace.core.settings import Packing
 @click.command()
 @path_argument("dump")
 @path_option("--workload", "folder of the data set")
-@path_option("--out", "manifest of the packed shard, named by its number: 00000.json")
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="files written at a time")
+@path_option("--out", "manifest of the packed shard, named after its number: 00000.json")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="files written at once")
 @settings(Packing)
 def pack(dump: Path, workload: Path, out: Path, threads: int, packing: Packing) -> None:
     """Pack DUMP, the manifest of one shard's dump, into Parquet, and remove its blocks.
 
-    An interrupted pack goes on after its last finished file; a finished one is left alone.
+    The same command resumes an interrupted pack after its last finished file, and leaves a finished one alone.
     """
     from sparsetrace.packing.pack import pack as run
 
@@ -39,8 +39,12 @@ def pack(dump: Path, workload: Path, out: Path, threads: int, packing: Packing) 
 @click.command()
 @path_argument("parts", nargs=-1, required=True)
 @path_option("--workload", "folder of the data set")
-@click.option("--weight-masks", type=click.Path(path_type=Path), help="table of the pruned model, if the run used one")
-@click.option("--study", default=None, help="JSON of the part of the study file that made it, kept in the manifest")
+@click.option(
+    "--weight-masks", type=click.Path(path_type=Path), help="mask table of the pruned model, if the run used one"
+)
+@click.option(
+    "--study", default=None, help="part of the study file that made the data set, as JSON; kept in the manifest"
+)
 def index(parts: tuple[Path, ...], workload: Path, weight_masks: Path | None, study: str | None) -> None:
     """Merge PARTS, the manifests of all packed shards, into a finished data set."""
     from sparsetrace.packing.pack import index as run

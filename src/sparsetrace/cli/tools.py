@@ -76,12 +76,12 @@ def estimate(config: Path, machine: Machine) -> None:
     "--base",
     type=click.Path(path_type=Path),
     default=Path(),
-    help="folder that the study was run in; here if not given",
+    help="folder that the study was run in; the current folder if not given",
 )
 def reproduce(workload: Path, out: Path | None, base: Path) -> None:
     """Make WORKLOAD again from its manifest alone and compare every file; exit status 1 if one differs.
 
-    The checkpoint, the texts and the prompts must lie where they lay; their hashes are compared too.
+    The checkpoint, the texts and the prompts must still be where they were; their hashes are compared too.
 
     \b
     Example:
@@ -103,7 +103,11 @@ def reproduce(workload: Path, out: Path | None, base: Path) -> None:
 
 @click.command()
 @click.option(
-    "--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, help="of a study"
+    "--results",
+    type=click.Path(path_type=Path),
+    default=Path("results"),
+    show_default=True,
+    help="results folder of a study",
 )
 def doctor(results: Path) -> None:
     """Check this machine: driver, torch, triton, disk, scheduler; exit status 1 if nothing would work."""
@@ -123,7 +127,7 @@ def doctor(results: Path) -> None:
 def unlock() -> None:
     """Clear this folder's Snakemake lock if the run that held it is dead.
 
-    A run is alive as long as a process of snakemake or sparsetrace works in this folder; runs on other machines that
+    A run counts as alive while a process of snakemake or sparsetrace works in this folder. Runs on other machines that
     share the folder are not seen.
     """
     from sparsetrace.tools.unlock import unlock as run
@@ -136,20 +140,23 @@ def unlock() -> None:
 @path_argument("models", nargs=-1)
 @click.option("--shape", "shapes", multiple=True, metavar="KxN", help="inputs x outputs of a multiply; repeatable")
 @click.option(
-    "--dtype", type=click.Choice(["float16", "bfloat16"]), default=None, help="the models', or float16, if not given"
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16"]),
+    default=None,
+    help="number format; that of MODELS, or float16, if not given",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=None,
-    help="table file; one named after the GPU in this user's configuration folder if not given",
+    help="table file; if not given, one named after the GPU in the user's configuration folder",
 )
 def tune(models: tuple[Path, ...], shapes: tuple[str, ...], dtype: str | None, out: Path | None) -> None:
     """Measure which configurations of the sparse kernels are fastest on this GPU for the shapes of MODELS.
 
-    Takes minutes a shape. The table is used where the environment variable SPARSETRACE_TUNING names it, in place of
-    the one that comes with the package, and its hash is in the manifest of what it helped to make; nothing else
-    changes but the order in which sums are added up.
+    Takes minutes per shape. A table that the environment variable SPARSETRACE_TUNING names is used in place of the one
+    that comes with the package, and the manifest of each data set records its hash. It changes the order in which sums
+    are added up, and nothing else in the results.
 
     \b
     Examples:
@@ -184,7 +191,11 @@ class Load:
 @click.command()
 @path_argument("model")
 @click.option(
-    "--sparsity", type=click.FloatRange(0, 1, max_open=True), default=0.5, show_default=True, help="inputs dropped"
+    "--sparsity",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.5,
+    show_default=True,
+    help="share of the inputs dropped",
 )
 @click.option(
     "--batch",
@@ -195,22 +206,24 @@ class Load:
     show_default=True,
     help="sequences at a time; repeatable",
 )
-@click.option("--new", type=click.IntRange(min=2), default=128, show_default=True, help="tokens of each sequence")
-@click.option("--groups", type=click.IntRange(min=1), default=2, show_default=True, help="timed, after one that is not")
-@click.option("--kernels/--no-kernels", default=True, show_default=True, help="the table of the kernels")
-@click.option("--decoding/--no-decoding", default=True, show_default=True, help="the table of decoding")
+@click.option("--new", type=click.IntRange(min=2), default=128, show_default=True, help="new tokens per sequence")
+@click.option(
+    "--groups", type=click.IntRange(min=1), default=2, show_default=True, help="groups timed, after one for warm-up"
+)
+@click.option("--kernels/--no-kernels", default=True, show_default=True, help="print the table of the kernels")
+@click.option("--decoding/--no-decoding", default=True, show_default=True, help="print the table of decoding")
 @click.option(
     "--scratch",
     type=click.Path(path_type=Path),
     default=Path(),
-    help="takes the dump meanwhile; here if not given",
+    help="folder for the temporary dump; the current folder if not given",
 )
 @gathered(Load, "load")
 def bench(model: Path, load: Load, kernels: bool, decoding: bool, scratch: Path) -> None:
     """Time the kernels and decoding on this GPU, for the shapes of MODEL.
 
-    Weights are MODEL's, prompts are random, thresholds are taken from the activations on random tokens. The floor is
-    one launch that reads the bytes needed and does nothing else.
+    Weights are MODEL's, prompts are random, and thresholds come from the activations on random tokens. The floor is the
+    time of one launch that reads the needed bytes and does nothing else.
 
     \b
     Example:

@@ -25,9 +25,11 @@ def show(workloads: tuple[Path, ...]) -> None:
 
 @click.command()
 @path_argument("workload")
-@click.option("--recompute", type=click.IntRange(min=1), default=None, help="sequences to run again and compare")
 @click.option(
-    "--model", type=click.Path(path_type=Path), default=None, help="folder of the runtime model, to recompute"
+    "--recompute", type=click.IntRange(min=1), default=None, help="number of sequences to run again and compare"
+)
+@click.option(
+    "--model", type=click.Path(path_type=Path), default=None, help="folder of the runtime model, for --recompute"
 )
 @settings(Machine)
 def verify(workload: Path, recompute: int | None, model: Path | None, machine: Machine) -> None:
@@ -57,9 +59,9 @@ def verify(workload: Path, recompute: int | None, model: Path | None, machine: M
 @click.command()
 @path_argument("workload")
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=None, help="folder of the tables; WORKLOAD/stats if none"
+    "--out", type=click.Path(path_type=Path), default=None, help="folder of the tables; WORKLOAD/stats if not given"
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="of the i.i.d. twin")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="seed of the i.i.d. twin")
 @click.option("--tile", "tiles", type=click.IntRange(min=1), multiple=True, help="tile width for load imbalance")
 @selection_options
 def stats(workload: Path, out: Path | None, seed: int, tiles: tuple[int, ...], selection: Selection) -> None:
@@ -89,16 +91,18 @@ def stats(workload: Path, out: Path | None, seed: int, tiles: tuple[int, ...], s
     required=True,
     help="mtx, smtx, npz, safetensors, npy, bitmask, density, ramulator, dramsim3 or libcachesim; see docs/export.md",
 )
-@path_option("--out", "folder of the files, LNN.matrix.suffix each")
-@click.option("--twin", type=click.IntRange(min=0), default=None, help="export the i.i.d. twin of this seed instead")
+@path_option("--out", "folder of the files, each named LNN.matrix.suffix")
+@click.option("--twin", type=click.IntRange(min=0), default=None, help="export the i.i.d. twin with this seed instead")
 @click.option("--base", type=HEXADECIMAL, default="0", help="traces: address of the first weight row")
 @click.option("--stride", type=click.IntRange(min=1), default=None, help="traces: bytes between weight rows")
-@click.option("--line", type=click.IntRange(min=1), default=64, show_default=True, help="traces: bytes of an access")
+@click.option("--line", type=click.IntRange(min=1), default=64, show_default=True, help="traces: bytes per access")
 @click.option(
     "--bundle", type=click.IntRange(min=1), default=1, show_default=True, help="traces: rows fetched together"
 )
-@click.option("--cycles", type=click.IntRange(min=0), default=1, show_default=True, help="traces: between two accesses")
-@click.option("--tile", type=click.IntRange(min=1), default=64, show_default=True, help="density: inputs of a tile")
+@click.option(
+    "--cycles", type=click.IntRange(min=0), default=1, show_default=True, help="traces: cycles between two accesses"
+)
+@click.option("--tile", type=click.IntRange(min=1), default=64, show_default=True, help="density: inputs per tile")
 @selection_options
 def export(
     workload: Path,
