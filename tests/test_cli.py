@@ -145,6 +145,8 @@ def test_errors_are_one_line_each(run, tiny, tmp_path, rng):
     words = ["--thresholds", tmp_path / "t", *shard, "--tokens-from", "text"]
     fails(run("generate", model, *words), "decoding: prefill must be half or all with tokens_from text, got none")
     fails(run("generate", model, "--thresholds", tmp_path / "absent.parquet", *shard), "absent.parquet")
+    for name in ("layer", "token", "sequence", "position"):
+        fails(run("stats", tmp_path, f"--{name}", "1:2:3"), f"--{name} must be a number or START:STOP, got 1:2:3")
     chosen = ["--matrices", "q", "--matrices", "a/b", "--layers", "-1"]
     lines = fails(run("generate", model, "--thresholds", tmp_path / "t", *shard, *chosen), "--matrices", "--layers")
     assert len(lines) == 2 and "--matrices must be valid, got 'a/b'" in lines[1]

@@ -117,6 +117,18 @@ WRONG = [
     ("no-name", methods({"sparsity": 0.5}), "a method must be a mapping with `name`, one of dense, teal"),
     ("no-mapping", methods("teal"), "a method must be a mapping with `name`"),
     ("unknown-method", methods({"name": "tael", "sparsity": 0.5}), "must be one of dense, teal.*, got 'tael'"),
+    ("names", methods({"name": ["teal", "wina"]}), r"method name must be one of dense, teal.*, got \['teal', 'wina'\]"),
+    (
+        "no-values",
+        methods({"name": "dense"}, {"name": "teal", "sparsity": []}),
+        "teal: sparsity must have at least one",
+    ),
+    ("key-that-is-a-number", methods({"name": "teal", 0.5: "x"}), "method teal: keys must be among .*, got 0.5"),
+    (
+        "prune-names",
+        study(models={"tiny": MODEL | {"prune": {"name": ["wanda"]}}}),
+        r"models.tiny.prune: name must be one of magnitude, wanda, got \['wanda'\]",
+    ),
     ("not-a-list", run(methods={"name": "teal"}), "must be a list of methods"),
     ("batch", run(batching={"batch_size": 0}), "runs.default.batching.batch_size must be valid, got 0"),
     (

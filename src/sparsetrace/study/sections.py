@@ -47,11 +47,12 @@ class Pruning(Section):
         if isinstance(entry, Pruning):
             return entry
         name = entry.get("name") if isinstance(entry, Mapping) else None
-        if name not in WEIGHT_METHODS:
+        # compared, not hashed: the file may hold a list here
+        if name not in [*WEIGHT_METHODS]:
             raise ValueError(f"name must be one of {', '.join(WEIGHT_METHODS)}, got {name!r}")
         parameters = {key: value for key, value in entry.items() if key != "name"}
         known = WEIGHT_METHODS[name].model_fields
-        if unknown := sorted(set(parameters) - set(known)):
+        if unknown := sorted(str(key) for key in set(parameters) - set(known)):
             raise ValueError(f"{name}: keys must be among {', '.join(('name', *known))}, got {', '.join(unknown)}")
         return {"name": name, "method": WEIGHT_METHODS[name](**parameters)}
 
@@ -98,11 +99,13 @@ class Run(Section):
     models: tuple[Name, ...] | None = Field(None, description="models that the run uses; all if not given")
     prompts: str = Field(description="file of prompts, or `embedded` with the demonstration model")
     prompt_set: PromptSet = Field(PromptSet(), description="which prompts are read")
-    batching: Batching = Field(Batching(), description="how sequences are multiplied together")
+    batching: Batching = Field(Batching(), description="how sequences are batched")
     decoding: Decoding = Field(Decoding(), description="how tokens are produced")
-    capture: Capture = Field(Capture(), description="what is kept of the operands")
-    packing: Packing = Field(Packing(), description="how operands are written")
-    methods: tuple[Setting, ...] = Field(min_length=1, description="methods, each with a list of values or one")
+    capture: Capture = Field(Capture(), description="which operands are kept, and what of them")
+    packing: Packing = Field(Packing(), description="how operands are stored")
+    methods: tuple[Setting, ...] = Field(
+        min_length=1, description="methods; a parameter may be one value or a list of values"
+    )
 
     @field_validator("batching", mode="before")
     @classmethod
@@ -144,14 +147,17 @@ def method_settings(entry: Any) -> Iterator[Setting]:
     if not isinstance(entry, Mapping) or "name" not in entry:
         raise ValueError(f"a method must be a mapping with `name`, one of {', '.join(METHODS)}, got {entry!r}")
     name, own_label = entry["name"], entry.get("label")
-    if name not in METHODS:
+    # compared, not hashed: the file may hold a list here
+    if name not in [*METHODS]:
         raise ValueError(f"method name must be one of {', '.join(METHODS)}, got {name!r}")
     parameters = {key: value for key, value in entry.items() if key not in ("name", "label")}
     known = METHODS[name].model_fields
-    if unknown := sorted(set(parameters) - set(known)):
+    if unknown := sorted(str(key) for key in set(parameters) - set(known)):
         raise ValueError(
             f"method {name}: keys must be among {', '.join(('name', 'label', *known))}, got {', '.join(unknown)}"
         )
+    if empty := [key for key, value in parameters.items() if value == []]:
+        raise ValueError(f"method {name}: {empty[0]} must have at least one value, got an empty list")
     # a list stands for several settings; a parameter that is itself a list is written as a list in a list
     axes = [[(key, v) for v in (value if isinstance(value, list) else [value])] for key, value in parameters.items()]
     methods = [METHODS[name](**dict(values)) for values in itertools.product(*axes)]
