@@ -128,6 +128,7 @@ def export(
     if not ds.leaves:
         raise InputError(f"export: the selection must hold a layer and matrix that {workload} captured, got none")
     ds = ds if twin is None else ds.twin(twin)
+    # --base, --stride, --line, --bundle and --cycles
     traced = Layout(**layout)
     for layer, matrix in ds.leaves:
         path = out / f"L{layer:02d}.{matrix}{FORMS[form].suffix}"
