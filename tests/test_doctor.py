@@ -106,9 +106,9 @@ def test_an_excerpt_makes_the_same_setting():
     methods = [
         {"name": "teal", "sparsity": [0.25, 0.5]},
         {"name": "teal", "sparsity": 0.5, "allocation": "greedy", "label": "searched"},
-        *({"name": name} for name in METHODS if not METHODS[name].thresholded and name != "dense"),
+        *({"name": name} for name in METHODS if METHODS[name].score is None and name != "dense"),
     ]
-    needed = {"sparsity": 0.5}
+    needed = {"sparsity": 0.5, "pattern": "2:4"}
     methods = [
         entry | {k: v for k, v in needed.items() if k in METHODS[entry["name"]].model_fields and k not in entry}
         for entry in methods
