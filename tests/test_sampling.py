@@ -8,7 +8,7 @@ import torch
 
 from sparsetrace.generation.engine import uniforms
 from sparsetrace.generation.prompts import Sequence
-from sparsetrace_kernels.reference import sample
+from sparsetrace_kernels.torch_ops import sample
 
 
 def by_hand(logits: list[float], u: float, temperature: float, top_k: int) -> int:

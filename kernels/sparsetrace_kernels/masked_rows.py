@@ -15,8 +15,8 @@ from torch import Tensor
 from sparsetrace_kernels import checks
 from sparsetrace_kernels.add_rmsnorm import load_total, normalize
 from sparsetrace_kernels.primitives import keep_entries, load_threshold
-from sparsetrace_kernels.reference import DENSE
 from sparsetrace_kernels.silu_mul import load_product
+from sparsetrace_kernels.torch_ops import DENSE
 
 # entries of a row masked by one program
 CHUNK_K = 2048

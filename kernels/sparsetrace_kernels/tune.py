@@ -21,9 +21,9 @@ from sparsetrace_kernels.compact import compact
 from sparsetrace_kernels.configs import MAX_CHUNK_K, GemvConfig
 from sparsetrace_kernels.list_gemv import launch_list_gemv
 from sparsetrace_kernels.partials import new_partials
-from sparsetrace_kernels.reference import magnitude_bits
 from sparsetrace_kernels.sparse_gemv import chunk_inputs, launch_sparse_gemv
 from sparsetrace_kernels.timing import num_copies, time_in_graph
+from sparsetrace_kernels.torch_ops import threshold_bits_for
 
 SPARSITIES = (0.0, 0.25, 0.4, 0.5, 0.65, 0.75, 0.9)
 SCREENED = (0.25, 0.5, 0.75, 0.9)
@@ -80,13 +80,6 @@ def format_table(document: dict) -> str:
     entries = ",\n".join("    " + json.dumps(entry) for entry in document["entries"])
     head = "".join(f"  {json.dumps(name)}: {json.dumps(document[name])},\n" for name in document if name != "entries")
     return f'{{\n{head}  "entries": [\n{entries}\n  ]\n}}\n'
-
-
-def threshold_bits_for(x_K: Tensor, sparsity: float) -> Tensor:
-    """Give the [1] int32 threshold pattern that drops the fraction `sparsity` of x_K (0 keeps what is nonzero)."""
-    bits_K = magnitude_bits(x_K).int().sort().values
-    index = round(sparsity * bits_K.shape[0])
-    return bits_K[index - 1 : index].clone() if index else bits_K.new_zeros(1)
 
 
 class Problem:

@@ -4,8 +4,6 @@
 
 import torch
 
-from sparsetrace_kernels.reference import magnitude_bits
-
 NUM_SLOTS = 3
 # for partial sums: few, since tests look whether all are zero again
 WORDS = 1 << 19
@@ -24,13 +22,6 @@ def make_input(K, dtype, device, seed=0):
 def make_weight(K, N, dtype, device, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(K, N, generator=generator).to(dtype).to(device)
-
-
-def threshold_bits(score_K, sparsity):
-    """Give the [1] int32 pattern under which the wanted fraction lies: 0 keeps what is nonzero, 1 keeps nothing."""
-    bits_K = magnitude_bits(score_K).int().sort().values
-    index = round(sparsity * score_K.shape[0])
-    return bits_K[index - 1 : index].clone() if index else bits_K.new_zeros(1)
 
 
 def make_ring(S, K, dtype, device):

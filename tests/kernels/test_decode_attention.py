@@ -5,12 +5,13 @@
 
 import pytest
 import torch
-from kernel_testing import WORDS, assert_sum_close, make_slot, threshold_bits
+from kernel_testing import WORDS, assert_sum_close, make_slot
 
 from sparsetrace.model.decoder import rotate
 from sparsetrace_kernels.decode_attention import MAX_SPLITS, choose_splits, decode_attention, decode_attention_list
 from sparsetrace_kernels.partials import new_partials
-from sparsetrace_kernels.reference import compact_ref, decode_attention_ref, keep_segments, mask_operand
+from sparsetrace_kernels.reference import compact_ref, decode_attention_ref, keep_segments
+from sparsetrace_kernels.torch_ops import mask_operand, threshold_bits_for
 
 HALF = [torch.float16, torch.bfloat16]
 LENGTH = 90
@@ -223,7 +224,7 @@ def test_lists_and_captures(device, H, G, D, num_splits, dtype, has_scale):
     y_BN = plain.run(0, num_splits)
     scale_SK = torch.rand(1, H * D, generator=torch.Generator().manual_seed(4)).to(device) if has_scale else None
     score_K = y_BN[0].float().abs() * scale_SK[0] if has_scale else y_BN[0]
-    bits_S = threshold_bits(score_K, 0.5)
+    bits_S = threshold_bits_for(score_K, 0.5)
     ring_RSK = torch.full((3, 1, H * D), float("nan"), dtype=dtype, device=device)
 
     def run(values_RSK, slot):

@@ -1,4 +1,4 @@
-"""draw_tokens against `reference.sample` on the same draws: the tokens are equal."""
+"""draw_tokens against `torch_ops.sample` on the same draws: the tokens are equal."""
 
 # Shape suffixes: B = slots, V = vocabulary, P = positions.
 
@@ -7,7 +7,7 @@ import torch
 
 from sparsetrace_kernels.checks import new_arrivals
 from sparsetrace_kernels.draw_tokens import CHUNK_V, draw_tokens
-from sparsetrace_kernels.reference import sample
+from sparsetrace_kernels.torch_ops import sample
 
 CASES = [
     # B, V, dtype

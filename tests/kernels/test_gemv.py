@@ -15,15 +15,15 @@ from kernel_testing import (
     make_ring,
     make_slot,
     make_weight,
-    threshold_bits,
 )
 
 from sparsetrace_kernels.compact import compact
 from sparsetrace_kernels.configs import GemvConfig
 from sparsetrace_kernels.list_gemv import list_gemv
 from sparsetrace_kernels.partials import new_partials
-from sparsetrace_kernels.reference import compact_ref, keep_segments, list_gemv_ref, mask_operand, sparse_gemv_ref
+from sparsetrace_kernels.reference import compact_ref, keep_segments, list_gemv_ref, sparse_gemv_ref
 from sparsetrace_kernels.sparse_gemv import sparse_gemv
+from sparsetrace_kernels.torch_ops import mask_operand, threshold_bits_for
 
 HALF = [torch.float16, torch.bfloat16]
 
@@ -69,7 +69,7 @@ def make_case(K, segments, dtype, device, sparsity):
     x_K = make_input(K, dtype, device)
     weight_KN = make_weight(K, sum(segments), dtype, device)
     wanted = [sparsity, 0.9 * sparsity, 0.5 * sparsity][: len(segments)]
-    return x_K, weight_KN, torch.cat([threshold_bits(x_K, s) for s in wanted])
+    return x_K, weight_KN, torch.cat([threshold_bits_for(x_K, s) for s in wanted])
 
 
 def torch_gemv(operand_SK, weight_KN, segments):
@@ -140,7 +140,7 @@ def test_single_scales_the_score_and_not_the_operand(device, config, dtype):
     scale_SK = torch.rand(2, K, generator=torch.Generator().manual_seed(2)).to(device)
     # a score above zero of an input that is zero must not set its bit
     scale_SK[:, 0] = float("inf")
-    bits_S = torch.cat([threshold_bits(x_K[3:].float().abs() * scale_K[3:], 0.5) for scale_K in scale_SK])
+    bits_S = torch.cat([threshold_bits_for(x_K[3:].float().abs() * scale_K[3:], 0.5) for scale_K in scale_SK])
     values_RSK, mask_RSM = make_ring(2, K, dtype, device)
     y_N = sparse_gemv(
         x_K, weight_KN, bits_S, new_partials(device, WORDS), segments, scale_SK, values_RSK, mask_RSM,
@@ -295,7 +295,7 @@ def test_weight_beyond_two_to_the_31_elements(device):
     K, N = 65536, 32832
     x_K = make_input(K, torch.float16, device)
     weight_KN = torch.ones(K, N, dtype=torch.float16, device=device)
-    bits_S = threshold_bits(x_K, 0.999)
+    bits_S = threshold_bits_for(x_K, 0.999)
     partials_W = new_partials(device, 256 * N)
     expected = mask_operand(x_K, keep_segments(x_K, bits_S)[0]).double().sum()
     for kernel in ("predicated:256:256:64:1:1:0:0", "compacting:128:32:64:1:1:0:0"):

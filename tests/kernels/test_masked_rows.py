@@ -4,7 +4,7 @@
 
 import pytest
 import torch
-from kernel_testing import assert_sum_close, make_input, threshold_bits
+from kernel_testing import assert_sum_close, make_input
 
 from sparsetrace_kernels.masked_rows import (
     CHUNK_K,
@@ -17,6 +17,7 @@ from sparsetrace_kernels.masked_rows import (
     silu_mul_rows,
 )
 from sparsetrace_kernels.reference import add_rmsnorm_ref, mask_rows_ref, silu_mul_ref
+from sparsetrace_kernels.torch_ops import threshold_bits_for
 
 HALF = [torch.float16, torch.bfloat16]
 EPS = 1e-5
@@ -44,7 +45,7 @@ def make_rows(T, K, dtype, device, seed=0):
 
 def make_thresholds(x_TK, S, sparsity):
     """Draw a threshold for each segment, in ascending sparsity up to the wanted one."""
-    return torch.cat([threshold_bits(x_TK.flatten(), sparsity * (s + 1) / S) for s in range(S)])
+    return torch.cat([threshold_bits_for(x_TK.flatten(), sparsity * (s + 1) / S) for s in range(S)])
 
 
 def make_dests(T, device):
@@ -112,7 +113,7 @@ def test_mask_rows_scales_the_score(device, dtype):
     T, K = 4, 300
     x_TK = make_rows(T, K, dtype, device)
     scale_SK = torch.rand(2, K, generator=torch.Generator().manual_seed(3)).to(device)
-    bits_S = torch.cat([threshold_bits((x_TK.float().abs() * scale_K).flatten(), 0.5) for scale_K in scale_SK])
+    bits_S = torch.cat([threshold_bits_for((x_TK.float().abs() * scale_K).flatten(), 0.5) for scale_K in scale_SK])
     dest_T = make_dests(T, device)
     ring = make_regions(2, K, dtype, device)
     operand_STK = mask_rows(x_TK, bits_S, scale_SK, dest_T, ring[1])

@@ -6,7 +6,8 @@ from kernel_testing import make_input
 
 from sparsetrace_kernels.histogram import NUM_PATTERNS, add_histogram
 from sparsetrace_kernels.pack import BLOCK_K, CHUNK_K, chunk_table, pack, pack_regions
-from sparsetrace_kernels.reference import histogram_ref, magnitude_bits, pack_ref, pack_regions_ref
+from sparsetrace_kernels.reference import histogram_ref, pack_ref, pack_regions_ref
+from sparsetrace_kernels.torch_ops import magnitude_bits
 
 PACK_CASES = [
     # T, K

@@ -24,7 +24,8 @@ from sparsetrace.formats.ragged import offsets_of
 from sparsetrace.formats.rows import row_figures
 from sparsetrace.formats.schema import FORMATS, MATRICES, SITE_OF, SITES, Parts, mask_bytes
 from sparsetrace.generation.writer import PENDING, BlockWriter
-from sparsetrace_kernels.reference import pack_bits, place_rows_ref
+from sparsetrace_kernels import torch_ops
+from sparsetrace_kernels.torch_ops import pack_bits
 
 # Memory that one block's rows may take; with the model's width it fixes the rows of a block, and of a prefill pass.
 BLOCK_BYTES = 256 << 20
@@ -131,7 +132,7 @@ class Recorder:
         }
         self._labels = torch.empty(rows + 1, len(LABELS), dtype=torch.int64, device=device)
         self._filled = torch.zeros(1, dtype=torch.int64, device=device)
-        self._place = place_rows_ref
+        self._place = torch_ops.place_rows
         if device.type == "cuda":
             # imported late: the torch engine also runs where Triton is not installed
             from sparsetrace_kernels.decode_state import place_rows

@@ -32,7 +32,8 @@ from sparsetrace.generation.prompts import Sequence
 from sparsetrace.methods import MatrixRule, Method
 from sparsetrace.model.decoder import Decoder, KVCache
 from sparsetrace.model.patch import Patch, observe
-from sparsetrace_kernels.reference import DENSE, advance_ref, sample
+from sparsetrace_kernels import torch_ops
+from sparsetrace_kernels.torch_ops import DENSE, sample
 
 Kind = Literal["torch", "triton"]
 Returned = TypeVar("Returned")
@@ -437,7 +438,7 @@ class _Loop:
         self.uniform_BP = zeros(batch, positions + 1, dtype=torch.float64)
         self._eos = torch.tensor(sorted(eos), dtype=torch.int64, device=device)
         self._flags = zeros(2, dtype=torch.bool)
-        self._advance = advance_ref
+        self._advance = torch_ops.advance
         if device.type == "cuda":
             # imported late, as in `_Fused`
             from sparsetrace_kernels.decode_state import advance

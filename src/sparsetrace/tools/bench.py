@@ -30,7 +30,8 @@ from sparsetrace.model.runtime import RuntimeModel
 from sparsetrace.tools.tuning import DTYPES, site_shapes
 from sparsetrace_kernels.configs import active_table, choose_config
 from sparsetrace_kernels.timing import num_copies, read_floor, time_in_graph
-from sparsetrace_kernels.tune import Problem, threshold_bits_for
+from sparsetrace_kernels.torch_ops import threshold_bits_for
+from sparsetrace_kernels.tune import Problem
 
 NUM_REPLAYS = 20
 # Random tokens that thresholds are taken from, in one sequence.
