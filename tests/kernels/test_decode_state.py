@@ -23,7 +23,7 @@ def test_place_rows(device, rng, monkeypatch, n, every, block):
         labels_R3 = torch.full((2 * n + 3, 3), -7, device=device)
         filled = torch.tensor([2], device=device)
         rows = [place(*arguments, labels_R3, filled) for _ in range(2)]
-        # the last row takes what is not captured
+        # the last row stands for rows that are not captured
         found.append([*rows, labels_R3[:-1], filled])
     for theirs, *ours in zip(*found, strict=True):
         assert all(torch.equal(one, theirs) for one in ours)

@@ -1,4 +1,4 @@
-"""The producers: lists and capture equal the oracle's on the vector returned, that within twice torch's error."""
+"""The list producers: lists and capture equal the oracle's for the result, whose error is within twice torch's."""
 
 import pytest
 import torch
