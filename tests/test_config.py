@@ -453,7 +453,8 @@ PACK, SPLIT = "packing.pack", "generation.prompts"
         ("src/sparsetrace/calibration/histogram.py", [CALIBRATE], [PACK, CONVERT]),
         ("src/sparsetrace/formats/schema.py", [PACK, CONVERT, CALIBRATE, GENERATE], []),
         ("src/sparsetrace/methods/teal.py", [GENERATE], [PACK]),
-        ("kernels/sparsetrace_kernels/reference.py", [GENERATE], [PACK]),
+        ("kernels/sparsetrace_kernels/torch_ops.py", [GENERATE], [PACK]),
+        ("kernels/sparsetrace_kernels/reference.py", [], [CONVERT, CALIBRATE, GENERATE, PACK, SPLIT]),
     ],
 )
 def test_a_change_reaches_the_steps_that_use_it(package, file, changed, same):
