@@ -20,7 +20,7 @@ import random_checkpoint
 from readme import README, put
 from shapes import SHAPES
 
-from sparsetrace.formats.schema import SITES
+from sparsetrace.formats.names import SITES
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = README.parent / "docs" / "gpu.md"

@@ -54,7 +54,7 @@ from record import append
 from synthetic import commit, make_dump
 
 import sparsetrace
-from sparsetrace.formats.rows import operand_columns
+from sparsetrace.formats.columns import operand_columns
 from sparsetrace.formats.schema import ENCODINGS
 from sparsetrace.packing.pack import ZSTD_LEVEL, index, pack, writer_settings
 

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from synthetic import commit, make_dump
 
 from sparsetrace.formats.dump import block_name, group_name, write_block
-from sparsetrace.formats.schema import SEQUENCES, TOKENS
+from sparsetrace.formats.tables import SEQUENCES, TOKENS
 
 RESULTS = Path(__file__).parent / "results" / "pack_memory.csv"
 COLUMNS = ["commit", "dump", "dump_bytes", "tokens", "threads", "peak_rss_mib"]

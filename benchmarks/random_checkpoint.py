@@ -31,7 +31,7 @@ import torch
 
 from sparsetrace.core.files import InputError, refuse_strangers, sync, write_folder_beside, write_json
 from sparsetrace.formats.architecture import ModelConfig
-from sparsetrace.formats.schema import MATRICES, SITE_OF
+from sparsetrace.formats.names import MATRICES, SITE_OF
 from sparsetrace.model import demo
 from sparsetrace.model.runtime import source_weight
 

@@ -9,7 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparsetrace.formats.dump import block_name, group_name, write_block
-from sparsetrace.formats.schema import DUMP_VERSION, SEQUENCES, SITE_OF, TOKENS, mask_bytes
+from sparsetrace.formats.names import SITE_OF
+from sparsetrace.formats.numbers import mask_bytes
+from sparsetrace.formats.tables import SEQUENCES, TOKENS
+from sparsetrace.formats.versions import DUMP_VERSION
 from sparsetrace.packing.pack import index, pack
 
 # Elements drawn for one width.

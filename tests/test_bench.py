@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import MATRICES, SITE_OF, SITES
+from sparsetrace.formats.names import MATRICES, SITE_OF, SITES
 from sparsetrace.model.patch import install, observe
 from sparsetrace.tools import bench
 

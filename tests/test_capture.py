@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from sparsetrace.core.files import InputError
 from sparsetrace.formats.dump import Block
-from sparsetrace.formats.schema import MATRICES, SITES
+from sparsetrace.formats.names import MATRICES, SITES
 from sparsetrace.generation import capture
 from sparsetrace.generation.capture import Recorder, block_rows, captured_matrices, holders
 from sparsetrace.generation.engine import Engine

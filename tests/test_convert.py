@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import SITES
+from sparsetrace.formats.names import SITES
 from sparsetrace.model import convert as step
 from sparsetrace.model.convert import convert, read_config
 from sparsetrace.model.runtime import describe, open_model, source_weight

@@ -15,7 +15,7 @@ from sparsetrace.core.files import InputError
 from sparsetrace.formats import dump
 from sparsetrace.formats.architecture import ModelConfig
 from sparsetrace.formats.dump import Block, block_name, group_name, write_block
-from sparsetrace.formats.schema import SITES
+from sparsetrace.formats.names import SITES
 from sparsetrace.generation.capture import Recorder
 
 # A block of two rows of one layer: K = 2 everywhere, bfloat16; q keeps (1.0, -2.0) and nothing, the rest as q.

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 
 import sparsetrace
 from sparsetrace.core.files import InputError, sha256_file
-from sparsetrace.formats.schema import FORMATS, MATRICES
+from sparsetrace.formats.names import MATRICES
+from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.packing import pack as packing
 from sparsetrace.packing.pack import index, pack
 from sparsetrace.study.study import Batching, Decoding

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Capture, Decoding
-from sparsetrace.formats.schema import FORMATS, MATRICES, SITES
+from sparsetrace.formats.names import MATRICES, SITES
+from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.generation.capture import Recorder, _pack_on_host, _Stage, captured_matrices, holders
 from sparsetrace.generation.engine import Engine, choose_kind
 from sparsetrace.generation.fused import FusedDecoder

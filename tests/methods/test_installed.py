@@ -14,7 +14,7 @@ from sparsetrace.calibration.calibrate import calibrate, calibration_windows
 from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Calibration, Decoding, Machine, PromptSet
-from sparsetrace.formats.schema import MATRICES, SITE_OF
+from sparsetrace.formats.names import MATRICES, SITE_OF
 from sparsetrace.generation.capture import Recorder, holders
 from sparsetrace.generation.engine import Engine
 from sparsetrace.generation.prompts import Sequence

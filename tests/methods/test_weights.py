@@ -14,7 +14,7 @@ from sparsetrace.calibration.thresholds import derive_thresholds
 from sparsetrace.calibration.weight_masks import prune
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Calibration, Decoding, Machine, PromptSet
-from sparsetrace.formats.schema import MATRICES, SITE_OF
+from sparsetrace.formats.names import MATRICES, SITE_OF
 from sparsetrace.generation.generate import generate
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.methods import WEIGHT_METHODS, Magnitude, Teal, Wanda

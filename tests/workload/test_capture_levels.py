@@ -15,8 +15,9 @@ from click.testing import CliRunner
 import sparsetrace
 from sparsetrace.cli import main as cli
 from sparsetrace.core.files import InputError, sha256_file, sha256_json
-from sparsetrace.formats.rows import row_figures
-from sparsetrace.formats.schema import FORMATS, MATRICES
+from sparsetrace.formats.names import MATRICES
+from sparsetrace.formats.numbers import FORMATS
+from sparsetrace.formats.row_statistics import row_norms
 from sparsetrace.generation.generate import generate
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.packing.pack import index, pack
@@ -112,11 +113,11 @@ def unnoticed_flip(table) -> tuple[int, int]:
         patterns = sum(
             np.frombuffer(plane[row], np.uint8).astype(np.uint32) << (8 * i) for i, plane in enumerate(planes)
         )
-        figures = row_figures(patterns, np.array([0, len(patterns)]), FORMATS["float32"])
+        figures = row_norms(patterns, np.array([0, len(patterns)]), FORMATS["float32"])
         for value in range(len(patterns)):
             flipped = patterns.copy()
             flipped[value] ^= 1
-            if row_figures(flipped, np.array([0, len(patterns)]), FORMATS["float32"]) == figures:
+            if row_norms(flipped, np.array([0, len(patterns)]), FORMATS["float32"]) == figures:
                 return row, value
     raise AssertionError("every value shows in its row's figures")
 

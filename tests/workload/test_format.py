@@ -19,18 +19,12 @@ from workload_testing import LAYERS, SHARDS, build, pack_all, write_dump
 
 import sparsetrace
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.rows import Figures, Index, Rows, decode_rows, encode_rows
-from sparsetrace.formats.schema import (
-    ENCODINGS,
-    FORMATS,
-    LEVELS,
-    MATRIX_TABLE,
-    SEQUENCES,
-    TOKENS,
-    WEIGHT_MASKS,
-    data_schema,
-    row_group_rows,
-)
+from sparsetrace.formats.columns import Index, decode_rows, encode_rows
+from sparsetrace.formats.numbers import FORMATS
+from sparsetrace.formats.row_statistics import RowStatistics
+from sparsetrace.formats.rows import Rows
+from sparsetrace.formats.schema import ENCODINGS, LEVELS, data_schema, row_group_rows
+from sparsetrace.formats.tables import MATRIX_TABLE, SEQUENCES, TOKENS, WEIGHT_MASKS
 from sparsetrace.packing import pack as packing
 from sparsetrace.workload import verify as verification
 from sparsetrace.workload.verify import verify
@@ -54,7 +48,7 @@ def one_row(dtype, encoding="split"):
     bits = np.array(PATTERNS[dtype], number.bits)
     mask = np.frombuffer(MASK, np.uint8)[None]
     rows = Rows(3, "up", 9, dtype, np.array([5]), mask, np.array([0, 3]), bits)
-    figures = Figures(np.array([3]), np.array([2.5], np.float32), np.array([2.7], np.float32))
+    figures = RowStatistics(np.array([3]), np.array([2.5], np.float32), np.array([2.7], np.float32))
     index = Index(np.array([5]), np.array([1]), np.array([2]))
     return rows, encode_rows(data_schema(dtype, encoding, features=9), 3, "up", index, figures, rows)
 

@@ -12,7 +12,8 @@ from workload_testing import LAYERS, WIDTHS, build
 
 import sparsetrace
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import FORMATS, MATRICES
+from sparsetrace.formats.names import MATRICES
+from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.packing import pack
 from sparsetrace.packing.card import data_card
 from sparsetrace.workload import reader
@@ -393,7 +394,8 @@ def test_weights_and_products(tmp_path, half):
     from workload_testing import OUTPUTS
 
     from sparsetrace.core.files import InputError
-    from sparsetrace.formats.schema import MATRIX_TABLE, SITES
+    from sparsetrace.formats.names import SITES
+    from sparsetrace.formats.tables import MATRIX_TABLE
 
     rng = torch.Generator().manual_seed(0)
     plain, merged, digests = {}, {}, {}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from workload_testing import LAYERS, build, pack_all, write_dump
 
-from sparsetrace.formats.schema import MATRICES
+from sparsetrace.formats.names import MATRICES
 
 duckdb = pytest.importorskip("duckdb")
 

@@ -9,7 +9,7 @@ from workload_testing import LAYERS, build
 
 import sparsetrace
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import MATRICES
+from sparsetrace.formats.names import MATRICES
 from sparsetrace.workload import stats
 
 LEAVES = [(layer, matrix) for layer in range(LAYERS) for matrix in MATRICES]

@@ -11,7 +11,8 @@ import pytest
 from workload_testing import build
 
 from sparsetrace.core.files import InputError, sha256_file, sha256_json
-from sparsetrace.formats.schema import FORMATS, LEVELS, column_encodings, data_schema
+from sparsetrace.formats.numbers import FORMATS
+from sparsetrace.formats.schema import LEVELS, column_encodings, data_schema
 from sparsetrace.workload.verify import DATA_FILE, MANIFEST, verify
 
 PART = "data/L01/down/part-00000.parquet"

@@ -9,7 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparsetrace.formats.dump import block_name, group_name, write_block
-from sparsetrace.formats.schema import DUMP_VERSION, FORMATS, MATRICES, SEQUENCES, SITE_OF, SITES, TOKENS
+from sparsetrace.formats.names import MATRICES, SITE_OF, SITES
+from sparsetrace.formats.numbers import FORMATS
+from sparsetrace.formats.tables import SEQUENCES, TOKENS
+from sparsetrace.formats.versions import DUMP_VERSION
 from sparsetrace.packing.pack import index, pack
 
 # widths that are no multiple of 8, of 4, of anything
@@ -46,7 +49,7 @@ def round_to(x, dtype):
 
 
 def schedule():
-    """Rows of `schema.TOKENS` in the order of execution, without token ids and texts; base = 100 * sequence."""
+    """Rows of `tables.TOKENS` in the order of execution, without token ids and texts; base = 100 * sequence."""
     fed, sequence, group = [], 0, 0
     for shard, groups in enumerate(SHARDS):
         for lengths in groups:

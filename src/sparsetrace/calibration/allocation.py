@@ -22,7 +22,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import MATRICES
+from sparsetrace.formats.names import MATRICES
 from sparsetrace.methods import ThresholdMethod
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from sparsetrace.calibration.histogram import ActivationCounter, Histograms, Pro
 from sparsetrace.core.files import InputError, sha256_file, sha256_json
 from sparsetrace.core.settings import Calibration, Machine
 from sparsetrace.core.text import read_text
-from sparsetrace.formats.schema import SITES
+from sparsetrace.formats.names import SITES
 from sparsetrace.methods import METHODS
 from sparsetrace.model.decoder import ACTIVATIONS, Decoder
 from sparsetrace.model.patch import observe, projections

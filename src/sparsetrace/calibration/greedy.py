@@ -35,7 +35,7 @@ from sparsetrace.calibration.histogram import Histograms
 from sparsetrace.calibration.thresholds import refuse_uncounted, threshold_row
 from sparsetrace.core.files import InputError, sha256_file, sha256_json, write_beside
 from sparsetrace.core.settings import Calibration, Greedy, Machine
-from sparsetrace.formats.schema import MATRICES, SITE_OF
+from sparsetrace.formats.names import MATRICES, SITE_OF
 from sparsetrace.methods import MatrixRule, ThresholdMethod
 from sparsetrace.model.decoder import Block, Decoder
 from sparsetrace.model.patch import Patch, install_block

@@ -27,7 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from sparsetrace.core.files import InputError, sha256_json, write_beside
-from sparsetrace.formats.schema import FORMATS, MATRICES, SITES, NumberFormat
+from sparsetrace.formats.names import MATRICES, SITES
+from sparsetrace.formats.numbers import FORMATS, NumberFormat
 from sparsetrace.methods import METHODS
 
 if TYPE_CHECKING:

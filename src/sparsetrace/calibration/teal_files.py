@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sparsetrace.calibration.allocation import Table
 from sparsetrace.core.files import InputError, read_json, write_beside
-from sparsetrace.formats.schema import MATRICES, SITE_OF
+from sparsetrace.formats.names import MATRICES, SITE_OF
 
 Rule = Literal["teal", "magnitude"]
 

@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 from sparsetrace.calibration.allocation import Choice, greedy_targets, read_threshold_file
 from sparsetrace.calibration.histogram import Histograms, Provenance
 from sparsetrace.core.files import InputError, write_beside
-from sparsetrace.formats.schema import MATRICES, THRESHOLDS
+from sparsetrace.formats.names import MATRICES
+from sparsetrace.formats.tables import THRESHOLDS
 from sparsetrace.methods import METHODS, FromFile, MatrixRule, Method, PerLayer, ThresholdMethod
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Thresholds:
         label: of the setting.
         method: with its parameters.
         calibration: hashes of the model and text, and the tokens counted.
-        rows: `schema.THRESHOLDS` as a list of rows.
+        rows: `tables.THRESHOLDS` as a list of rows.
         notes: what a person should know of the allocation, a sentence each.
     """
 

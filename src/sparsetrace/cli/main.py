@@ -450,7 +450,7 @@ def thresholds(
       sparsetrace thresholds histograms.safetensors --method teal --set sparsity=0.5 --out thresholds.parquet
     """
     from sparsetrace.calibration.thresholds import derive_thresholds
-    from sparsetrace.formats.schema import MATRICES
+    from sparsetrace.formats.names import MATRICES
 
     setting = parse_method(method, parameters, label)
     result = derive_thresholds(setting.label, setting.method, histograms, out, list(tables))
@@ -846,7 +846,7 @@ def import_teal(
     """
     from sparsetrace.calibration.teal_files import import_teal as run
     from sparsetrace.calibration.teal_files import read_lookup
-    from sparsetrace.formats.schema import MATRICES
+    from sparsetrace.formats.names import MATRICES
 
     table = run(histograms, config, sparsity, out, rule, lookup, lost).to_pylist()  # type: ignore[arg-type]
     shown = Table("layer", *MATRICES, title="share of the published histogram that each threshold drops")

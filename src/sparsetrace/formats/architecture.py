@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sparsetrace.formats.schema import SITES
+from sparsetrace.formats.names import SITES
 from sparsetrace.formats.sites import Site
 
 if TYPE_CHECKING:

@@ -20,9 +20,10 @@ from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Capture
 from sparsetrace.formats.architecture import ModelConfig
 from sparsetrace.formats.dump import block_name, write_block
+from sparsetrace.formats.names import MATRICES, SITE_OF, SITES, Parts
+from sparsetrace.formats.numbers import FORMATS, mask_bytes
 from sparsetrace.formats.ragged import offsets_of
-from sparsetrace.formats.rows import row_figures
-from sparsetrace.formats.schema import FORMATS, MATRICES, SITE_OF, SITES, Parts, mask_bytes
+from sparsetrace.formats.row_statistics import row_norms
 from sparsetrace.generation.writer import PENDING, BlockWriter
 from sparsetrace_kernels.reference import pack_bits, place_rows_ref
 
@@ -278,7 +279,7 @@ class Recorder:
             if self.capture.level == "full":
                 arrays |= {f"{name}.offsets": offsets, f"{name}.values": values}
             else:
-                figures = row_figures(values, offsets, FORMATS[self.config.dtype])
+                figures = row_norms(values, offsets, FORMATS[self.config.dtype])
                 arrays |= {f"{name}.absmax": figures[0], f"{name}.l2": figures[1]}
             if self.capture.level == "stats":
                 arrays[f"{name}.nnz"] = np.diff(offsets).astype(np.int32)

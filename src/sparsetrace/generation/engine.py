@@ -26,7 +26,7 @@ from torch.nn import functional
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Decoding
 from sparsetrace.formats.architecture import ModelConfig
-from sparsetrace.formats.schema import SITES
+from sparsetrace.formats.names import SITES
 from sparsetrace.generation.capture import Recorder, block_rows
 from sparsetrace.generation.prompts import Sequence
 from sparsetrace.methods import MatrixRule, Method
@@ -52,7 +52,7 @@ class GroupResult:
     Args:
         output_ids: ids that follow each prompt, sampled or given; the last was never fed.
         stopped: whether each ended with an end-of-sequence token.
-        fed: columns of `schema.TOKENS` but for token and text, in the order of execution.
+        fed: columns of `tables.TOKENS` but for token and text, in the order of execution.
     """
 
     output_ids: list[list[int]]

@@ -24,7 +24,9 @@ from sparsetrace.core.files import InputError, read_json, sha256_json, write_bes
 from sparsetrace.core.provenance import commit, tuning_table
 from sparsetrace.core.settings import Batching, Capture, Decoding, Machine
 from sparsetrace.formats.dump import group_name
-from sparsetrace.formats.schema import DUMP_VERSION, MATRICES, SEQUENCES, SITE_OF, SITES, TOKENS
+from sparsetrace.formats.names import MATRICES, SITE_OF, SITES
+from sparsetrace.formats.tables import SEQUENCES, TOKENS
+from sparsetrace.formats.versions import DUMP_VERSION
 from sparsetrace.generation.capture import Recorder, captured_matrices, holders
 from sparsetrace.generation.engine import Engine, GroupResult, Kind, choose_kind
 from sparsetrace.generation.prompts import Sequence, read_shard

@@ -40,7 +40,9 @@ from sparsetrace.core.files import (
 )
 from sparsetrace.core.settings import Conversion
 from sparsetrace.formats.architecture import ModelConfig, RopeScaling
-from sparsetrace.formats.schema import FORMATS, MODEL_VERSION, SITES
+from sparsetrace.formats.names import SITES
+from sparsetrace.formats.numbers import FORMATS
+from sparsetrace.formats.versions import MODEL_VERSION
 from sparsetrace.model.decoder import ACTIVATIONS
 from sparsetrace.model.runtime import RuntimeModel, open_model, source_weight
 from sparsetrace.model.tokenizer import COMPANION_FILES, TOKENIZER_FILES, Tokenizer, begin_token

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparsetrace.formats.architecture import ModelConfig
-from sparsetrace.formats.schema import SITES
+from sparsetrace.formats.names import SITES
 
 ACTIVATIONS = {"silu": functional.silu, "relu": functional.relu}
 

@@ -40,7 +40,7 @@ from torch.nn import functional
 
 from sparsetrace.core.files import InputError, refuse_strangers, write_folder_beside, write_json
 from sparsetrace.formats.architecture import ModelConfig
-from sparsetrace.formats.schema import SITES
+from sparsetrace.formats.names import SITES
 from sparsetrace.model.decoder import Block, Decoder
 
 STEPS = 400

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsetrace.core.files import InputError
 from sparsetrace.formats.architecture import ModelConfig
-from sparsetrace.formats.schema import SITES, Parts
+from sparsetrace.formats.names import SITES, Parts
 from sparsetrace.methods import MatrixRule, Method, operand_parts
 from sparsetrace.model.decoder import ACTIVATIONS, Block, Decoder, Projection, multiply
 from sparsetrace_kernels.reference import mask_operand

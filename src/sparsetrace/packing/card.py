@@ -6,7 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from sparsetrace.formats.schema import FORMATS, MATRICES
+from sparsetrace.formats.names import MATRICES
+from sparsetrace.formats.numbers import FORMATS
 
 
 def data_card(manifest: dict[str, Any], matrices: pa.Table) -> str:

@@ -35,25 +35,15 @@ import pyarrow.parquet as pq
 from sparsetrace import __version__
 from sparsetrace.core.files import InputError, read_json, sha256_file, sha256_json, write_beside, write_json
 from sparsetrace.core.provenance import merged
+from sparsetrace.formats.columns import Index, as_read_by, encode_rows
 from sparsetrace.formats.dump import Block, group_name
+from sparsetrace.formats.numbers import FORMATS, mask_bytes
 from sparsetrace.formats.ragged import offsets_of, runs, take
-from sparsetrace.formats.rows import Figures, Index, Rows, as_read_by, encode_rows, popcounts, row_figures
-from sparsetrace.formats.schema import (
-    DUMP_VERSION,
-    FORMATS,
-    MATRIX_TABLE,
-    ROW_GROUP_ROWS,
-    SEQUENCES,
-    TOKENS,
-    WORKLOAD_REVISION,
-    WORKLOAD_VERSION,
-    column_encodings,
-    data_schema,
-    leaf,
-    mask_bytes,
-    part_name,
-    row_group_rows,
-)
+from sparsetrace.formats.row_statistics import RowStatistics, popcounts, row_norms
+from sparsetrace.formats.rows import Rows
+from sparsetrace.formats.schema import ROW_GROUP_ROWS, column_encodings, data_schema, leaf, part_name, row_group_rows
+from sparsetrace.formats.tables import MATRIX_TABLE, SEQUENCES, TOKENS, teacher_forced_hash
+from sparsetrace.formats.versions import DUMP_VERSION, WORKLOAD_REVISION, WORKLOAD_VERSION
 from sparsetrace.packing.card import data_card, duckdb_views
 
 # Statistics on the index and the row figures only: on masks and planes they would cost space and select nothing.
@@ -489,7 +479,7 @@ def _is_whole(packed: dict[str, Any], workload: Path, parts: Path) -> bool:
 
 def _pieces(
     matrices: list[dict[str, Any]], share: float, level: str, blocks: list[Block], order: _Order
-) -> Iterable[tuple[Index, Figures, Rows | None, list[np.ndarray | None]]]:
+) -> Iterable[tuple[Index, RowStatistics, Rows | None, list[np.ndarray | None]]]:
     """Rows of matrices that read one operand in order, no more than a row group at a time.
 
     Args:
@@ -524,11 +514,11 @@ def _pieces(
         if level == "full":
             offsets, bits = places.ragged(f"{name}.offsets", f"{name}.values")
             bits = bits.astype(number.bits, copy=False)
-            figures = Figures(np.diff(offsets), *row_figures(bits, offsets, number))
+            figures = RowStatistics(np.diff(offsets), *row_norms(bits, offsets, number))
         else:
             absmax, l2 = (places.pick(f"{name}.{figure}") for figure in ("absmax", "l2"))
             nnz = places.pick(f"{name}.nnz") if mask is None else popcounts(mask)
-            figures = Figures(nnz, absmax, l2)
+            figures = RowStatistics(nnz, absmax, l2)
         if mask is not None:
             kept = offsets_of(figures.nnz)
             rows = Rows(first["layer"], first["matrix"], width, number.name, index.token, mask, kept, bits)
@@ -618,7 +608,7 @@ def index(
         tables.append(_table_entry(workload, f"{table}.parquet", count))
     given = None
     if first.get("given") is not None:
-        given = given_hash(pq.read_table(workload / "sequences.parquet", partitioning=None))
+        given = teacher_forced_hash(pq.read_table(workload / "sequences.parquet", partitioning=None))
     rows = sum(shard["manifest"]["rows"] for shard in shards)
     matrices = _matrices(shards, rows)
     with write_beside(workload / "matrices.parquet") as partial:
@@ -666,13 +656,6 @@ def index(
         partial.write_text(data_card(manifest, matrices), encoding="utf-8")
     write_json(workload / "manifest.json", manifest | {"sha256": sha256_json(manifest)})
     return manifest
-
-
-def given_hash(sequences: pa.Table) -> str:
-    """Hash of every prompt and what stands behind it; workloads that were given the same tokens share it."""
-    columns = ["sequence", "prompt_ids", "output_ids"]
-    rows = sequences.select(columns).sort_by("sequence").to_pylist()
-    return sha256_json([[row[name] for name in columns] for row in rows])
 
 
 def _matrices(shards: list[dict[str, Any]], rows: int) -> pa.Table:

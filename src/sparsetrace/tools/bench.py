@@ -19,7 +19,7 @@ from torch import Tensor
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Decoding
 from sparsetrace.formats.architecture import ModelConfig
-from sparsetrace.formats.schema import SITES
+from sparsetrace.formats.names import SITES
 from sparsetrace.generation import prompts
 from sparsetrace.generation.capture import Recorder
 from sparsetrace.generation.engine import Engine, choose_kind

@@ -20,7 +20,8 @@ from sparsetrace.calibration.thresholds import read_thresholds
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Capture, Decoding, Machine, Packing
 from sparsetrace.core.text import read_documents
-from sparsetrace.formats.schema import FORMATS, MATRICES, SITE_OF, SITES, mask_bytes
+from sparsetrace.formats.names import MATRICES, SITE_OF, SITES
+from sparsetrace.formats.numbers import FORMATS, mask_bytes
 from sparsetrace.generation.prompts import read_shard
 from sparsetrace.model.runtime import RuntimeModel, use
 from sparsetrace.study.study import EMBEDDED, Run, Study

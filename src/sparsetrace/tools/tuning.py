@@ -11,7 +11,7 @@ import torch
 
 from sparsetrace.core.files import InputError, write_beside
 from sparsetrace.formats.architecture import ModelConfig
-from sparsetrace.formats.schema import SITES
+from sparsetrace.formats.names import SITES
 from sparsetrace.model.runtime import RuntimeModel
 from sparsetrace_kernels import tune as tuner
 from sparsetrace_kernels.configs import active_table, table_name

@@ -28,8 +28,8 @@ from pathlib import Path
 import numpy as np
 
 from sparsetrace.core.files import InputError, write_beside
+from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.formats.rows import Rows, join, no_rows
-from sparsetrace.formats.schema import FORMATS
 from sparsetrace.workload.reader import Workload
 
 SAFETENSORS_CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}

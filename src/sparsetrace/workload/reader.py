@@ -26,9 +26,13 @@ import pyarrow.parquet as pq
 
 from sparsetrace.core.files import InputError
 from sparsetrace.core.folder import Folder
+from sparsetrace.formats.columns import decode_rows, operand_columns
+from sparsetrace.formats.names import MATRICES, SITE_OF
+from sparsetrace.formats.numbers import FORMATS, mask_bytes
 from sparsetrace.formats.ragged import runs
-from sparsetrace.formats.rows import Rows, decode_rows, join, no_rows, operand_columns
-from sparsetrace.formats.schema import FORMATS, MATRICES, PHASES, SITE_OF, mask_bytes, refuse_unknown_format
+from sparsetrace.formats.rows import Rows, join, no_rows
+from sparsetrace.formats.tables import PHASES
+from sparsetrace.formats.versions import refuse_unknown_format
 from sparsetrace.workload.schedule import Step, batches, replay
 from sparsetrace.workload.twin import twin
 from sparsetrace.workload.weights import Checkpoint

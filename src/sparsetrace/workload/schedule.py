@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sparsetrace.core.files import InputError
+from sparsetrace.formats.numbers import FORMATS, mask_bytes
 from sparsetrace.formats.ragged import runs
 from sparsetrace.formats.rows import Rows
-from sparsetrace.formats.schema import FORMATS, mask_bytes
 
 if TYPE_CHECKING:
     from sparsetrace.workload.reader import Workload

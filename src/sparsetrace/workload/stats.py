@@ -31,8 +31,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sparsetrace.core.files import InputError, write_beside
+from sparsetrace.formats.names import MATRICES
 from sparsetrace.formats.ragged import runs
-from sparsetrace.formats.schema import MATRICES, PHASES
+from sparsetrace.formats.tables import PHASES
 from sparsetrace.workload.reader import Workload
 
 LAGS = range(1, 17)

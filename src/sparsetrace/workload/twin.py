@@ -7,9 +7,11 @@ row's twin does not depend on how or with what else it is read.
 
 import numpy as np
 
+from sparsetrace.formats.names import MATRICES
+from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.formats.ragged import offsets_of
-from sparsetrace.formats.rows import Rows, chunk_rows, join, popcounts
-from sparsetrace.formats.schema import FORMATS, MATRICES
+from sparsetrace.formats.row_statistics import popcounts
+from sparsetrace.formats.rows import Rows, chunk_rows, join
 
 # splitmix64: Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014
 _STEP = np.uint64(0x9E37_79B9_7F4A_7C15)
@@ -35,6 +37,7 @@ def twin(rows: Rows, density: float, seed: int) -> Rows:
         starts = range(0, len(rows), step)
         pieces = [rows.take(np.arange(start, min(start + step, len(rows)))) for start in starts]
         return join([twin(piece, density, seed) for piece in pieces])
+    assert rows.layer is not None
     key = _hash(np.array([seed], np.uint64), rows.layer * len(MATRICES) + MATRICES.index(rows.matrix))
     row_keys = _hash(key, rows.token.astype(np.uint64))
     width = 8 * rows.mask.shape[1]

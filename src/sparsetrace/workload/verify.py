@@ -31,22 +31,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparsetrace.core.files import read_json, sha256_file, sha256_json
-from sparsetrace.formats.rows import Rows, decode_rows, operand_columns, popcounts, row_figures
-from sparsetrace.formats.schema import (
-    ENCODINGS,
-    FORMATS,
-    LEVELS,
-    MATRIX_TABLE,
-    SEQUENCES,
-    TOKENS,
-    data_schema,
-    leaf,
-    mask_bytes,
-    refuse_unknown_format,
-    row_group_rows,
-)
+from sparsetrace.formats.columns import decode_rows, operand_columns
+from sparsetrace.formats.numbers import FORMATS, mask_bytes
+from sparsetrace.formats.row_statistics import popcounts, row_norms
+from sparsetrace.formats.rows import Rows
+from sparsetrace.formats.schema import ENCODINGS, LEVELS, data_schema, leaf, row_group_rows
+from sparsetrace.formats.tables import MATRIX_TABLE, SEQUENCES, TOKENS, teacher_forced_hash
+from sparsetrace.formats.versions import refuse_unknown_format
 from sparsetrace.methods import METHODS, Method
-from sparsetrace.packing.pack import given_hash
 from sparsetrace.workload.reader import Workload
 
 # Types of the manifest's keys, and of each file's: docs/format.md says what they are.
@@ -250,7 +242,7 @@ def _table_faults(manifest: dict[str, Any], tables: dict[str, pa.Table]) -> Iter
     if captured != manifest["tokens"]:
         yield Fault("tokens.parquet", f"must name {manifest['tokens']} captured tokens, got {captured}")
     given = manifest.get("given")
-    if given is not None and (held := given_hash(tables["sequences.parquet"])) != given:
+    if given is not None and (held := teacher_forced_hash(tables["sequences.parquet"])) != given:
         yield Fault("sequences.parquet", f"must hold the tokens given, of hash {given[:12]}, got {held[:12]}")
 
 
@@ -527,7 +519,7 @@ class _Leaf:
                 ),
             )
         if (magnitudes < number.infinity).all():
-            for name, value in zip(("absmax", "l2"), row_figures(rows.bits, rows.offsets, number), strict=True):
+            for name, value in zip(("absmax", "l2"), row_norms(rows.bits, rows.offsets, number), strict=True):
                 stored = table[name].to_numpy()
                 # a norm may be summed in another order
                 near = stored == value if name == "absmax" else np.isclose(stored, value, rtol=1e-6, atol=0)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import FORMATS, SITES
+from sparsetrace.formats.names import SITES
+from sparsetrace.formats.numbers import FORMATS
 
 _CODES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _PREFIX_BYTES = 8
