@@ -16,7 +16,8 @@ from sparsetrace.formats.names import MATRICES
 from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.packing import pack
 from sparsetrace.packing.card import data_card
-from sparsetrace.workload import reader
+from sparsetrace.workload import stored
+from sparsetrace.workload.schedule import replay
 
 LEAVES = [(layer, matrix) for layer in range(LAYERS) for matrix in MATRICES]
 
@@ -137,8 +138,6 @@ def test_replay_is_the_order_of_execution(half):
     captured = [row for row in half.fed if row["captured"]]
     wanted = sorted(captured, key=lambda row: (row["group"], row["step"], row["slot"]))
     for window in (1, 1 << 30):
-        from sparsetrace.workload.schedule import replay
-
         walked = list(replay(ds, True, window))
         assert [int(t) for step in walked for t in step.token] == [row["token"] for row in wanted]
         assert [(s.group, s.step) for s in walked] == sorted({(r["group"], r["step"]) for r in wanted})
@@ -229,7 +228,7 @@ def test_threads_read_what_one_reads(half):
 @pytest.mark.parametrize("read_bytes", [1, 4 << 20], ids=["one", "all"])
 def test_row_groups_are_read_one_or_many_at_a_time(tmp_path, monkeypatch, rng, read_bytes):
     monkeypatch.setattr(pack, "row_group_rows", lambda features: 3)
-    monkeypatch.setattr(reader, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(stored, "READ_BYTES", read_bytes)
     built = build(tmp_path, "float16")
     ds = sparsetrace.open(built.workload)
     x = built.dense[1, "up"]
@@ -240,7 +239,7 @@ def test_row_groups_are_read_one_or_many_at_a_time(tmp_path, monkeypatch, rng, r
     for count in (1, 5, len(x) // 2):
         at = np.sort(rng.choice(len(x), count, replace=False))
         assert np.array_equal(patterns(built, ds[1, "up", built.tokens[at]]), x[at])
-    assert list(reader._neighbours([0, 1, 2, 5, 6], 2)) == [(0, 2), (2, 3), (5, 7)]
+    assert list(stored.neighbours([0, 1, 2, 5, 6], 2)) == [(0, 2), (2, 3), (5, 7)]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from workload_testing import LAYERS, build
 import sparsetrace
 from sparsetrace.core.files import InputError
 from sparsetrace.formats.names import MATRICES
-from sparsetrace.workload import stats
+from sparsetrace.workload import stats, stats_chunks, stats_unions
 
 LEAVES = [(layer, matrix) for layer in range(LAYERS) for matrix in MATRICES]
 TILES = (5, 16)
@@ -20,8 +20,8 @@ TILES = (5, 16)
 def tables(half):
     """All tables, computed in chunks so small that every lag and window crosses them."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(stats, "CHUNK_ROWS", 3)
-    patch.setattr(stats, "BATCH_STEPS", 2)
+    patch.setattr(stats_chunks, "CHUNK_ROWS", 3)
+    patch.setattr(stats_unions, "BATCH_STEPS", 2)
     out = half.folder / "stats"
     found = stats.statistics(sparsetrace.open(half.workload), out, seed=3, tiles=TILES)
     patch.undo()

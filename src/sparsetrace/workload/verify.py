@@ -179,7 +179,7 @@ def _output_faults(workload: Workload, method: Method) -> Iterator[Fault]:
     if workload.level == "stats":
         return
     sequences = workload.fed()["sequence"].to_numpy()
-    for layer in sorted({layer for layer, _ in workload.leaves}):
+    for layer in dict.fromkeys(layer for layer, _ in workload.leaves if layer is not None):
         stored = [matrix for matrix in method.out_masks if (layer, matrix) in workload.leaves]
         held: dict[int, np.ndarray] = {}
         for first in workload.blocks(layer, stored[0], values=False) if stored else ():

@@ -1,10 +1,11 @@
-"""Weights of a converted or an original checkpoint by memory map, in numpy: what a workload is multiplied with."""
+"""What a workload is multiplied with: weights of a converted or an original checkpoint, by memory map, in numpy."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import mmap
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.names import SITES
+from sparsetrace.core.folder import Folder
 from sparsetrace.formats.numbers import FORMATS
 
+# Number of matrices that share the runtime tensor of a site; a workload that is a sample may lack some of them.
+_MATRICES_OF_SITE = {"attn_in": 3, "attn_out": 1, "mlp_in": 2, "mlp_mid": 1, "head_in": 1}
 _CODES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _PREFIX_BYTES = 8
 
@@ -67,6 +70,8 @@ class Checkpoint:
         """
         if matrix["weight"] in self:
             merged, _ = self.patterns(matrix["weight"])
+            # matrices outside layers stay as the checkpoint has them, [out, in]
+            merged = merged.T if matrix["layer"] is None else merged
             start = matrix["weight_column"]
             patterns = merged[:, start : start + matrix["out_features"]]
         else:
@@ -81,10 +86,17 @@ class Checkpoint:
             )
         return patterns
 
-    def check_once(self, matrix: dict[str, Any], siblings: list[dict[str, Any]], dtype: str) -> None:
-        """`check`, the first time that a runtime tensor is asked for."""
+    def check_once(self, matrix: dict[str, Any], rows: Iterable[dict[str, Any]], sampled: bool, dtype: str) -> None:
+        """`check`, the first time that a runtime tensor is asked for.
+
+        Args:
+            matrix: a row of `matrices.parquet`.
+            rows: all of them.
+            sampled: whether only some matrices were captured.
+            dtype: of the workload.
+        """
         if matrix["weight"] not in self._checked:
-            self.check(matrix, siblings, dtype)
+            self.check(matrix, site_rows(matrix, rows, sampled), dtype)
             self._checked.add(matrix["weight"])
 
     def check(self, matrix: dict[str, Any], siblings: list[dict[str, Any]], dtype: str) -> None:
@@ -95,15 +107,17 @@ class Checkpoint:
 
         Args:
             matrix: a row of `matrices.parquet`.
-            siblings: the rows of its layer and site, itself among them.
+            siblings: from `site_rows`.
             dtype: of the workload.
+
+        Raises:
+            InputError: another hash.
         """
-        order = SITES[matrix["site"]]
         if matrix["weight"] in self:
             merged, _ = self.patterns(matrix["weight"])
-        elif len(siblings) == len(order):
-            ordered = sorted(siblings, key=lambda sibling: order.index(sibling["matrix"]))
-            merged = np.concatenate([self.weight(sibling, dtype) for sibling in ordered], axis=1)
+        elif siblings:
+            merged = np.concatenate([self.weight(sibling, dtype) for sibling in siblings], axis=1)
+            merged = merged.T if matrix["layer"] is None else merged
         else:
             return
         found = hashlib.sha256(np.ascontiguousarray(merged).data).hexdigest()
@@ -112,6 +126,39 @@ class Checkpoint:
                 f"weights: {matrix['weight']} must have sha256 {matrix['weight_sha256'][:12]}, got {found[:12]} in "
                 f"{self.folder}: give the model that the workload was made with"
             )
+
+
+def read_weight_mask(folder: Folder, matrix: dict[str, Any]) -> np.ndarray | None:
+    """Which weights of one matrix a weight-side method kept, from `weight_masks.parquet`.
+
+    Args:
+        folder: of the workload.
+        matrix: a row of `matrices.parquet`.
+
+    Returns:
+        bool [in, out]; None where the table says nothing of the matrix, so that all are kept.
+    """
+    file = folder.parquet("weight_masks.parquet")
+    for group in range(file.num_row_groups):
+        named = file.read_row_group(group, columns=["layer", "matrix"])
+        if (named["layer"][0].as_py(), named["matrix"][0].as_py()) == (matrix["layer"], matrix["matrix"]):
+            masks = file.read_row_group(group, columns=["mask"])["mask"].to_pylist()
+            packed = np.frombuffer(b"".join(masks), np.uint8).reshape(len(masks), -1)
+            return np.unpackbits(packed, axis=1, count=matrix["out_features"], bitorder="little").view(bool)
+    return None
+
+
+def site_rows(matrix: dict[str, Any], rows: Iterable[dict[str, Any]], sampled: bool) -> list[dict[str, Any]]:
+    """The rows of all matrices of a site, in the order of their columns; none where the workload lacks some of them.
+
+    Args:
+        matrix: a row of `matrices.parquet`.
+        rows: all of them.
+        sampled: whether only some matrices were captured.
+    """
+    own = [row for row in rows if (row["layer"], row["site"]) == (matrix["layer"], matrix["site"])]
+    expected = _MATRICES_OF_SITE.get(matrix["site"], 0 if sampled else len(own))
+    return sorted(own, key=lambda row: row["weight_column"]) if len(own) == expected else []
 
 
 def _header(file: Path) -> dict[str, dict[str, Any]]:
