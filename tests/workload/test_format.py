@@ -26,7 +26,7 @@ from sparsetrace.formats.rows import Rows
 from sparsetrace.formats.schema import ENCODINGS, LEVELS, data_schema, row_group_rows
 from sparsetrace.formats.tables import MATRIX_TABLE, SEQUENCES, TOKENS, WEIGHT_MASKS
 from sparsetrace.packing import pack as packing
-from sparsetrace.workload import verify as verification
+from sparsetrace.workload import verify_data as verification
 from sparsetrace.workload.verify import verify
 
 # one row of nine inputs; inputs 0, 3 and 8 are kept: 1.0, -2.5 and the smallest positive number

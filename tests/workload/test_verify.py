@@ -13,7 +13,8 @@ from workload_testing import build
 from sparsetrace.core.files import InputError, sha256_file, sha256_json
 from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.formats.schema import LEVELS, column_encodings, data_schema
-from sparsetrace.workload.verify import DATA_FILE, MANIFEST, verify
+from sparsetrace.workload.verify import verify
+from sparsetrace.workload.verify_manifest import DATA_FILE, MANIFEST
 
 PART = "data/L01/down/part-00000.parquet"
 

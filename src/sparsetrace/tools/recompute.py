@@ -27,7 +27,7 @@ from sparsetrace.methods import METHODS, MatrixRule
 from sparsetrace.model.patch import install
 from sparsetrace.model.runtime import open_model, use
 from sparsetrace.workload.reader import Workload
-from sparsetrace.workload.verify import Fault
+from sparsetrace.workload.verify_faults import Fault
 
 
 def recompute(
