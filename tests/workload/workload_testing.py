@@ -13,7 +13,8 @@ from sparsetrace.formats.names import MATRICES, SITE_OF, SITES
 from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.formats.tables import SEQUENCES, TOKENS
 from sparsetrace.formats.versions import DUMP_VERSION
-from sparsetrace.packing.pack import index, pack
+from sparsetrace.packing.index import index
+from sparsetrace.packing.pack import pack
 
 # widths that are no multiple of 8, of 4, of anything
 WIDTHS = {"attn_in": 37, "attn_out": 40, "mlp_in": 37, "mlp_mid": 67}
