@@ -56,7 +56,9 @@ from synthetic import commit, make_dump
 import sparsetrace
 from sparsetrace.formats.columns import operand_columns
 from sparsetrace.formats.schema import ENCODINGS
-from sparsetrace.packing.pack import ZSTD_LEVEL, index, pack, writer_settings
+from sparsetrace.packing.data_file import ZSTD_LEVEL, writer_settings
+from sparsetrace.packing.index import index
+from sparsetrace.packing.pack import pack
 
 RESULTS = Path(__file__).parent / "results"
 SETTING = ("commit", "source", "dtype", "sparsity", "tokens")

@@ -13,7 +13,8 @@ from sparsetrace.formats.names import SITE_OF
 from sparsetrace.formats.numbers import mask_bytes
 from sparsetrace.formats.tables import SEQUENCES, TOKENS
 from sparsetrace.formats.versions import DUMP_VERSION
-from sparsetrace.packing.pack import index, pack
+from sparsetrace.packing.index import index
+from sparsetrace.packing.pack import pack
 
 # Elements drawn for one width.
 DRAWN = 1 << 26

@@ -235,7 +235,8 @@ class Tiny:
         """The whole way from prompts to a workload folder."""
         from sparsetrace.generation.generate import generate
         from sparsetrace.generation.prompts import split, write_split
-        from sparsetrace.packing.pack import index, pack
+        from sparsetrace.packing.index import index
+        from sparsetrace.packing.pack import pack
         from sparsetrace.study.study import Machine, PromptSet
 
         folder.mkdir(parents=True, exist_ok=True)

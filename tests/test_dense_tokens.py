@@ -22,7 +22,8 @@ from sparsetrace.core.files import InputError, sha256_file, sha256_json
 from sparsetrace.generation.generate import generate
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.packing.card import data_card
-from sparsetrace.packing.pack import index, pack
+from sparsetrace.packing.index import index
+from sparsetrace.packing.pack import pack
 from sparsetrace.study.study import Batching, Decoding, Machine, PromptSet
 from sparsetrace.tools.recompute import recompute
 from sparsetrace.workload.stats import statistics

@@ -16,8 +16,9 @@ import sparsetrace
 from sparsetrace.core.files import InputError, sha256_file
 from sparsetrace.formats.names import MATRICES
 from sparsetrace.formats.numbers import FORMATS
-from sparsetrace.packing import pack as packing
-from sparsetrace.packing.pack import index, pack
+from sparsetrace.packing import gather
+from sparsetrace.packing.index import index
+from sparsetrace.packing.pack import pack
 from sparsetrace.study.study import Batching, Decoding
 
 DTYPES = ["float16", "bfloat16", "float32"]
@@ -95,7 +96,7 @@ def test_every_bit_of_a_hand_made_dump(tiny, tmp_path, rng, dtype, monkeypatch):
         parts.append(tmp_path / "parts" / f"{shard:05d}.json")
         with monkeypatch.context() as patch:
             if shard == 0:
-                patch.setattr(packing, "row_group_rows", lambda features: 512)
+                patch.setattr(gather, "row_group_rows", lambda features: 512)
             pack(manifest, tmp_path / "w", parts[-1])
         for key, rows in dense.items():
             path = tmp_path / "w" / f"data/L{key[0]:02d}/{key[1]}/part-{shard:05d}.parquet"
@@ -379,8 +380,8 @@ def test_index_refuses_parts_that_do_not_belong_together(tiny, tmp_path, rng):
         index(parts[:2], tmp_path / "w")
 
 
-def test_index_sets_strangers_aside(packed):
-    """Parts that an earlier study with more shards left are no rows of this data set."""
+def test_index_removes_unexpected_files(packed):
+    """Data files that an earlier study with more shards left are no rows of this data set."""
     _, workload, part, _ = packed
     shutil.copy(workload / "data/L00/q/part-00000.parquet", workload / "data/L00/q/part-00001.parquet")
     (workload / "data/L07/q").mkdir(parents=True)

@@ -20,7 +20,8 @@ from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.formats.row_statistics import row_norms
 from sparsetrace.generation.generate import generate
 from sparsetrace.generation.prompts import split, write_split
-from sparsetrace.packing.pack import index, pack
+from sparsetrace.packing.index import index
+from sparsetrace.packing.pack import pack
 from sparsetrace.study.study import Batching, Capture, Decoding, Machine, Packing, PromptSet, parse_study
 from sparsetrace.tools.estimate import Shape, captured_positions, estimate, sizes
 from sparsetrace.tools.recompute import recompute

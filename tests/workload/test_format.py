@@ -25,7 +25,9 @@ from sparsetrace.formats.row_statistics import RowStatistics
 from sparsetrace.formats.rows import Rows
 from sparsetrace.formats.schema import ENCODINGS, LEVELS, data_schema, row_group_rows
 from sparsetrace.formats.tables import MATRIX_TABLE, SEQUENCES, TOKENS, WEIGHT_MASKS
+from sparsetrace.packing import data_file, gather, order
 from sparsetrace.packing import pack as packing
+from sparsetrace.packing.index import index
 from sparsetrace.workload import verify_data as verification
 from sparsetrace.workload.verify import verify
 
@@ -134,7 +136,7 @@ def test_golden_schema():
 
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_files_hold_the_schema_and_small_row_groups(tmp_path, dtype, monkeypatch):
-    monkeypatch.setattr(packing, "row_group_rows", lambda features: 8)
+    monkeypatch.setattr(gather, "row_group_rows", lambda features: 8)
     built = build(tmp_path, dtype)
     ds = sparsetrace.open(built.workload)
     for layer, matrix in ds.leaves:
@@ -173,7 +175,7 @@ def test_rows_of_a_row_group(features, rows):
 def test_a_large_row_group_is_found(tmp_path, monkeypatch):
     """More rows than the format allows; as many as it allows are none too many."""
     monkeypatch.setattr(verification, "row_group_rows", lambda features: 8)
-    monkeypatch.setattr(packing, "row_group_rows", lambda features: 8)
+    monkeypatch.setattr(gather, "row_group_rows", lambda features: 8)
     built = build(tmp_path, "float16")
     assert [str(fault) for fault in verify(built.workload)] == []
     monkeypatch.setattr(verification, "row_group_rows", lambda features: 7)
@@ -220,20 +222,24 @@ def test_an_operand_that_the_dump_holds_once_makes_the_same_bytes(tmp_path, dtyp
 
 def test_bytes_do_not_depend_on_threads_or_blocks(tmp_path, monkeypatch):
     built = build(tmp_path, "bfloat16")
-    monkeypatch.setattr(packing, "RELEASE_BYTES", 1)
+    monkeypatch.setattr(gather, "RELEASE_BYTES", 1)
     assert tree(pack_all(built, "threads", threads=3)) == tree(built.workload)
 
 
-@pytest.mark.parametrize("setting", ["ORDER_ROWS", "ORDER_CELLS", "PIECE_ROWS", "SINK_BYTES"])
+@pytest.mark.parametrize(
+    ("module", "setting", "value"),
+    [(order, "ORDER_ROWS", 2), (order, "ORDER_CELLS", 2), (gather, "PIECE_ROWS", 3), (data_file, "SINK_BYTES", 1)],
+    ids=["ORDER_ROWS", "ORDER_CELLS", "PIECE_ROWS", "SINK_BYTES"],
+)
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_bytes_do_not_depend_on_what_is_held_at_a_time(tmp_path, monkeypatch, setting, encoding):
-    monkeypatch.setattr(packing, "row_group_rows", lambda features: 4)
+def test_bytes_do_not_depend_on_what_is_held_at_a_time(tmp_path, monkeypatch, module, setting, value, encoding):
+    monkeypatch.setattr(gather, "row_group_rows", lambda features: 4)
     built = build(tmp_path, "float16", encoding=encoding)
     if setting == "ORDER_CELLS":
-        monkeypatch.setattr(packing, "ORDER_ROWS", 3)
+        monkeypatch.setattr(order, "ORDER_ROWS", 3)
     if setting == "PIECE_ROWS":
-        monkeypatch.setattr(packing, "MAPPED_BLOCKS", 1)
-    monkeypatch.setattr(packing, setting, 1 if setting == "SINK_BYTES" else 3 if setting == "PIECE_ROWS" else 2)
+        monkeypatch.setattr(gather, "MAPPED_BLOCKS", 1)
+    monkeypatch.setattr(module, setting, value)
     assert tree(pack_all(built, "again", encoding=encoding)) == tree(built.workload)
     assert not [path for path in tmp_path.rglob("*") if "tmp" in path.name]
 
@@ -249,21 +255,21 @@ def test_order_of_a_long_shard_is_sorted_a_range_at_a_time(tmp_path, monkeypatch
         arrays = {"rows.token": piece, "rows.sequence": piece.astype(np.int32), "rows.position": piece.astype(np.int32)}
         write_block(tmp_path / f"{number}", arrays)
         blocks.append(Block(tmp_path / f"{number}"))
-    whole = packing._Order(blocks, tmp_path)
+    whole = order.Order(blocks, tmp_path)
     sizes = []
-    ranges = packing._Tokens.sorted
-    monkeypatch.setattr(packing, "ORDER_ROWS", 20)
-    monkeypatch.setattr(packing, "ORDER_CELLS", 5)
+    ranges = order._Tokens.sorted
+    monkeypatch.setattr(order, "ORDER_ROWS", 20)
+    monkeypatch.setattr(order, "ORDER_CELLS", 5)
     monkeypatch.setattr(
-        packing._Tokens, "sorted", lambda self, *span: (sizes.append(len(ranges(self, *span))), ranges(self, *span))[1]
+        order._Tokens, "sorted", lambda self, *span: (sizes.append(len(ranges(self, *span))), ranges(self, *span))[1]
     )
-    order = packing._Order(blocks, tmp_path)
+    again = order.Order(blocks, tmp_path)
     assert max(sizes) <= 20
-    assert (len(order), order.distinct, order.span()) == (600, len(np.unique(token)), (token.min(), token.max()))
-    assert np.array_equal(order[0:600], whole[0:600])
-    assert np.array_equal(order[17:31], whole[17:31])
+    assert (len(again), again.distinct, again.token_range()) == (600, len(np.unique(token)), (token.min(), token.max()))
+    assert np.array_equal(again[0:600], whole[0:600])
+    assert np.array_equal(again[17:31], whole[17:31])
     assert np.array_equal(whole[0:600]["token"], np.sort(token))
-    assert len(packing._Order(blocks[7:], tmp_path)) == 0
+    assert len(order.Order(blocks[7:], tmp_path)) == 0
 
 
 @pytest.mark.parametrize("spilled", [False, True])
@@ -275,14 +281,14 @@ def test_a_long_shard_is_cut_into_files(tmp_path, monkeypatch, spilled):
     rows = next(file["rows"] for file in whole.manifest["files"] if "matrix" in file)
     monkeypatch.setattr(packing, "FILE_ROWS", 7)
     if spilled:
-        monkeypatch.setattr(packing, "ORDER_ROWS", 5)
+        monkeypatch.setattr(order, "ORDER_ROWS", 5)
     written, write = [], packing._Shard._write_files
 
-    def dies(self, matrices, cut, *rest):
+    def dies(self, job, *rest):
         if len(written) == 9:
             raise KeyboardInterrupt
-        written.append(cut)
-        return write(self, matrices, cut, *rest)
+        written.append(job.cut)
+        return write(self, job, *rest)
 
     monkeypatch.setattr(packing._Shard, "_write_files", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -298,7 +304,7 @@ def test_a_long_shard_is_cut_into_files(tmp_path, monkeypatch, spilled):
         assert [len(table) for table in tables] == [7] * (cuts - 1) + [rows - 7 * (cuts - 1)]
         one = pq.read_table(built.workload / "data" / f"L{leaf[0]:02d}" / leaf[1] / "part-00000.parquet")
         assert pa.concat_tables(tables).equals(one)
-    packing.index([tmp_path / "parts" / "00000.json"], tmp_path / "cut")
+    index([tmp_path / "parts" / "00000.json"], tmp_path / "cut")
     ds = sparsetrace.open(tmp_path / "cut")
     for leaf in whole.leaves:
         assert np.array_equal(ds.matrix(*leaf).dense(), whole.matrix(*leaf, ds.tokens).dense())
@@ -310,11 +316,11 @@ def test_an_interrupted_pack_goes_on(tmp_path, monkeypatch):
     dump, out = built.folder / "dump" / "00000" / "manifest.json", tmp_path / "again-parts" / "00000.json"
     written, write = [], packing._Shard._write_files
 
-    def dies_after_five(self, matrices, *rest):
+    def dies_after_five(self, job, *rest):
         if len(written) == 5:
             raise KeyboardInterrupt
-        written.append(matrices)
-        return write(self, matrices, *rest)
+        written.append(job)
+        return write(self, job, *rest)
 
     monkeypatch.setattr(packing._Shard, "_write_files", dies_after_five)
     with pytest.raises(KeyboardInterrupt):
@@ -328,7 +334,7 @@ def test_an_interrupted_pack_goes_on(tmp_path, monkeypatch):
     damaged.write_bytes(b"short")
 
     monkeypatch.setattr(
-        packing._Shard, "_write_files", lambda self, m, *rest: written.append(m) or write(self, m, *rest)
+        packing._Shard, "_write_files", lambda self, job, *rest: written.append(job) or write(self, job, *rest)
     )
     packing.pack(dump, tmp_path / "again", out)
     assert len(written) == 5 + 14 - 4
@@ -352,7 +358,7 @@ def test_another_setting_packs_anew(tmp_path):
     assert all(after[name] != before[name] for name in after if name.endswith("part-00000.parquet"))
     parts = sorted(out.parent.glob("0*.json"))
     with pytest.raises(InputError, match="must be of one run, got .* with another encoding"):
-        packing.index(parts, built.workload)
+        index(parts, built.workload)
 
 
 def test_memory_stays_bounded(tmp_path):

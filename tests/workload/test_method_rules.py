@@ -16,7 +16,8 @@ from sparsetrace.calibration.thresholds import derive_thresholds
 from sparsetrace.generation.generate import generate
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.methods import NM, Cats, Dense, ExactZeros, Griffin, Teal, TopK, Wina
-from sparsetrace.packing.pack import index, pack
+from sparsetrace.packing.index import index
+from sparsetrace.packing.pack import pack
 from sparsetrace.study.study import Batching, Calibration, Capture, Decoding, Machine, PromptSet
 from sparsetrace.tools.recompute import recompute
 

@@ -14,7 +14,7 @@ import sparsetrace
 from sparsetrace.core.files import InputError
 from sparsetrace.formats.names import MATRICES
 from sparsetrace.formats.numbers import FORMATS
-from sparsetrace.packing import pack
+from sparsetrace.packing import gather
 from sparsetrace.packing.card import data_card
 from sparsetrace.workload import stored
 from sparsetrace.workload.schedule import replay
@@ -227,7 +227,7 @@ def test_threads_read_what_one_reads(half):
 
 @pytest.mark.parametrize("read_bytes", [1, 4 << 20], ids=["one", "all"])
 def test_row_groups_are_read_one_or_many_at_a_time(tmp_path, monkeypatch, rng, read_bytes):
-    monkeypatch.setattr(pack, "row_group_rows", lambda features: 3)
+    monkeypatch.setattr(gather, "row_group_rows", lambda features: 3)
     monkeypatch.setattr(stored, "READ_BYTES", read_bytes)
     built = build(tmp_path, "float16")
     ds = sparsetrace.open(built.workload)

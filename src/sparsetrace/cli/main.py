@@ -614,7 +614,7 @@ def pack(dump: Path, workload: Path, out: Path, threads: int, packing: Packing) 
 @click.option("--study", default=None, help="JSON of the part of the study file that made it, kept in the manifest")
 def index(parts: tuple[Path, ...], workload: Path, weight_masks: Path | None, study: str | None) -> None:
     """Merge PARTS, the manifests of all packed shards, into a finished data set."""
-    from sparsetrace.packing.pack import index as run
+    from sparsetrace.packing.index import index as run
 
     try:
         content = None if study is None else json.loads(study)

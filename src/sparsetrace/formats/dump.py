@@ -47,6 +47,8 @@ _NAMES = {"U8": "uint8", "U16": "uint16", "U32": "uint32", "I32": "int32", "I64"
 _DTYPES = {code: np.dtype(name).newbyteorder("<") for code, name in _NAMES.items()}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _PREFIX_BYTES = 8
+# Arrays with a row for each row of their operand, and how many they have beyond these.
+_ROWS_BEYOND = {"offsets": 1, "mask": 0, "absmax": 0, "l2": 0, "nnz": 0}
 # Blocks of at least this size are written with direct I/O, which bypasses the page cache, in chunks.
 _DIRECT_BYTES = 64 << 20
 _DIRECT_CHUNK_BYTES = 16 << 20
@@ -180,7 +182,7 @@ class Block:
         partial: number of rows of each operand, by prefix, that has rows for some of the T tokens only.
 
     Raises:
-        InputError: the file is not as long as its header says, or has none.
+        InputError: the file is not as long as its header says or has none, or an array has another number of rows.
     """
 
     def __init__(self, path: Path) -> None:
@@ -202,6 +204,19 @@ class Block:
             for name, entry in header.items()
             if name.endswith(".rows")
         }
+        if self.rows:
+            self._check_rows(header)
+
+    def _check_rows(self, header: dict[str, Any]) -> None:
+        """Refuse an array with more or fewer rows than its operand; output masks may belong to one of another name."""
+        for name, entry in header.items():
+            operand, _, kind = name.rpartition(".")
+            if kind in _ROWS_BEYOND:
+                rows = self.partial.get(operand, self.rows) + _ROWS_BEYOND[kind]
+                if entry["shape"][0] != rows:
+                    raise InputError(
+                        f"dump: {self.path} must have {rows} rows of {name}, got {entry['shape'][0]}: generate it again"
+                    )
 
     def __contains__(self, name: str) -> bool:
         return self._entry(self._mapped(), name) is not None
