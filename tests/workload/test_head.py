@@ -305,9 +305,11 @@ def test_weight_and_product(half, tmp_path, kind):
     name, stored = ("lm_head", weight.half()) if kind == "runtime" else ("lm_head.weight", weight)
     save_file({name: stored}, tmp_path / "model.safetensors")
     ds = sparsetrace.open(half.workload, model=tmp_path)
-    with pytest.raises(InputError, match="lm_head must have sha256 "):
+    row = ds._stored.by_leaf[HEAD]
+    row |= {"weight": "lm_head", "weight_sha256": "0" * 64}
+    with pytest.raises(InputError, match="lm_head must have sha256 000000000000, got "):
         ds.weight(*HEAD)
-    ds._stored.by_leaf[HEAD]["weight_sha256"] = hashlib.sha256(weight.half().numpy().data).hexdigest()
+    row |= {"weight_sha256": hashlib.sha256(weight.half().numpy().data).hexdigest()}
     exact = weight.half().double().T.numpy()
     assert np.array_equal(ds.weight(*HEAD), exact)
     assert ds.weight_mask(*HEAD) is None
