@@ -15,14 +15,14 @@ import torch
 
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Capture, Decoding, Machine
-from sparsetrace.formats.architecture import sites_of
 from sparsetrace.formats.dump import Block, array_prefix
 from sparsetrace.formats.schema import leaf
 from sparsetrace.formats.sites import Leaf, by_leaf, layer_sites
-from sparsetrace.generation.capture import holders
-from sparsetrace.generation.engine import GroupResult, Kind
-from sparsetrace.generation.generate import Runner
+from sparsetrace.generation.backend import BackendName, EngineSetup
+from sparsetrace.generation.engine import GroupResult
 from sparsetrace.generation.prompts import Sequence
+from sparsetrace.generation.runner import FinishedGroup, Runner
+from sparsetrace.generation.selection import holders
 from sparsetrace.methods import METHODS, MatrixRule
 from sparsetrace.model.patch import install
 from sparsetrace.model.runtime import open_model, use
@@ -61,7 +61,7 @@ def recompute(
         if row["layer"] is not None
     ]
     capture = Capture(**manifest["capture"])
-    if set(by_leaf(layer_sites(sites_of(opened.config)))) - set(workload.leaves):
+    if set(by_leaf(layer_sites(opened.sites))) - set(workload.leaves):
         raise InputError(
             "verify: the workload must hold every layer and matrix to be recomputed, got a sample: "
             "the thresholds of the others are not in it"
@@ -73,18 +73,16 @@ def recompute(
     given = None
     if decoding.tokens_from == "dense":
         given = dict(zip(table["sequence"].to_pylist(), table["output_ids"].to_pylist(), strict=True))
-    kind: Kind = manifest["engine"] if device.type == "cuda" else "torch"
+    backend: BackendName = manifest["engine"] if device.type == "cuda" else "torch"
     positions = max(map(len, table["prompt_ids"].to_pylist())) + batching.max_new_tokens
-    runner = Runner(decoder, patch, decoding, batching, opened.eos, capture, kind, positions)
-    in_layers = [(layer, matrix) for layer, matrix in workload.leaves if layer is not None]
-    # the matrix under whose name a block holds the operand of each; outside layers none shares its operand
-    held: dict[Leaf, str] = {key: key[1] for key in workload.leaves} | holders(in_layers, patch.parts)
+    runner = Runner(EngineSetup(decoder, patch, decoding, batching, opened.eos, backend, positions), capture)
+    held = holders(workload.leaves, patch.parts)
     groups = list(dict.fromkeys(table["group"].to_pylist()[:sequences]))
     faults: list[Fault] = []
     again: list[tuple[GroupResult, list[str]]] = []
 
-    def keep(_group: list[Sequence], result: GroupResult, _size: int, blocks: list[str], _rows: int) -> None:
-        again.append((result, blocks))
+    def keep(finished: FinishedGroup) -> None:
+        again.append((finished.result, finished.blocks))
 
     for done, group in enumerate(groups, start=1):
         rows = table.filter(pc.field("group") == group).to_pylist()

@@ -164,7 +164,7 @@ def _threshold_faults(row: dict[str, Any], method: Method | None, dtype: str) ->
     bits, where = row["threshold_bits"], named(row["layer"], row["matrix"])
     if bits is None or method is None:
         return
-    if row["matrix"] not in method.thresholded:
+    if not method.needs_threshold(row["matrix"]):
         what = f"threshold must be null under method {method.name}, got {row['threshold']}"
         yield Fault("matrices.parquet", f"{where}: {what}")
     if method.score == "input":
