@@ -112,6 +112,25 @@ def test_recomputed_sequences_are_bitwise_equal(run):
     assert recompute(run("stats", Capture(level="stats")), run.model.folder, 1, CPU) == []
 
 
+def test_lm_head_gives_the_tokens_that_were_written(run):
+    """The operand of `lm_head` times its weight is what greedy decoding chose the next token by."""
+    folder = run("head", Capture(matrices=(*MATRICES, "lm_head")))
+    assert [str(fault) for fault in verify(folder)] == []
+    assert recompute(folder, run.model.folder, 5, CPU) == []
+    full = sparsetrace.open(run.full)
+    for model in (run.model.folder, run.folder / "checkpoint"):
+        ds = sparsetrace.open(folder, model=model)
+        assert ds.leaves == [*full.leaves, (None, "lm_head")]
+        assert ds.sequence_table.equals(full.sequence_table)
+        for row in ds.sequence_table.to_pylist():
+            first = row["base"] + len(row["prompt_ids"]) - 1
+            tokens = range(first, first + len(row["output_ids"]))
+            written = [int(ds.product(None, "lm_head", token).argmax()) for token in tokens if token in ds.tokens]
+            assert written == row["output_ids"][-len(written) :]
+            assert len(written) >= len(row["output_ids"]) - 1
+    assert np.array_equal(ds.matrix(0, "q").patterns, full.matrix(0, "q").patterns)
+
+
 def unnoticed_flip(table) -> tuple[int, int]:
     """A row and a value in it whose lowest bit changes neither the row's largest magnitude nor its rounded norm."""
     planes = [table[f"values_b{i}"].to_pylist() for i in range(4)]

@@ -12,7 +12,8 @@ from head_testing import HEAD, VOCABULARY, WIDTH, build_with_head
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
-from workload_testing import LAYERS
+from workload_testing import HEAD as SITE
+from workload_testing import LAYERS, has_logits, pack_all, write_dump
 
 import sparsetrace
 from sparsetrace.core.files import InputError
@@ -21,6 +22,7 @@ from sparsetrace.workload import stats
 from sparsetrace.workload.export import FORMS, export, file_name
 from sparsetrace.workload.schedule import replay
 from sparsetrace.workload.torch_data import OperandDataset, OperandStream
+from sparsetrace.workload.verify import verify
 
 
 @pytest.fixture(scope="module", params=["float16", "bfloat16", "float32"])
@@ -321,3 +323,19 @@ def test_weight_and_product(half, tmp_path, kind):
 def test_summary_of_a_workload(half):
     lines = str(sparsetrace.open(half.workload)).splitlines()
     assert lines[-1].split()[:5] == ["lm_head", str(WIDTH), str(VOCABULARY), "-", "-"]
+
+
+def test_nothing_else_was_captured(tmp_path):
+    built = write_dump(tmp_path, "bfloat16", sites=(SITE,), some={SITE.key: has_logits})
+    folder = pack_all(built)
+    assert verify(folder) == []
+    ds = sparsetrace.open(folder)
+    assert (ds.layers, ds.leaves) == (0, [HEAD])
+    assert ds.matrix(*HEAD).token.tolist() == built.tokens_of[HEAD].tolist()
+    assert sum(len(rows) for step in ds.replay() for rows in step) == len(built.tokens_of[HEAD])
+    assert str(ds).splitlines()[-1].split()[0] == "lm_head"
+    assert {name for name, _, _ in stats.summary(stats.statistics(ds))} >= {"sparsity", "Gini of the hits"}
+    with pytest.raises(InputError, match="layer and matrix must be None and one of lm_head, got 0 and 'q'"):
+        ds.matrix(0, "q")
+    with pytest.raises(InputError, match="layer must be left out, since no matrix belongs to a layer, got 0"):
+        ds.select(layer=0)

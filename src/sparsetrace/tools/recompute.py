@@ -76,7 +76,8 @@ def recompute(
     backend: BackendName = manifest["engine"] if device.type == "cuda" else "torch"
     positions = max(map(len, table["prompt_ids"].to_pylist())) + batching.max_new_tokens
     runner = Runner(EngineSetup(decoder, patch, decoding, batching, opened.eos, backend, positions), capture)
-    held = holders(workload.leaves, patch.parts)
+    # the matrix under whose name a block holds the operand of each; outside layers every matrix has its own
+    held = {key: key[1] for key in workload.leaves} | holders(workload.leaves, patch.parts)
     groups = list(dict.fromkeys(table["group"].to_pylist()[:sequences]))
     faults: list[Fault] = []
     again: list[tuple[GroupResult, list[str]]] = []
