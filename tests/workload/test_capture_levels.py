@@ -15,7 +15,6 @@ from click.testing import CliRunner
 import sparsetrace
 from sparsetrace.cli import main as cli
 from sparsetrace.core.files import InputError, sha256_file, sha256_json
-from sparsetrace.formats.names import MATRICES
 from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.formats.row_statistics import row_norms
 from sparsetrace.formats.sites import Site
@@ -35,6 +34,7 @@ BATCHING = Batching(max_new_tokens=6, batch_size=3, shards=2)
 DECODING = Decoding(prefill="half", ignore_eos=True)
 CPU = Machine(device="cpu")
 LENGTHS = [3, 9, 4, 5, 7, 2, 6]
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @pytest.fixture(scope="module")

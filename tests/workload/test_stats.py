@@ -5,11 +5,10 @@ from itertools import combinations
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from workload_testing import LAYERS, build
+from workload_testing import LAYERS, MATRICES, build
 
 import sparsetrace
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.names import MATRICES
 from sparsetrace.workload import stats, stats_chunks, stats_unions
 
 LEAVES = [(layer, matrix) for layer in range(LAYERS) for matrix in MATRICES]

@@ -274,7 +274,7 @@ def test_edited_views(folder):
 
 
 @pytest.mark.parametrize("name", ["data/L00/q/notes.txt", "data/L00/.part-00000.parquet.partial"])
-def test_a_stranger_among_the_data(folder, name):
+def test_an_unexpected_file_among_the_data(folder, name):
     (folder / name).write_text("")
     assert said(folder) == [f"{name}: must be in the manifest, got a file it lacks"]
 

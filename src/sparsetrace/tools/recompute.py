@@ -70,9 +70,9 @@ def recompute(
     patch = install(decoder, method, rules)
     table = workload.sequence_table.sort_by("sequence")
     decoding, batching = Decoding(**manifest["decoding"]), Batching(**manifest["batching"])
-    given = None
+    teacher_forced = None
     if decoding.tokens_from == "dense":
-        given = dict(zip(table["sequence"].to_pylist(), table["output_ids"].to_pylist(), strict=True))
+        teacher_forced = dict(zip(table["sequence"].to_pylist(), table["output_ids"].to_pylist(), strict=True))
     backend: BackendName = manifest["engine"] if device.type == "cuda" else "torch"
     positions = max(map(len, table["prompt_ids"].to_pylist())) + batching.max_new_tokens
     runner = Runner(EngineSetup(decoder, patch, decoding, batching, opened.eos, backend, positions), capture)
@@ -92,7 +92,7 @@ def recompute(
         scratch = Path(tempfile.mkdtemp(prefix="sparsetrace-"))
         try:
             size = manifest.get("smaller_batches", {}).get(str(group))
-            runner.run(batch, scratch, keep, given, size)
+            runner.run(batch, scratch, keep, teacher_forced, size)
             runner.wait()
             result, blocks = again.pop()
             for sequence, row, ids in zip(batch, rows, result.output_ids, strict=True):

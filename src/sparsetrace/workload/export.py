@@ -1,4 +1,4 @@
-"""One layer and matrix of a workload in the formats of other tools, a slice of tokens at a time.
+"""Exports the operands of one layer and matrix in the formats of other tools.
 
 | format | file | what |
 |---|---|---|
@@ -13,8 +13,8 @@
 | `dramsim3` | `.dramsim3.trace` | `addr READ cycle` for the same |
 | `libcachesim` | `.libcachesim.csv` | time, object id, size for the same rows or bundles of rows |
 
-Everything is defined in docs/export.md. Memory is one row group, but for `npz` and `safetensors`, whose layout
-needs the whole slice at once.
+docs/export.md defines them. An export holds one row group in memory, except `npz` and `safetensors`, whose layout needs
+all rows at once.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class Form:
     """One format.
 
     Args:
-        suffix: of the file; no two formats share one, so that they may lie in one folder.
+        suffix: of the file; unique, so that several formats can share a folder.
         write: writes the file.
         values: whether the file holds values, and not only which inputs were kept.
     """
@@ -58,7 +58,7 @@ FORMS = {
 
 
 def file_name(layer: int | None, matrix: str, form: str) -> str:
-    """Name of the file of one layer and matrix in one of `FORMS`: `L07.q.mtx`, `model.lm_head.mtx`."""
+    """File name for one layer and matrix in one of `FORMS`, such as `L07.q.mtx` or `model.lm_head.mtx`."""
     return leaf(layer, matrix).replace("/", ".") + FORMS[form].suffix
 
 
@@ -75,7 +75,7 @@ def export(
 
     Args:
         workload: any selection, or its twin.
-        layer, matrix: which.
+        layer, matrix: whose operands.
         form: one of `FORMS`.
         out: the file.
         layout: of the weight, for the memory traces.

@@ -1,4 +1,4 @@
-"""What every exporter is given: the operands of one layer and matrix, a row group at a time or all at once."""
+"""The operands that an exporter writes, read a row group at a time or all at once, and its options."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ class Layout:
 
     Args:
         base: address of the row of input 0, bytes.
-        stride: distance between two rows, bytes; None for rows without a gap, outputs x bytes a value.
+        stride: bytes from one row to the next; None for rows without a gap, outputs x bytes per value.
         line: bytes of one access.
-        bundle: rows fetched together; inputs i with equal i // bundle.
-        cycles: between two accesses, for traces that carry a time.
+        bundle: number of rows fetched together: those of inputs with equal i // bundle.
+        cycles: cycles between two accesses, for traces that carry a time.
     """
 
     base: int = 0
@@ -41,7 +41,7 @@ class Operands:
 
     Args:
         workload: any selection, or its twin.
-        layer, matrix: which.
+        layer, matrix: whose operands.
         layout: of the weight, for the memory traces.
         tile: inputs of a tile, for `density`.
     """
@@ -54,7 +54,7 @@ class Operands:
 
     @property
     def tokens(self) -> int:
-        """Number of rows."""
+        """Number of tokens that have a row."""
         return len(self.workload.tokens_of(self.layer, self.matrix))
 
     @property

@@ -1,4 +1,4 @@
-"""Reading a workload: numpy and pyarrow only, lazily, from several threads at once.
+"""Reads a workload, lazily and with numpy and pyarrow alone; threads may share it.
 
 ```python
 ds = sparsetrace.open("results/demo/default/teal-0.5/workload")
@@ -6,7 +6,7 @@ ds[2, "down", 17]                                    # the operand as a dense nu
 ds.sparse(2, "down", 17)                             # (indices, values)
 ds.matrix(2, "down").csr()                           # all its tokens as scipy CSR
 ds.matrix(None, "lm_head")                           # a matrix of the model as a whole, which is in no layer
-ds.select(phase="decode", position=slice(0, 64))     # a part, with the same methods
+ds.select(phase="decode", position=slice(0, 64))     # a selection, with the same methods
 ds.twin(seed=0)                                      # the same, masks at random
 ```
 """
@@ -41,11 +41,11 @@ ROW_STATISTICS_BYTES = 28
 
 
 class Workload:
-    """A packed workload or a part of one, opened lazily; safe to read from several threads.
+    """A packed workload or a selection of it, read lazily; threads may share it.
 
     A matrix is addressed by its layer and its name; the layer is None for one that belongs to the model as a whole,
-    such as `lm_head`. Such a matrix may have rows for some of the captured tokens only: `tokens_of` names them, and
-    whatever takes tokens refuses the others.
+    such as `lm_head`. Such a matrix may have rows for some of the captured tokens only, which `tokens_of` gives; asking
+    for the row of another token is refused.
 
     Args:
         path: the folder that holds `manifest.json`, on disk or at a URL that pyarrow or fsspec can open.
@@ -61,7 +61,7 @@ class Workload:
         self.path = Path(path) if self._stored.folder.local and filesystem is None else str(path)
         self.model = None if model is None else Path(model)
         self._checkpoint: Checkpoint | None = None
-        # what is selected; None where everything is
+        # None: everything is selected
         self._tokens: np.ndarray | None = None
         self._leaves: list[Leaf] | None = None
         self._twin: Twin | None = None
@@ -84,7 +84,7 @@ class Workload:
 
     @property
     def level(self) -> str:
-        """What was captured of each operand, one of `schema.LEVELS`."""
+        """How much was captured of each operand, one of `schema.LEVELS`."""
         return str(self.manifest.get("capture", {}).get("level", "full"))
 
     @property
@@ -120,7 +120,7 @@ class Workload:
     def tokens_of(self, layer: int | None, matrix: str) -> np.ndarray:
         """int64: numbers of the tokens of this selection that have a row in one layer and matrix, ascending.
 
-        They are `tokens`, all of them, but for a matrix that saw some tokens only: `lm_head` of a prompt sees the last.
+        All of `tokens`, except for a matrix that saw some tokens only: of a prompt, `lm_head` sees the last position.
 
         Raises:
             InputError: no such layer or matrix.
@@ -154,39 +154,39 @@ class Workload:
         position: Choice = None,
         phase: str | Iterable[str] | None = None,
     ) -> Workload:
-        """A part of this workload, with the same methods; nothing is read but `tokens.parquet`.
+        """A selection of this workload, with the same methods; only `tokens.parquet` is read.
 
         Each argument is a value, a slice of values (start included, stop not, step from the start) or several values;
         all must hold. Tokens, sequences and positions that do not occur select nothing. Layer numbers select matrices
-        within these layers; `lm_head`, which is in none, is selected by its name, and where `layer` is not given.
+        within these layers; `lm_head`, which is in no layer, is selected if `layer` is left out.
 
         Raises:
-            InputError: no such layer, matrix or phase, or what is no number where one is needed.
+            InputError: no such layer, matrix or phase, or something that is not a number where one is needed.
         """
-        part = copy.copy(self)
-        part._leaves = choose_leaves(self.leaves, self._stored.by_leaf, layer, matrix)
+        selected = copy.copy(self)
+        selected._leaves = choose_leaves(self.leaves, self._stored.by_leaf, layer, matrix)
         phases = choose_names(phase, PHASES, "phase")
         table = self.fed()
         keep = choose(self.tokens, token, "token")
         keep &= choose(table["sequence"].to_numpy(), sequence, "sequence")
         keep &= choose(table["position"].to_numpy(), position, "position")
         keep &= pc.is_in(table["phase"].cast(pa.string()), pa.array(phases)).to_numpy().astype(bool)
-        part._tokens = self.tokens[keep]
-        return part
+        selected._tokens = self.tokens[keep]
+        return selected
 
     def twin(self, seed: int = 0) -> Workload:
-        """The i.i.d. twin of this selection: the same tokens, masks drawn at random, see `sparsetrace.workload.twin`.
+        """The i.i.d. twin of this selection: the same tokens with random masks, see `sparsetrace.workload.twin`.
 
-        The density of a layer and matrix is that of this selection; a part of a twin keeps the twin's own.
+        The density of each layer and matrix is that of this selection; selecting from the twin does not change it.
 
         Raises:
             InputError: a seed that is not 0 to 2**64 - 1.
         """
         if not isinstance(seed, int | np.integer) or not 0 <= seed < 1 << 64:
             raise InputError(f"twin: seed must be 0 to 2**64 - 1, got {seed!r}")
-        part = copy.copy(self)
-        part._twin = Twin(int(seed), self.density)
-        return part
+        drawn = copy.copy(self)
+        drawn._twin = Twin(int(seed), self.density)
+        return drawn
 
     def __getitem__(self, key: tuple[int | None, str, Tokens]) -> np.ndarray:
         """`ds[layer, matrix, token]`: dense [D]; with a slice or list of tokens, dense [T, D].
@@ -208,7 +208,7 @@ class Workload:
         """Operands of one layer and matrix.
 
         Args:
-            layer, matrix: which.
+            layer, matrix: whose operands; one of `leaves`.
             tokens: a number, a slice of numbers, a list of numbers in any order, or None for all.
             values: False reads the masks alone.
 
@@ -232,7 +232,7 @@ class Workload:
         """Operands of one layer and matrix, ascending by token, `stored.READ_BYTES` or one row group at a time.
 
         Args:
-            layer, matrix: which.
+            layer, matrix: whose operands; one of `leaves`.
             values: False reads the masks alone.
             tokens: numbers, ascending; None for all.
 
@@ -245,7 +245,7 @@ class Workload:
         return self._blocks(layer, matrix, wanted, values, self._dense_bytes(layer, matrix))
 
     def figures(self, layer: int | None, matrix: str) -> pa.Table:
-        """Row statistics: token, sequence, position, nnz, absmax and l2 of each row of one layer and matrix, as stored.
+        """Row statistics as stored: token, sequence, position, nnz, absmax and l2 of each row of one layer and matrix.
 
         Raises:
             InputError: no such layer or matrix, or a twin, of which nothing is stored.
@@ -266,7 +266,7 @@ class Workload:
     def density(self, layer: int | None, matrix: str) -> float:
         """Share of the inputs that the rows of one layer and matrix keep, over this selection.
 
-        Of a twin it is the probability with which its inputs are kept.
+        For a twin, the probability with which an input is kept.
         """
         if self._twin is not None:
             return self._twin.density(layer, matrix)
@@ -279,7 +279,7 @@ class Workload:
         return float(kept / (rows * self.features(layer, matrix))) if rows else 0.0
 
     def replay(self, values: bool = False) -> Iterator[Step]:
-        """Walk this selection in the order of execution: steps, and in each the layers, and in each the matrices.
+        """Walk this selection in the order of execution, a step at a time.
 
         ```python
         for step in ds.replay():
@@ -288,12 +288,12 @@ class Workload:
         ```
 
         Args:
-            values: read the values too; otherwise masks only.
+            values: False reads the masks alone.
         """
         return replay(self, values and self.level == "full")
 
     def batches(self, size: int | None = None) -> Iterator[np.ndarray]:
-        """Token numbers of rows multiplied together: as they were, or regrouped, see `schedule.batches`."""
+        """Token numbers of rows multiplied together, as they were or regrouped; see `schedule.batches`."""
         if size is not None and (not isinstance(size, int | np.integer) or size < 1):
             raise InputError(f"batches: size must be a whole number of at least 1, got {size}")
         return batches(self, size)
@@ -302,7 +302,7 @@ class Workload:
         """The weight [in, out] that the operands of one layer and matrix are multiplied with.
 
         Args:
-            layer, matrix: which.
+            layer, matrix: whose operands; one of `leaves`.
             model: folder of the converted model or of its checkpoint; None for the one given to `open`.
 
         Returns:
@@ -315,7 +315,7 @@ class Workload:
         return number.to_float(self._weight_patterns(layer, matrix, model))
 
     def weight_mask(self, layer: int | None, matrix: str) -> np.ndarray | None:
-        """Which weights a weight-side method kept, bool [in, out] as `weight` is; None where it kept all."""
+        """Which weights a weight-side method kept, bool [in, out] as `weight` is; None if it kept all."""
         row = self._stored.row(layer, matrix)
         if not any(file["path"] == "weight_masks.parquet" for file in self.manifest["files"]):
             return None
@@ -324,7 +324,7 @@ class Workload:
     def product(self, layer: int | None, matrix: str, token: int) -> np.ndarray:
         """y = x W of one row, float32 [out], from the weight rows of the kept inputs, summed in float64.
 
-        Outputs that the method says are not computed are 0.
+        Outputs that the method leaves out are 0.
         """
         rows = self.matrix(layer, matrix, one_token(token))
         number = FORMATS[self.manifest["dtype"]]
@@ -365,7 +365,7 @@ class Workload:
         return wanted
 
     def _refusal(self, layer: int | None, matrix: str, token: int) -> InputError:
-        """What to raise of a token that has no row in one layer and matrix."""
+        """The error for a token that has no row in one layer and matrix."""
         own, rule, source = self.tokens, "was captured", "ds.tokens"
         if token in own:
             own = self.tokens_of(layer, matrix)

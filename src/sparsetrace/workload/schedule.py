@@ -16,7 +16,7 @@ from sparsetrace.formats.ragged import runs
 from sparsetrace.formats.rows import Rows
 from sparsetrace.formats.sites import Leaf
 
-# Bytes of operands that a replay holds.
+# Bytes of operands that a replay holds at a time.
 WINDOW_BYTES = 256 << 20
 
 
@@ -58,14 +58,14 @@ class Step:
     def __iter__(self) -> Iterator[Rows]:
         """The operands of each layer and matrix, in the order of execution.
 
-        A matrix that none of the step's tokens has a row in is left out: nothing was multiplied with it.
+        Matrices in which none of the step's tokens has a row are skipped: nothing was multiplied with them.
         """
         for leaf, held in self._window.items():
             if held.edges[self._number] < held.edges[self._number + 1]:
                 yield self[leaf]
 
     def __getitem__(self, key: Leaf) -> Rows:
-        """Operands of one layer and matrix, a row for each token of the step that has one there.
+        """Operands of one layer and matrix: a row for each token of the step that has one.
 
         Raises:
             InputError: no such layer or matrix in the selection that is replayed.
@@ -96,7 +96,7 @@ class _Held:
     Args:
         rows: of all steps, one after another.
         edges: where the rows of each step begin, and where those of the last end.
-        offsets: int64, of the values: for each step its own, which begin at 0, one more than it has rows.
+        offsets: int64, where each row's values begin: for each step, counted from 0, one more than it has rows.
         every_token: whether every token of a step has a row.
     """
 
@@ -111,8 +111,8 @@ def replay(selection: Selection, values: bool, window_bytes: int = WINDOW_BYTES)
 
     Args:
         selection: what to walk.
-        values: read the values too; otherwise masks only.
-        window_bytes: of operands held at a time; it changes speed and memory, nothing else.
+        values: False reads the masks alone.
+        window_bytes: bytes of operands held at a time; affects speed and memory alone.
     """
     table = selection.fed().sort_by([("group", "ascending"), ("step", "ascending"), ("slot", "ascending")])
     token, group, step = (table[name].to_numpy() for name in ("token", "group", "step"))
@@ -123,7 +123,7 @@ def replay(selection: Selection, values: bool, window_bytes: int = WINDOW_BYTES)
         token_bytes += mask_bytes(features) + 8
         if values:
             token_bytes += features * FORMATS[selection.manifest["dtype"]].bits.itemsize
-    # arranging a leaf's rows takes a second copy of that leaf, which is small beside the window
+    # the copy that `matrix` makes to arrange one leaf's rows is not counted: it is small beside the window
     room = max(1, window_bytes // max(token_bytes, 1))
     own = {leaf: selection.tokens_of(*leaf) for leaf in selection.leaves}
     first = 0
@@ -151,7 +151,7 @@ def replay(selection: Selection, values: bool, window_bytes: int = WINDOW_BYTES)
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Where the rows of each step of a window lie, and how the offsets of their values are made.
+    """Where the rows of each step of a window lie, and how their offsets follow from those of the whole window.
 
     Args:
         edges: where the rows of each step begin, and where those of the last end.

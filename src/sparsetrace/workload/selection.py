@@ -1,4 +1,4 @@
-"""What a caller may choose of a workload: tokens, positions, layers and matrices, each checked and resolved here."""
+"""Checks and resolves what a caller chooses of a workload: tokens, positions, layers and matrices."""
 
 import reprlib
 from collections.abc import Iterable
@@ -8,9 +8,9 @@ import numpy as np
 from sparsetrace.core.files import InputError
 from sparsetrace.formats.sites import Leaf
 
-# Operands are asked for by token number, or by a slice of token numbers; None takes every row.
+# Tokens whose operands are asked for: a number, a slice of numbers or several numbers; None takes every row.
 Tokens = int | slice | Iterable[int] | np.ndarray | None
-# A selection takes one number, a slice of numbers or several numbers; None takes all.
+# What a selection takes: a number, a slice of numbers or several numbers; None takes all.
 Choice = int | slice | Iterable[int] | None
 
 
@@ -22,7 +22,7 @@ def choose_leaves(
     Args:
         leaves: to choose from.
         known: all leaves of the workload; they decide which layers and matrices may be named.
-        layer: layer numbers; None also takes matrices that belong to no layer.
+        layer: layer numbers; None takes every layer and the matrices that are in none.
         matrix: names of matrices.
 
     Raises:
@@ -39,11 +39,11 @@ def choose_leaves(
         asked = layer if isinstance(layer, slice) else ", ".join(map(str, layers)) or "none"
         rule = f"0 to {count - 1}" if count else "left out, since no matrix belongs to a layer"
         raise InputError(f"workload: layer must be {rule}, got {asked}")
-    return [leaf for leaf in leaves if leaf[0] in layers and leaf[1] in names]
+    return [leaf for leaf in leaves if leaf[0] is not None and leaf[0] in layers and leaf[1] in names]
 
 
 def layer_count(leaves: Iterable[Leaf]) -> int:
-    """Number of layers, up to the last one that has a leaf."""
+    """Number of layers, up to the last one that has a matrix here."""
     return 1 + max((layer for layer, _ in leaves if layer is not None), default=-1)
 
 
@@ -79,7 +79,7 @@ def choose(numbers: np.ndarray, choice: Choice, what: str) -> np.ndarray:
         bool [n].
 
     Raises:
-        InputError: a choice that is neither a whole number, nor a slice of them, nor several.
+        InputError: the choice is not made of whole numbers, or is a slice that counts from the end.
     """
     if choice is None:
         return np.ones(len(numbers), bool)

@@ -21,19 +21,19 @@ from sparsetrace.formats.sites import Leaf
 from sparsetrace.formats.versions import refuse_unknown_format
 from sparsetrace.workload.selection import layer_count
 
-# Row groups and footers kept for each workload: after a row, its neighbour is often read.
+# Row groups and footers cached for each workload: after a row, its neighbour is often read.
 CACHED_ROW_GROUPS = 8
 CACHED_FOOTERS = 512
-# Bytes of row groups read at once, counted as dense operands, into which they may be expanded: a call of Arrow for
-# each small row group would cost more than reading it.
+# Row groups are read together up to this size, counted as dense operands, into which they may be expanded: one call of
+# Arrow for each small row group would cost more than reading it.
 READ_BYTES = 4 << 20
 
 
 class MissingTokenError(LookupError):
-    """A token that has no row where it was looked for; the reader says so in its own words.
+    """A token has no row where it was looked for; the reader turns this into an `InputError`.
 
     Args:
-        token: the first one.
+        token: the first such token.
     """
 
     def __init__(self, token: int) -> None:
@@ -84,7 +84,7 @@ class StoredWorkload:
         self._own_tokens: dict[Leaf, np.ndarray] = {}
 
     def __reduce__(self) -> tuple[type[StoredWorkload], tuple[Folder]]:
-        # a worker process opens the files anew
+        # a worker process opens the files itself
         return StoredWorkload, (self.folder,)
 
     @cached_property
@@ -159,7 +159,7 @@ class StoredWorkload:
         Args:
             source: layer and matrix under which the rows are stored.
             wanted: int64, token numbers, ascending.
-            row_bytes: what a row will take in memory; `READ_BYTES` of rows are read at once.
+            row_bytes: bytes of a row in memory; `READ_BYTES` of rows are read at once.
 
         Yields:
             Path of a file, first and last + 1 of neighbouring row groups in it, and the tokens looked for in these.
@@ -168,7 +168,7 @@ class StoredWorkload:
             MissingTokenError: a token before the first row.
         """
         parts = self._parts.get(source, [])
-        # a part that starts after a token does not hold it
+        # the last part that begins at the token or before it
         which = np.searchsorted([part["first_token"] for part in parts], wanted, side="right") - 1
         for start, stop in runs(which):
             if which[start] < 0:
@@ -184,7 +184,7 @@ class StoredWorkload:
                 first = last
 
     def row_groups(self, path: str, start: int, stop: int, columns: tuple[str, ...]) -> pa.Table:
-        """Columns of neighbouring row groups, in an order that may differ."""
+        """Columns of neighbouring row groups; their order may differ."""
         metadata, _, _ = self.footer(path)
         file = self.folder.parquet(path, metadata)
         try:
@@ -213,7 +213,7 @@ def read_rows(stored: StoredWorkload, leaf: Leaf, wanted: np.ndarray, values: bo
         leaf: layer and matrix.
         wanted: int64, token numbers, ascending.
         values: False reads the masks alone.
-        row_bytes: what a row will take in memory.
+        row_bytes: bytes of a row in memory.
 
     Raises:
         MissingTokenError: a token without a row.
@@ -223,7 +223,7 @@ def read_rows(stored: StoredWorkload, leaf: Leaf, wanted: np.ndarray, values: bo
     for path, (first_group, stop_group), chosen in stored.locate(stored.source(layer, matrix), wanted, row_bytes):
         _, _, names = stored.footer(path)
         columns = ("token", *operand_columns(names, values))
-        # one row of many: the next one asked for is likely its neighbour
+        # few rows: those asked for next are likely in the same row group
         if len(chosen) < 8 and stop_group - first_group == 1:
             table = stored.recent(path, first_group, columns)
         else:
@@ -231,7 +231,7 @@ def read_rows(stored: StoredWorkload, leaf: Leaf, wanted: np.ndarray, values: bo
         at = places(table["token"].to_numpy(), chosen)
         first, last = int(at[0]), int(at[-1])
         rows = decode_rows(table.slice(first, last + 1 - first), layer, matrix, features, number)
-        # `take` gives the rows back as they are where none is left out
+        # copies only if rows in between are left out
         yield rows.take(at - first)
 
 

@@ -10,7 +10,7 @@ def summary(stored: StoredWorkload, selection: list[str]) -> str:
 
     Args:
         stored: the whole workload.
-        selection: lines that say what is selected of it.
+        selection: lines about the selection.
     """
     manifest, files = stored.manifest, stored.manifest["files"]
     lines = [

@@ -15,7 +15,7 @@ class _Operands:
 
     Args:
         workload: any selection.
-        layer, matrix: which.
+        layer, matrix: whose operands.
 
     Raises:
         InputError: no such layer or matrix, or values that were not captured: here, not in a worker.

@@ -1,19 +1,19 @@
-"""Checking a workload against its own manifest, format and method; every fault is named, none stops the search.
+"""Checks a workload against its own manifest, format and method; a fault is reported and does not stop the search.
 
-Of each file: its hash; that it can be read, page checksums included; its schema; the rows that it
-should have; nnz = popcount of the mask = number of values; absmax and l2; no -0.0, Inf or NaN; the method's rule. Of
-the whole: the manifest's own hash and keys, unexpected files in `data/`, tokens and sequences, and the counts in
-`matrices.parquet`. Only a manifest that lacks a key, or holds another type there, ends the search at once.
+For each file: its hash; that it can be read, page checksums included; its schema; which rows it has;
+nnz = popcount of the mask = number of values; absmax and l2; no -0.0, Inf or NaN; the method's rule. For the whole: the
+manifest's own hash and keys, unexpected files in `data/`, tokens and sequences, and the counts in `matrices.parquet`.
+Only a manifest that lacks a key, or has another type there, ends the search at once.
 
-What stored fields determine of a method's rule; the inputs that were dropped are not stored:
+Dropped inputs are not stored, so only a part of each method's rule can be checked:
 
 | method | checked |
 |---|---|
 | `teal` | every kept abs(x) is above the threshold |
 | `topk`, `wina` with `select: topk` | no row keeps more than k; one with fewer had zeros among its k largest |
-| `wina` with `select: threshold` | nothing: the scores need the norms of the weights, `--recompute` has them |
+| `wina` with `select: threshold` | nothing: the scores need the norms of the weights, which `--recompute` has |
 | `nm` | of each M neighbours at most N |
-| `cats`, `griffin` | `out_mask` is where the method has one; `down` keeps no neuron that it says is not computed |
+| `cats`, `griffin` | `out_mask` is there where the method has one; `down` keeps no neuron that it leaves out |
 | `griffin` also | k neurons are computed, the same for `gate` and `up` and in every row of a sequence |
 | `dense`, `exact_zeros` | there is no threshold and no `out_mask` |
 """

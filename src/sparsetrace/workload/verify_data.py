@@ -31,7 +31,7 @@ class Rules:
     Args:
         manifest: of the workload.
         matrix: its layer and matrix's row of `matrices.parquet`.
-        method: that of this row; None if it is none of ours.
+        method: that of this row; None if this package does not have it.
     """
 
     manifest: dict[str, Any]
@@ -55,7 +55,7 @@ class Rules:
 
     @property
     def bound(self) -> int | None:
-        """Bit pattern that the magnitude of each kept value must exceed; None where values tell nothing of the rule."""
+        """Bit pattern that the magnitude of each kept value must exceed; None if values say nothing about the rule."""
         by_input = self.method is not None and self.method.score == "input"
         return self.matrix["threshold_bits"] if by_input else None
 

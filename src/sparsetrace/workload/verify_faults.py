@@ -1,4 +1,4 @@
-"""What `verify` finds: a fault, and the checks that every kind of file shares."""
+"""A fault that `verify` finds, and what all its checks share."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ class Fault:
 
 
 def file_faults(folder: Path, entry: dict[str, Any]) -> Iterator[Fault]:
-    """Whether a file is there and has the size and the hash that the manifest says.
+    """Whether a file is there with the size and the hash in the manifest.
 
     Args:
         folder: of the workload.
-        entry: of the file, in the manifest.
+        entry: its entry in the manifest.
     """
     path = folder / entry["path"]
     if not path.is_file():
@@ -46,5 +46,5 @@ def named(layer: int | None, matrix: str) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, short enough for a line."""
+    """The message of an error, on one line of limited length."""
     return " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""The rows of each layer and matrix, over all its data files: which tokens they are of, and what is counted of them."""
+"""The rows of each layer and matrix over all its data files: which tokens they belong to, and their counts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.formats.schema import leaf
 from sparsetrace.formats.sites import Leaf
 from sparsetrace.methods import METHODS, Method
-from sparsetrace.workload.verify_data import DataFile, Rules
+from sparsetrace.workload.verify_data import INDEX, DataFile, Rules
 from sparsetrace.workload.verify_faults import Fault, file_faults, named, one_line
-
-INDEX = ("token", "sequence", "position")
 
 
 def data_faults(
@@ -35,7 +33,7 @@ def data_faults(
         folder: of the workload.
         manifest: of the workload.
         tables: the tables, all sound.
-        method: of the manifest; None if it is none of ours.
+        method: of the manifest; None if this package does not have it.
         report: called with (data files done, in all).
     """
     files = [file for file in manifest["files"] if "matrix" in file]

@@ -56,11 +56,11 @@ def manifest_faults(manifest: dict[str, Any]) -> Iterator[Fault]:
 
 
 def method_of(manifest: dict[str, Any], faults: list[Fault]) -> Method | None:
-    """The method of the manifest; None if it is none of ours, in which case its rule is not checked.
+    """The method of the manifest; None if this package does not have it, so that its rule cannot be checked.
 
     Args:
         manifest: of the workload.
-        faults: where parameters that are not the method's are added.
+        faults: receives a fault if the parameters are not the method's.
     """
     if manifest["method"] not in METHODS:
         return None

@@ -22,7 +22,7 @@ def read_tables(folder: Path, manifest: dict[str, Any], faults: list[Fault]) -> 
     Args:
         folder: of the workload.
         manifest: of the workload.
-        faults: where those of the other tables are added.
+        faults: receives those of the other tables.
     """
     tables = {}
     for name, schema in TABLES.items():
@@ -47,14 +47,14 @@ def read_tables(folder: Path, manifest: dict[str, Any], faults: list[Fault]) -> 
 
 
 def _of_version(schema: pa.Schema, version: int) -> pa.Schema:
-    """A table's schema in a version of the format: in the first one every matrix had a layer."""
+    """A table's schema in a version of the format; in version 1 every matrix had a layer."""
     if schema is not MATRIX_TABLE or version > 1:
         return schema
     return schema.set(0, schema.field("layer").with_nullable(False))
 
 
 def table_faults(manifest: dict[str, Any], tables: dict[str, pa.Table]) -> Iterator[Fault]:
-    """What tokens and sequences say of each other and the manifest of them."""
+    """Whether tokens, sequences and manifest agree."""
     tokens = tables["tokens.parquet"]
     numbers = tokens["token"].to_numpy()
     if len(np.unique(numbers)) != len(numbers):

@@ -16,14 +16,14 @@ from sparsetrace.core.files import InputError
 from sparsetrace.core.folder import Folder
 from sparsetrace.formats.numbers import FORMATS
 
-# Number of matrices that share the runtime tensor of a site; a workload that is a sample may lack some of them.
+# Number of matrices that share the runtime tensor of a site. A workload with a sample of the matrices lacks some rows.
 _MATRICES_OF_SITE = {"attn_in": 3, "attn_out": 1, "mlp_in": 2, "mlp_mid": 1, "head_in": 1}
 _CODES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _PREFIX_BYTES = 8
 
 
 class Checkpoint:
-    """A folder of safetensors files, opened lazily.
+    """A folder of safetensors files, memory-mapped when a tensor is first read.
 
     Args:
         folder: a runtime model made by `sparsetrace convert`, or the Hugging Face folder that it was made from.
@@ -45,7 +45,7 @@ class Checkpoint:
         return name in self._tensors
 
     def patterns(self, name: str) -> tuple[np.ndarray, str]:
-        """Bit patterns of a tensor, not copied, and its dtype."""
+        """Bit patterns of a tensor, without a copy, and its dtype."""
         if name not in self._tensors:
             raise InputError(f"weights: {self.folder} must hold {name}, got no such tensor: give the workload's model")
         file, entry = self._tensors[name]
@@ -59,7 +59,7 @@ class Checkpoint:
         return mapped.reshape(shape), dtype
 
     def weight(self, matrix: dict[str, Any], dtype: str) -> np.ndarray:
-        """Bit patterns [in, out] of one matrix in the workload's dtype; a view of the file where they are stored so.
+        """Bit patterns [in, out] of one matrix in the workload's dtype; a view of the file if stored like that.
 
         Args:
             matrix: a row of `matrices.parquet`.
@@ -70,7 +70,7 @@ class Checkpoint:
         """
         if matrix["weight"] in self:
             merged, _ = self.patterns(matrix["weight"])
-            # matrices outside layers stay as the checkpoint has them, [out, in]
+            # the runtime model keeps matrices outside layers as the checkpoint does, [out, in]
             merged = merged.T if matrix["layer"] is None else merged
             start = matrix["weight_column"]
             patterns = merged[:, start : start + matrix["out_features"]]
@@ -87,11 +87,11 @@ class Checkpoint:
         return patterns
 
     def check_once(self, matrix: dict[str, Any], rows: Iterable[dict[str, Any]], sampled: bool, dtype: str) -> None:
-        """`check`, the first time that a runtime tensor is asked for.
+        """`check`, once for each runtime tensor.
 
         Args:
             matrix: a row of `matrices.parquet`.
-            rows: all of them.
+            rows: all rows of `matrices.parquet`.
             sampled: whether only some matrices were captured.
             dtype: of the workload.
         """
@@ -100,10 +100,10 @@ class Checkpoint:
             self._checked.add(matrix["weight"])
 
     def check(self, matrix: dict[str, Any], siblings: list[dict[str, Any]], dtype: str) -> None:
-        """Refuse weights that are not those of the workload, by their hash.
+        """Refuse weights whose hash is not that of the workload's.
 
-        The hash is of the runtime tensor, which holds all matrices of a site; of an original checkpoint it can be
-        told only where the workload has a row for each of them.
+        The hash is of the runtime tensor, which holds all matrices of a site. For an original checkpoint it can be
+        computed only if the workload has a row for each of them; otherwise nothing is checked.
 
         Args:
             matrix: a row of `matrices.parquet`.
@@ -136,7 +136,7 @@ def read_weight_mask(folder: Folder, matrix: dict[str, Any]) -> np.ndarray | Non
         matrix: a row of `matrices.parquet`.
 
     Returns:
-        bool [in, out]; None where the table says nothing of the matrix, so that all are kept.
+        bool [in, out]; None if the table lacks the matrix, whose weights are then all kept.
     """
     file = folder.parquet("weight_masks.parquet")
     for group in range(file.num_row_groups):
@@ -149,11 +149,11 @@ def read_weight_mask(folder: Folder, matrix: dict[str, Any]) -> np.ndarray | Non
 
 
 def site_rows(matrix: dict[str, Any], rows: Iterable[dict[str, Any]], sampled: bool) -> list[dict[str, Any]]:
-    """The rows of all matrices of a site, in the order of their columns; none where the workload lacks some of them.
+    """The rows of all matrices of a site, in the order of their columns; empty if the workload lacks some of them.
 
     Args:
         matrix: a row of `matrices.parquet`.
-        rows: all of them.
+        rows: all rows of `matrices.parquet`.
         sampled: whether only some matrices were captured.
     """
     own = [row for row in rows if (row["layer"], row["site"]) == (matrix["layer"], matrix["site"])]
@@ -162,7 +162,7 @@ def site_rows(matrix: dict[str, Any], rows: Iterable[dict[str, Any]], sampled: b
 
 
 def _header(file: Path) -> dict[str, dict[str, Any]]:
-    """Entries of a safetensors file by tensor, each with the `start` of the data; nothing else is read.
+    """Header entries of a safetensors file by tensor, each with the `start` of the data; the data is not read.
 
     Raises:
         InputError: the file is cut short or is no safetensors file.
@@ -170,7 +170,7 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(_PREFIX_BYTES), "little")
-        # the length of what is no safetensors file may be any number
+        # in a file of another format, these bytes may be any number
         text = opened.read(min(length, size))
     try:
         header = json.loads(text)
