@@ -1,4 +1,4 @@
-"""The DuckDB views and macros, and polars, against the dense operands: plain tools must read the same bits."""
+"""DuckDB with the views and macros, polars and pyarrow against the dense operands: they must read the same bits."""
 
 import json
 import re
@@ -14,7 +14,7 @@ duckdb = pytest.importorskip("duckdb")
 
 
 def connect(folder):
-    """views.sql as its header says: with the workload folder as the working directory."""
+    """Run views.sql as its header says: with the workload folder as the working directory."""
     connection = duckdb.connect()
     connection.execute(f"SET file_search_path = '{folder}'")
     connection.execute((folder / "views.sql").read_text())
@@ -136,14 +136,14 @@ def test_polars_example(built):
 
 
 def documented(language):
-    """The block of docs/format.md in one language that reads a workload from outside."""
+    """The code block of docs/format.md that reads a workload in one language."""
     text = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
     (block,) = re.findall(rf"```{language}\n(.*?)```", text[text.index("DuckDB, with the folder") :], re.DOTALL)
     return block
 
 
 def test_documented_queries(half):
-    """As they stand in docs/format.md, but for a layer and a matrix of this workload."""
+    """The queries of docs/format.md, but with a layer and a token of this workload."""
     sql = connect(half.workload)
     block = documented("sql").replace("layer = 2", "layer = 1").replace("token = 17", f"token = {half.tokens[5]}")
     sparsity, row, overlap = (sql.execute(query).fetchall() for query in block.split(";")[:3])
