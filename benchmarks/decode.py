@@ -244,7 +244,8 @@ def main() -> None:
     for name in arguments.models:
         for dtype in arguments.dtypes:
             bench = Bench(name, dtype, arguments.sparsity, arguments.scratch, limits, arguments.out)
-            inputs = sum(bench.config.in_features(site) * len(parts) for (_, site), parts in bench.patch.parts.items())
+            parts = bench.patch.parts
+            inputs = sum(site.in_features * len(parts[site.key]) for site in bench.patch.sites)
             # two bytes of each kept input, and a bit of the mask of each; what several matrices read counts once
             row_bytes = inputs * (2 * (1 - arguments.sparsity) + 1 / 8)
             rows = max(1, int(arguments.gigabytes * 1e9 / row_bytes))

@@ -30,10 +30,10 @@ from pathlib import Path
 import torch
 
 from sparsetrace.core.files import InputError, refuse_strangers, sync, write_folder_beside, write_json
-from sparsetrace.formats.architecture import ModelConfig
-from sparsetrace.formats.names import MATRICES, SITE_OF
+from sparsetrace.formats.architecture import ModelConfig, sites_of
+from sparsetrace.formats.sites import layer_sites
 from sparsetrace.model import demo
-from sparsetrace.model.runtime import source_weight
+from sparsetrace.model.convert import SOURCE_MODULES
 
 LLAMA_2_7B = ModelConfig(
     hidden_size=4096,
@@ -101,9 +101,11 @@ def tensors(config: ModelConfig) -> Iterator[Drawn]:
     for layer in range(config.num_hidden_layers):
         yield Drawn(f"model.layers.{layer}.input_layernorm.weight", (hidden,), None)
         yield Drawn(f"model.layers.{layer}.post_attention_layernorm.weight", (hidden,), None)
-        for matrix in MATRICES:
-            K = config.in_features(SITE_OF[matrix])
-            yield Drawn(source_weight(layer, matrix), (config.out_features(matrix), K), K**-0.5)
+        for site in (site for site in layer_sites(sites_of(config)) if site.layer == layer):
+            K = site.in_features
+            for matrix in site.matrices:
+                name = f"model.layers.{layer}.{SOURCE_MODULES[matrix]}.weight"
+                yield Drawn(name, (site.outputs(matrix), K), K**-0.5)
     yield Drawn("model.norm.weight", (hidden,), None)
     yield Drawn("lm_head.weight", (vocabulary, hidden), hidden**-0.5)
 

@@ -14,11 +14,11 @@ from safetensors.numpy import load_file
 
 import sparsetrace
 from sparsetrace.core.files import InputError, sha256_file
+from sparsetrace.core.settings import Batching, Capture, Decoding, Machine, PromptSet
 from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.packing import gather
 from sparsetrace.packing.index import index
 from sparsetrace.packing.pack import pack
-from sparsetrace.study.study import Batching, Decoding
 
 DTYPES = ["float16", "bfloat16", "float32"]
 # all but one are no multiples of eight
@@ -119,22 +119,24 @@ def test_every_bit_of_a_hand_made_dump(tiny, tmp_path, rng, dtype, monkeypatch):
     assert ds.manifest["rows"] == len(WIDTHS) * len(ds.tokens)
 
 
+@pytest.fixture
+def blocks(monkeypatch):
+    """Arrays of every block that is packed, by the name of its file."""
+    found = {}
+
+    def keeping(dump_manifest, *args, **kwargs):
+        found.update({file.name: load_file(file) for file in dump_manifest.parent.glob("*.safetensors")})
+        return pack(dump_manifest, *args, **kwargs)
+
+    monkeypatch.setattr("sparsetrace.packing.pack.pack", keeping)
+    return found
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_round_trip_of_a_real_run(tiny, tmp_path, rng, dtype, monkeypatch):
+def test_round_trip_of_a_real_run(tiny, tmp_path, rng, dtype, monkeypatch, blocks):
     """Engine -> dump -> Parquet -> dense: the bits of the blocks come back, with a row for each matrix and token."""
-    from sparsetrace.generation import capture, generate
-
-    monkeypatch.setattr(capture, "BLOCK_BYTES", 9_000)
+    monkeypatch.setattr("sparsetrace.generation.selection.BLOCK_BYTES", 9_000)
     model = tiny.model(tmp_path, rng, torch_dtype=dtype)
-    blocks = {}
-    seal = generate._seal
-
-    def keep_blocks(folder, *args):
-        for file in folder.glob("*.safetensors"):
-            blocks[file.name] = load_file(file)
-        return seal(folder, *args)
-
-    monkeypatch.setattr(generate, "_seal", keep_blocks)
     decoding, batching = Decoding(prefill="half", ignore_eos=True), Batching(max_new_tokens=4, batch_size=3, shards=2)
     lengths = [2, 9, 5, 1, 7, 4, 11]
     workload = tiny.workload(tmp_path / "run", model, rng, lengths, decoding, batching)
@@ -171,6 +173,51 @@ def test_round_trip_of_a_real_run(tiny, tmp_path, rng, dtype, monkeypatch):
         kept = int((ds.matrix(row["layer"], row["matrix"]).nnz).sum())
         assert (row["rows"], row["nnz"]) == (captured, kept)
         assert row["achieved_sparsity"] == 1 - kept / (captured * row["in_features"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lm_head_of_a_real_run(tiny, tmp_path, rng, dtype, monkeypatch, blocks):
+    """It has a row for each decoded token and for the last position of each prompt, with the bits of the blocks."""
+    from sparsetrace.generation.generate import generate
+    from sparsetrace.generation.job import Job
+    from sparsetrace.generation.prompts import split, write_split
+    from sparsetrace.packing import pack as packing
+
+    monkeypatch.setattr("sparsetrace.generation.selection.BLOCK_BYTES", 3_000)
+    model = tiny.model(tmp_path, rng, torch_dtype=dtype)
+    decoding, batching = Decoding(prefill="half", ignore_eos=True), Batching(max_new_tokens=4, batch_size=3)
+    prompts = tiny.prompts(tmp_path / "prompts.jsonl", rng, [2, 9, 5, 1, 7])
+    groups, _ = split(prompts, model.tokenizer(), 128, PromptSet(), batching)
+    write_split(groups, 1, tmp_path / "split.parquet")
+    dump, capture = tmp_path / "dump" / "manifest.json", Capture(matrices=["down", "lm_head"])
+    table, on = tiny.thresholds(tmp_path, model, rng, 0.5), Machine(device="cpu")
+    generate(Job(model, tmp_path / "split.parquet", 0, dump, decoding, batching, on, table, capture))
+    packing.pack(dump, tmp_path / "w", tmp_path / "parts" / "00000.json")
+    index([tmp_path / "parts" / "00000.json"], tmp_path / "w")
+    found = decoded(tmp_path / "w" / "data/model/lm_head/part-00000.parquet", dtype, 36)
+    fed = pq.read_table(tmp_path / "w" / "tokens.parquet").to_pylist()
+    last = {row["sequence"]: row["position"] for row in fed if row["phase"] == "prefill"}
+    captured = [row for row in fed if row["captured"]]
+    wanted = [row["token"] for row in captured if row["position"] >= last[row["sequence"]]]
+    assert list(found) == wanted and len(wanted) < len(captured)
+    seen = 0
+    for arrays in blocks.values():
+        keep = np.unpackbits(arrays["model.lm_head.mask"], axis=1, count=36, bitorder="little").astype(bool)
+        dense = np.zeros(keep.shape, FORMATS[dtype].bits)
+        dense[keep] = arrays["model.lm_head.values"]
+        tokens = arrays["rows.token"]
+        tokens = tokens[arrays["model.lm_head.rows"]] if "model.lm_head.rows" in arrays else tokens
+        for token, row in zip(tokens.tolist(), dense, strict=True):
+            assert np.array_equal(found[token], row)
+            seen += 1
+    assert seen == len(wanted) and any("model.lm_head.rows" in arrays for arrays in blocks.values())
+    matrices = pq.read_table(tmp_path / "w" / "matrices.parquet").to_pylist()
+    assert [(row["layer"], row["matrix"], row["method"]) for row in matrices] == [
+        (0, "down", "teal"),
+        (1, "down", "teal"),
+        (None, "lm_head", "dense"),
+    ]
+    assert [row["rows"] for row in matrices] == [len(captured), len(captured), len(wanted)]
 
 
 def test_two_whole_runs_give_identical_data_files(tiny, tmp_path, rng):

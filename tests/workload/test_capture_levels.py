@@ -18,12 +18,16 @@ from sparsetrace.core.files import InputError, sha256_file, sha256_json
 from sparsetrace.formats.names import MATRICES
 from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.formats.row_statistics import row_norms
+from sparsetrace.formats.sites import Site
 from sparsetrace.generation.generate import generate
+from sparsetrace.generation.job import Job
+from sparsetrace.generation.plan import feed_of
 from sparsetrace.generation.prompts import split, write_split
+from sparsetrace.methods import Teal
 from sparsetrace.packing.index import index
 from sparsetrace.packing.pack import pack
 from sparsetrace.study.study import Batching, Capture, Decoding, Machine, Packing, PromptSet, parse_study
-from sparsetrace.tools.estimate import Shape, captured_positions, estimate, sizes
+from sparsetrace.tools.estimate import Operands, Shape, estimate, feeds, sizes
 from sparsetrace.tools.recompute import recompute
 from sparsetrace.workload.verify import verify
 
@@ -48,7 +52,8 @@ def run(tiny, tmp_path_factory):
         parts = []
         for shard in range(BATCHING.shards):
             dump = folder / name / "dump" / f"{shard:05d}" / "manifest.json"
-            generate(model, table, folder / "split.parquet", shard, dump, DECODING, BATCHING, CPU, None, capture)
+            kept = capture or Capture()
+            generate(Job(model, folder / "split.parquet", shard, dump, DECODING, BATCHING, CPU, table, kept))
             parts.append(folder / name / "parts" / f"{shard:05d}.json")
             pack(dump, folder / name / "workload", parts[-1], **packing)
         index(parts, folder / name / "workload")
@@ -166,8 +171,9 @@ def test_captured_positions(tokens_from, prefill, every):
         first = {"none": length, "half": length - length // 2, "all": 0}[prefill]
         # behind a text there is nothing
         wanted = [p for p in range(first, length + (0 if tokens_from == "text" else 5)) if p % every == 0]
-        decoding = Decoding(prefill=prefill, tokens_from=tokens_from)
-        assert captured_positions(length, 6, decoding, Capture(every=every)) == len(wanted)
+        for replay in ("forced", "steps"):
+            decoding = Decoding(prefill=prefill, tokens_from=tokens_from, replay=replay)
+            assert feed_of(length, 6, decoding).captured(every) == len(wanted)
 
 
 def study(run, tmp_path, **changes):
@@ -219,13 +225,14 @@ TIMES = [
 @pytest.mark.parametrize(("decoding", "passes"), [pytest.param(*case[1:], id=case[0]) for case in TIMES])
 def test_estimated_time_is_that_of_the_passes(run, tmp_path, monkeypatch, decoding, passes):
     """A row takes a second; what is fed at once counts up to a power of two. The dense run counts once."""
-    monkeypatch.setattr("sparsetrace.tools.estimate._layer_seconds", lambda shape, rows, machine: rows)
+    layers = 2
+    monkeypatch.setattr("sparsetrace.tools.estimate._model_pass_seconds", lambda shape, rows, machine: layers * rows)
     monkeypatch.setattr("sparsetrace.tools.estimate.prompt_lengths", lambda one, checkpoint: ([8] * 6, []))
     monkeypatch.setattr("sparsetrace.tools.estimate.PACK_BYTES_PER_SECOND", float("inf"))
     methods = [{"name": "teal", "sparsity": [0.3, 0.6]}]
     batching = {"max_new_tokens": 4, "batch_size": 3}
     first, second = estimate(study(run, tmp_path, decoding=decoding, batching=batching, methods=methods)[0], CPU)
-    layers, groups, batch = 2, 2, 3
+    groups, batch = 2, 3
     assert first.seconds == layers * groups * batch * sum(passes)
     dense = layers * groups * batch * sum([8, 1, 1, 1]) if decoding.get("tokens_from") == "dense" else 0
     assert second.seconds == first.seconds - dense
@@ -237,12 +244,15 @@ def test_estimated_time_is_that_of_the_passes(run, tmp_path, monkeypatch, decodi
 @pytest.mark.parametrize("share_inputs", [False, True])
 def test_estimated_bytes_of_what_is_stored(encoding, share_inputs):
     """Against the definition: rows that have files, each with its index, and its operand as the encoding has it."""
-    shape = Shape(2, dict.fromkeys(MATRICES, 4096), dict.fromkeys(MATRICES, 1), "float16")
+    names = {"attn_in": ("q", "k", "v"), "attn_out": ("o",), "mlp_in": ("gate", "up"), "mlp_mid": ("down",)}
+    sites = [Site(name, la, ms, 4096, (1,) * len(ms)) for la in range(2) for name, ms in names.items()]
+    shape = Shape(tuple(sites), "float16")
     packing = Packing(encoding=encoding, share_inputs=share_inputs)
     operand = 2048 * (1.62 + (0.65 if encoding == "open" else 0.25))
     for matrices, stored in (((), 4 if share_inputs else 7), (("k", "v", "up"), 2 if share_inputs else 3)):
         capture = Capture(matrices=matrices)
-        made = sizes(shape, [8], 6, Decoding(), capture, packing, lambda layer, matrix: 0.5)
+        operands = Operands(Teal(sparsity=0.5), lambda leaf: 0.5, capture, packing)
+        made = sizes(shape, feeds([8], Decoding(), Batching(max_new_tokens=6)), operands)
         assert made.tokens == 5
         assert made.workload_bytes == pytest.approx(5 * 2 * stored * (operand + 12), abs=1)
 

@@ -22,21 +22,19 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.names import MATRICES
+from sparsetrace.formats.sites import Site, by_leaf, layer_sites
 from sparsetrace.methods import ThresholdMethod
 
 if TYPE_CHECKING:
     from sparsetrace.calibration.histogram import Provenance
 
-# One row per step of the search. `uniform_error`: of all matrices at `effective_sparsity`.
-GREEDY = pa.schema(
-    [
-        pa.field("effective_sparsity", pa.float64(), nullable=False),
-        pa.field("error", pa.float64(), nullable=False),
-        pa.field("uniform_error", pa.float64(), nullable=False),
-        *(pa.field(matrix, pa.float64(), nullable=False) for matrix in MATRICES),
-    ]
-)
+# Columns of a greedy table that are no matrix's. `uniform_error`: of all matrices at `effective_sparsity`.
+GREEDY_COLUMNS = ("effective_sparsity", "error", "uniform_error")
+
+
+def greedy_schema(matrices: Sequence[str]) -> pa.Schema:
+    """Schema of a search table: one row per step, with a column for each matrix of the layer."""
+    return pa.schema([pa.field(name, pa.float64(), nullable=False) for name in (*GREEDY_COLUMNS, *matrices)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +55,13 @@ class Table:
     """Search table of one layer, by step.
 
     Args:
+        matrices: of the layer.
         effective: sparsity of the whole layer, weighted by parameters.
         error, uniform_error: of the layer's output, by the search and with all matrices at `effective`.
         sparsities: for each step, that of each matrix.
     """
 
+    matrices: Sequence[str]
     effective: Sequence[float]
     error: Sequence[float]
     uniform_error: Sequence[float]
@@ -85,13 +85,13 @@ class Table:
             InputError: the table ends before the target.
         """
         if target == 0:
-            return dict.fromkeys(MATRICES, 0.0), False
+            return dict.fromkeys(self.matrices, 0.0), False
         if not self.effective or target > self.effective[-1]:
             reach = self.effective[-1] if self.effective else 0.0
             raise InputError(f"{where}: sparsity must be at most {reach:.4f}, where its table ends, got {target}")
         step = min(range(len(self.effective)), key=lambda i: abs(self.effective[i] - target))
         if self.error[step] > self.uniform_error[step]:
-            return dict.fromkeys(MATRICES, target), True
+            return dict.fromkeys(self.matrices, target), True
         return dict(self.sparsities[step]), False
 
 
@@ -119,7 +119,12 @@ def greedy_targets(
         if other := [name for name, value in wanted.items() if metadata[name] != value]:
             raise InputError(f"thresholds: {path} must be of this model and method, got another {', '.join(other)}")
         tables[metadata["layer"]] = table
-    if missing := sorted(set(range(provenance.layers)) - set(tables)):
+    tables = dict(sorted(tables.items()))
+    matrices: dict[int, list[str]] = {}
+    for layer, matrix in by_leaf(layer_sites(provenance.sites)):
+        assert layer is not None
+        matrices.setdefault(layer, []).append(matrix)
+    if missing := [layer for layer in matrices if layer not in tables]:
         raise InputError(
             f"thresholds: greedy must have a table for every layer, got none for {', '.join(map(str, missing))}: "
             "run `sparsetrace allocate`"
@@ -127,10 +132,10 @@ def greedy_targets(
     choices: dict[tuple[int, str], Choice] = {}
     lost = {layer: len(table.losses()) for layer, table in sorted(tables.items()) if table.losses()}
     uniform = []
-    for layer in range(provenance.layers):
+    for layer in tables:
         sparsities, is_uniform = tables[layer].lookup(method.sparsity, f"thresholds: layer {layer}")
         uniform += [layer] if is_uniform else []
-        choices |= {(layer, matrix): Choice(sparsities[matrix]) for matrix in MATRICES}
+        choices |= {(layer, matrix): Choice(sparsities[matrix]) for matrix in matrices[layer]}
     rows = sum(len(table.error) for table in tables.values())
     notes = [
         f"greedy loses to uniform in {sum(lost.values())} of {rows} rows" + (f", layers {_list(lost)}" if lost else "")
@@ -152,19 +157,23 @@ def read_greedy(path: Path) -> tuple[dict[str, Any], Table]:
     metadata = (table.schema.metadata or {}).get(b"sparsetrace_greedy")
     if metadata is None:
         raise InputError(f"allocate: {path} must be a greedy table of sparsetrace, got another Parquet file")
+    matrices = [name for name in table.column_names if name not in GREEDY_COLUMNS]
     columns = table.to_pydict()
-    sparsities = [dict(zip(MATRICES, row, strict=True)) for row in zip(*(columns[m] for m in MATRICES), strict=True)]
     return json.loads(metadata), Table(
-        columns["effective_sparsity"], columns["error"], columns["uniform_error"], sparsities
+        matrices,
+        columns["effective_sparsity"],
+        columns["error"],
+        columns["uniform_error"],
+        [dict(zip(matrices, row, strict=True)) for row in zip(*(columns[m] for m in matrices), strict=True)],
     )
 
 
-def read_threshold_file(path: Path, layers: int) -> dict[tuple[int, str], Choice]:
+def read_threshold_file(path: Path, sites: Sequence[Site]) -> dict[tuple[int, str], Choice]:
     """Thresholds of the user's own.
 
     Args:
         path: Parquet or CSV with the columns `layer`, `matrix`, `threshold`, and `sparsity` if the targets are known.
-        layers: of the model.
+        sites: of the model.
 
     Raises:
         InputError: a column or row is missing, twice there, of no layer or matrix of the model, or no threshold.
@@ -180,18 +189,19 @@ def read_threshold_file(path: Path, layers: int) -> dict[tuple[int, str], Choice
         ) from None
     if missing := [name for name in ("layer", "matrix", "threshold") if name not in table.column_names]:
         raise InputError(f"{where} must have the columns layer, matrix, threshold, got no {', '.join(missing)}")
+    wanted = [(layer, matrix) for layer, matrix in by_leaf(layer_sites(sites)) if layer is not None]
     choices: dict[tuple[int, str], Choice] = {}
     for row in table.to_pylist():
         place, threshold, sparsity = (row["layer"], row["matrix"]), row["threshold"], row.get("sparsity")
         at = f"{where}: layer {place[0]} {place[1]}"
-        if place[0] not in range(layers) or place[1] not in MATRICES:
+        if place not in wanted:
+            layers = len(dict.fromkeys(layer for layer, _ in wanted))
             raise InputError(f"{at} must be a matrix of a model of {layers} layers, got another")
         if place in choices:
             raise InputError(f"{at} must have one row, got two")
         if not isinstance(threshold, int | float) or not math.isfinite(threshold) or threshold < 0:
             raise InputError(f"{at}: threshold must be a number of at least 0, got {threshold!r}")
         choices[place] = Choice(None if sparsity is None else float(sparsity), float(threshold))
-    wanted = {(layer, matrix): None for layer in range(layers) for matrix in MATRICES}
     if absent := [f"layer {layer} {matrix}" for layer, matrix in wanted if (layer, matrix) not in choices]:
         more = f" and {len(absent) - 7} more" if len(absent) > 7 else ""
         raise InputError(f"{where} must have a row for every matrix, got none for {', '.join(absent[:7])}{more}")

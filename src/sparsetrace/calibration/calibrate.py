@@ -16,7 +16,6 @@ from sparsetrace.calibration.histogram import ActivationCounter, Histograms, Pro
 from sparsetrace.core.files import InputError, sha256_file, sha256_json
 from sparsetrace.core.settings import Calibration, Machine
 from sparsetrace.core.text import read_text
-from sparsetrace.formats.names import SITES
 from sparsetrace.methods import METHODS
 from sparsetrace.model.decoder import ACTIVATIONS, Decoder
 from sparsetrace.model.patch import observe, projections
@@ -77,7 +76,7 @@ def calibrate(
     progress = out.with_name(f".{out.name}.progress")
 
     decoder = model.load(device)
-    counter = ActivationCounter(model.config.num_hidden_layers, model.config.dtype, device, scores)
+    counter = ActivationCounter(model.sites, model.config.dtype, device, scores)
     see, see_output = _counters(decoder, counter)
     done, saved = counter.resume(progress, key), time.monotonic()
     with torch.inference_mode():
@@ -96,10 +95,18 @@ def calibrate(
             if report is not None:
                 report(stop * T, windows_WT.size)
     parts = ((text_hash, shard, calibration.shards),) if calibration.shards > 1 else ()
-    layers = model.config.num_hidden_layers
-    tokens = int(windows_WT.size)
+    provenance = Provenance(
+        model_hash=model.model_hash,
+        text_hash=text_hash,
+        dtype=model.config.dtype,
+        tokens=int(windows_WT.size),
+        layers=model.config.num_hidden_layers,
+        sites=model.sites,
+        scores=scores,
+        parts=parts,
+    )
     histograms = counter.histograms()
-    histograms.save(out, Provenance(model.model_hash, text_hash, model.config.dtype, tokens, layers, scores, parts))
+    histograms.save(out, provenance)
     progress.unlink(missing_ok=True)
     return histograms
 
@@ -111,23 +118,26 @@ def _counters(
     gated = [name for name in counter.scores if METHODS[name].score == "gate"]
     scaled = [name for name in counter.scores if METHODS[name].score == "scaled"]
     scales = {
-        (name, layer, matrix): METHODS[name].scale(projection.weight[:, projection.columns[matrix]])
-        for layer, site, projection in projections(decoder)
-        for matrix in SITES[site]
+        (name, layer, matrix): METHODS[name].scale(projection.matrix(matrix))
+        for layer, _, projection in projections(decoder)
+        for matrix in projection.columns
         for name in scaled
     }
+    sites = {site.key: site for site in decoder.sites}
 
     def see(layer: int, site: str, x_BTK: Tensor) -> None:
         counter.count(layer, site, x_BTK)
         for name in scaled:
-            for matrix in SITES[site]:
+            for matrix in sites[layer, site].matrices:
                 scale = scales[name, layer, matrix]
                 assert scale is not None
                 counter.count(layer, f"{name}.{matrix}", x_BTK.float().abs() * scale)
 
     def see_output(layer: int, site: str, y_BTN: Tensor) -> None:
-        if site == "mlp_in":
-            active_BTN = ACTIVATIONS[decoder.config.hidden_act](y_BTN.chunk(2, dim=-1)[0])
+        columns = sites[layer, site].columns
+        if "gate" in columns:
+            gate_BTN = y_BTN[..., columns["gate"]]
+            active_BTN = ACTIVATIONS[decoder.config.hidden_act](gate_BTN)
             for name in gated:
                 counter.count(layer, name, active_BTN)
 

@@ -29,13 +29,12 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from sparsetrace.calibration.allocation import GREEDY, Choice
+from sparsetrace.calibration.allocation import Choice, greedy_schema
 from sparsetrace.calibration.calibrate import PASS_TOKENS, calibration_windows
 from sparsetrace.calibration.histogram import Histograms
 from sparsetrace.calibration.thresholds import refuse_uncounted, threshold_row
 from sparsetrace.core.files import InputError, sha256_file, sha256_json, write_beside
 from sparsetrace.core.settings import Calibration, Greedy, Machine
-from sparsetrace.formats.names import MATRICES, SITE_OF
 from sparsetrace.methods import MatrixRule, ThresholdMethod
 from sparsetrace.model.decoder import Block, Decoder
 from sparsetrace.model.patch import Patch, install_block
@@ -104,13 +103,14 @@ def allocate(
     with torch.inference_mode():
         trial = _Trial(model.load(device), torch.from_numpy(windows_WT), layer, setting, histograms)
         with _open_journal(journal, sha256_json(identity), rows) as note:
-            for row in search(_parameters(model), greedy.step, trial.error, rows):
+            for row in search(_parameters(model, layer), greedy.step, trial.error, rows):
                 note(row)
                 rows.append(row)
                 if report is not None:
                     report(min(row["effective_sparsity"], UP_TO), UP_TO)
     metadata = {"sparsetrace_greedy": json.dumps(identity)}
-    table = pa.Table.from_pylist(rows, schema=GREEDY.with_metadata(metadata))
+    schema = greedy_schema(list(_parameters(model, layer))).with_metadata(metadata)
+    table = pa.Table.from_pylist(rows, schema=schema)
     with write_beside(out) as partial:
         pq.write_table(table, partial)
     journal.unlink(missing_ok=True)
@@ -123,22 +123,23 @@ def search(
     """The rows that follow those already there.
 
     Args:
-        parameters: of each matrix.
-        step: of a matrix with as many parameters as `q`.
+        parameters: of each matrix of the layer, in order.
+        step: of a matrix with as many parameters as the first, which is `q` where there is one.
         error: of the block's output, for the sparsity of each matrix.
         rows: found before.
     """
     total = sum(parameters.values())
-    steps = {matrix: step * parameters["q"] / parameters[matrix] for matrix in MATRICES}
+    first = next(iter(parameters.values()))
+    steps = {matrix: step * first / count for matrix, count in parameters.items()}
 
     def effective(sparsities: dict[str, float]) -> float:
-        return sum(sparsities[m] * parameters[m] for m in MATRICES) / total
+        return sum(sparsities[matrix] * count for matrix, count in parameters.items()) / total
 
-    now = {matrix: rows[-1][matrix] if rows else 0.0 for matrix in MATRICES}
+    now = {matrix: rows[-1][matrix] if rows else 0.0 for matrix in parameters}
     while effective(now) < UP_TO:
         tried = {
             matrix: now | {matrix: min(round(now[matrix] + steps[matrix], 12), MOST)}
-            for matrix in MATRICES
+            for matrix in parameters
             if now[matrix] < MOST
         }
         errors = {matrix: error(sparsities) for matrix, sparsities in tried.items()}
@@ -146,7 +147,7 @@ def search(
         best = min(errors, key=lambda matrix: errors[matrix])
         now = tried[best]
         reached = effective(now)
-        uniform = error(dict.fromkeys(MATRICES, reached))
+        uniform = error(dict.fromkeys(parameters, reached))
         yield {"effective_sparsity": reached, "error": errors[best], "uniform_error": uniform} | now
 
 
@@ -164,7 +165,8 @@ class _Trial:
         assert isinstance(block, Block)
         self.block = block
         self.outputs = [block(*inputs)[:, self._tail(inputs[0], ERROR_SHARE)].float() for inputs in self.inputs]
-        self.patch: Patch = install_block(block, method, self._rules(dict.fromkeys(MATRICES, 0.0)))
+        dense = {matrix: 0.0 for site in block.sites for matrix in site.matrices}
+        self.patch: Patch = install_block(block, method, self._rules(dense))
 
     def error(self, sparsities: dict[str, float]) -> float:
         """Mean over sequences and channels of the output error's norm over positions."""
@@ -187,8 +189,8 @@ class _Trial:
 
     def _rules(self, sparsities: dict[str, float]) -> list[MatrixRule]:
         rows = [
-            threshold_row(self.histograms, self.method, self.layer, matrix, Choice(sparsities[matrix]))
-            for matrix in MATRICES
+            threshold_row(self.histograms, self.method, self.layer, matrix, Choice(sparsity))
+            for matrix, sparsity in sparsities.items()
         ]
         return [MatrixRule(row["layer"], row["matrix"], row["threshold_bits"]) for row in rows]
 
@@ -216,9 +218,10 @@ def _threshold_form(method: type[ThresholdMethod]) -> ThresholdMethod:
     return method(**parameters)
 
 
-def _parameters(model: RuntimeModel) -> dict[str, int]:
-    config = model.config
-    return {matrix: config.in_features(SITE_OF[matrix]) * config.out_features(matrix) for matrix in MATRICES}
+def _parameters(model: RuntimeModel, layer: int) -> dict[str, int]:
+    """Number of parameters of each matrix of a layer."""
+    own = (site for site in model.sites if site.layer == layer)
+    return {matrix: site.in_features * site.outputs(matrix) for site in own for matrix in site.matrices}
 
 
 def _journalled(path: Path, key: str) -> list[Row]:

@@ -10,14 +10,14 @@ what a threshold drops is still known as an integer. Source: DESIGN contract "Ca
 | `cats`: a method whose score is `gate` | activation function of `gate` | the model's |
 | `wina.q`, ...: a method whose score is `scaled` | abs(x) times the method's scale, per matrix | float32 |
 
-File: safetensors, `LNN.name` int64 [65536] by pattern, `zeros` int64 [layers, names], and the metadata of `Provenance`.
+File: safetensors, `LNN.name` int64 [65536] by pattern, `zeros` int64 [histograms], and the metadata of `Provenance`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from sparsetrace.core.files import InputError, sha256_json, write_beside
-from sparsetrace.formats.names import MATRICES, SITES
 from sparsetrace.formats.numbers import FORMATS, NumberFormat
+from sparsetrace.formats.sites import Site, layer_sites, sites_from_json
 from sparsetrace.methods import METHODS
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Provenance:
         dtype: of the model.
         tokens: counted; no padding among them.
         layers: of the model.
+        sites: of the model.
         scores: names of the methods whose scores were counted besides what enters the sites.
         parts: (text hash, shard, shards) of everything that was added up; empty stands for the one whole text.
     """
@@ -58,6 +59,7 @@ class Provenance:
     dtype: str
     tokens: int
     layers: int
+    sites: tuple[Site, ...]
     scores: tuple[str, ...] = ()
     parts: tuple[tuple[str, int, int], ...] = ()
 
@@ -77,37 +79,49 @@ class Threshold:
     counted: int
 
 
-def names_of(scores: Sequence[str]) -> dict[str, bool]:
-    """Names of the histograms of one layer, and whether each is of float32 scores rather than of the model's dtype."""
-    names = dict.fromkeys(SITES, False)
+def distributions(sites: Sequence[Site], scores: Sequence[str]) -> dict[tuple[int, str], bool]:
+    """Every histogram of a model, by layer and name.
+
+    Args:
+        sites: within layers.
+        scores: names of the methods whose scores are counted besides what enters the sites.
+
+    Returns:
+        Whether each counts float32 scores rather than activations of the model's dtype.
+    """
+    names: dict[int, dict[str, bool]] = {}
+    for site in sites:
+        assert site.layer is not None
+        names.setdefault(site.layer, {})[site.name] = False
     for method in scores:
-        match METHODS[method].score:
-            case "gate":
-                names[method] = False
-            case "scaled":
-                names |= {f"{method}.{matrix}": True for matrix in MATRICES}
-    return names
+        for layer, own in names.items():
+            matrices = [matrix for site in sites if site.layer == layer for matrix in site.matrices]
+            match METHODS[method].score:
+                case "gate" if "gate" in matrices:
+                    own[method] = False
+                case "scaled":
+                    own |= {f"{method}.{matrix}": True for matrix in matrices}
+    return {(layer, name): scaled for layer, own in names.items() for name, scaled in own.items()}
 
 
 class Histograms:
     """Counts of one model, as they lie in its file: all zero at first.
 
     Args:
-        layers: number of layers.
+        sites: of the model; those within layers are counted.
         dtype: of the activations.
         scores: names of the methods whose scores are counted besides what enters the sites.
     """
 
-    def __init__(self, layers: int, dtype: str, scores: Sequence[str] = ()) -> None:
+    def __init__(self, sites: Sequence[Site], dtype: str, scores: Sequence[str] = ()) -> None:
         self.dtype = dtype
-        self.layers = layers
+        self.sites = layer_sites(sites)
         self.scores = tuple(scores)
-        names = names_of(scores)
-        self._formats = {name: "float32" if scaled else dtype for name, scaled in names.items()}
-        keys = [(layer, name) for layer in range(layers) for name in names]
-        self._all = np.zeros((len(keys), NUM_PATTERNS), np.int64)
-        self._zeros = np.zeros(len(keys), np.int64)
-        self._row = {key: row for row, key in enumerate(keys)}
+        found = distributions(self.sites, scores)
+        self._formats = {key: "float32" if scaled else dtype for key, scaled in found.items()}
+        self._all = np.zeros((len(found), NUM_PATTERNS), np.int64)
+        self._zeros = np.zeros(len(found), np.int64)
+        self._row = {key: row for row, key in enumerate(found)}
 
     @property
     def counts(self) -> dict[tuple[int, str], np.ndarray]:
@@ -119,9 +133,9 @@ class Histograms:
         """Counted zeros of both signs by (layer, name)."""
         return {key: int(self._zeros[row]) for key, row in self._row.items()}
 
-    def format(self, name: str) -> NumberFormat:
+    def format(self, layer: int, name: str) -> NumberFormat:
         """Number format of what a histogram counts."""
-        return FORMATS[self._formats[name]]
+        return FORMATS[self._formats[layer, name]]
 
     def magnitudes(self, layer: int, name: str) -> np.ndarray:
         """int64 [32768]: counts by magnitude, both signs folded."""
@@ -137,7 +151,7 @@ class Histograms:
         # repr: the sparsity that the user wrote, not its nearest binary fraction
         wanted = -(-Fraction(repr(sparsity)) * counted // 1)
         bucket = int(np.searchsorted(cumulative, int(wanted)))
-        shift = self.format(name).count_shift
+        shift = self.format(layer, name).count_shift
         return Threshold(((bucket + 1) << shift) - 1, int(cumulative[bucket]), counted)
 
     def dropped(self, layer: int, name: str, bits: int) -> Threshold | None:
@@ -145,7 +159,7 @@ class Histograms:
         cumulative = np.cumsum(self.magnitudes(layer, name))
         if bits == 0:
             return Threshold(0, self.zeros[layer, name], int(cumulative[-1]))
-        bucket, rest = divmod(bits + 1, 1 << self.format(name).count_shift)
+        bucket, rest = divmod(bits + 1, 1 << self.format(layer, name).count_shift)
         return None if rest else Threshold(bits, int(cumulative[bucket - 1]), int(cumulative[-1]))
 
     def add(self, other: Histograms) -> None:
@@ -177,13 +191,13 @@ class Histograms:
 
     def _write(self, path: Path, metadata: dict[str, str]) -> None:
         arrays = {f"L{layer:02d}.{name}": counts for (layer, name), counts in self.counts.items()}
-        arrays["zeros"] = self._zeros.reshape(self.layers, -1)
+        arrays["zeros"] = self._zeros
         with write_beside(path) as partial:
             # `save_file` writes to a temporary file of its own, which a kill would leave
             partial.write_bytes(save(arrays, metadata=metadata))
 
     def _read(self, file: safe_open) -> None:
-        self._zeros[:] = file.get_tensor("zeros").reshape(-1)
+        self._zeros[:] = file.get_tensor("zeros")
         for (layer, name), counts in self.counts.items():
             counts[:] = file.get_tensor(f"L{layer:02d}.{name}")
 
@@ -197,8 +211,10 @@ class Histograms:
                     raise InputError(f"histograms: {path} must be a histogram file of sparsetrace, got another")
                 fields = json.loads(metadata)
                 parts = tuple((text, shard, shards) for text, shard, shards in fields.pop("parts", ()))
-                provenance = Provenance(**fields | {"scores": tuple(fields.get("scores", ())), "parts": parts})
-                histograms = Histograms(provenance.layers, provenance.dtype, scores=provenance.scores)
+                sites = sites_from_json(fields.pop("sites"))
+                scores = tuple(fields.pop("scores", ()))
+                provenance = Provenance(**fields, sites=sites, scores=scores, parts=parts)
+                histograms = Histograms(sites, provenance.dtype, scores)
                 histograms._read(file)
         except (SafetensorError, OSError) as error:
             raise InputError(f"histograms: {path} must be a readable histogram file, got {error}") from None
@@ -209,16 +225,18 @@ class ActivationCounter:
     """Counts what a model's activations are, on its device.
 
     Args:
-        layers: number of layers.
+        sites: of the model; those within layers are counted.
         dtype: of the activations.
         device: where they are counted.
         scores: names of the methods whose scores are counted besides what enters the sites.
     """
 
-    def __init__(self, layers: int, dtype: str, device: torch.device | str = "cpu", scores: Sequence[str] = ()) -> None:
+    def __init__(
+        self, sites: Sequence[Site], dtype: str, device: torch.device | str = "cpu", scores: Sequence[str] = ()
+    ) -> None:
         import torch
 
-        self._host = Histograms(layers, dtype, scores)
+        self._host = Histograms(sites, dtype, scores)
         self.scores = self._host.scores
         # one tensor, so that a question to all of them is one answer from the device
         self._all = torch.zeros(self._host._all.shape, dtype=torch.int64, device=device)
@@ -231,7 +249,7 @@ class ActivationCounter:
 
         x = x.contiguous()
         row = self._host._row[layer, name]
-        if shift := self._host.format(name).count_shift:
+        if shift := self._host.format(layer, name).count_shift:
             self._float32_zeros[row] += (x == 0).sum()
             x = (x.view(torch.int32) >> shift).to(torch.int16).view(torch.float16)
         self._add(x, self._all[row])
@@ -244,13 +262,17 @@ class ActivationCounter:
         if not bool(positive.any() | negative.any()):
             return None
         found = self.histograms()
-        return next((k for k in found._row if k[1] in SITES and found.magnitudes(*k)[first:].any()), None)
+        for site in found.sites:
+            assert site.layer is not None
+            if found.magnitudes(site.layer, site.name)[first:].any():
+                return site.layer, site.name
+        return None
 
     def histograms(self) -> Histograms:
         """What has been counted so far; the next call puts what it finds into the same ones."""
         host = self._host
         host._all[:] = self._all.cpu().numpy()
-        apart = [host.format(name).count_shift > 0 for _, name in host._row]
+        apart = [host.format(*key).count_shift > 0 for key in host._row]
         both_signs = host._all[:, 0] + host._all[:, NUM_MAGNITUDES]
         host._zeros[:] = np.where(apart, self._float32_zeros.cpu().numpy(), both_signs)
         return host
@@ -281,7 +303,7 @@ def merge(paths: Sequence[Path], out: Path) -> Provenance:
     tokens = first.tokens
     for path in paths[1:]:
         histograms, provenance = Histograms.load(path)
-        for name in ("model_hash", "dtype", "layers", "scores"):
+        for name in ("model_hash", "dtype", "layers", "sites", "scores"):
             if getattr(provenance, name) != getattr(first, name):
                 raise InputError(
                     f"histograms: {name} of all files must be that of {paths[0]}, {getattr(first, name)}, "
@@ -303,7 +325,7 @@ def merge(paths: Sequence[Path], out: Path) -> Provenance:
             )
     text_hash = next(iter(texts)) if len(texts) == 1 else sha256_json(sorted(texts))
     whole = tuple((text, 0, 1) for text in sorted(texts)) if len(texts) > 1 else ()
-    merged = Provenance(first.model_hash, text_hash, first.dtype, tokens, first.layers, first.scores, whole)
+    merged = replace(first, text_hash=text_hash, tokens=tokens, parts=whole)
     total.save(out, merged)
     return merged
 

@@ -27,9 +27,17 @@ from torch import Tensor
 
 from sparsetrace.calibration.allocation import Table
 from sparsetrace.core.files import InputError, read_json, write_beside
-from sparsetrace.formats.names import MATRICES, SITE_OF
 
 Rule = Literal["teal", "magnitude"]
+
+# The matrices of TEAL's files, in the order of their columns, and the site whose histogram each reads.
+SITE_OF = {
+    **dict.fromkeys(("q", "k", "v"), "attn_in"),
+    "o": "attn_out",
+    **dict.fromkeys(("gate", "up"), "mlp_in"),
+    "down": "mlp_mid",
+}
+MATRICES = tuple(SITE_OF)
 
 # Where each site's histogram lies: folder and key of `histograms.pt`.
 PLACES = {
@@ -257,7 +265,7 @@ def read_lookup(folder: Path, layers: int) -> dict[int, Table]:
         if not rows or not all(map(math.isfinite, numbers)) or columns[_COLUMNS[0]] != sorted(columns[_COLUMNS[0]]):
             raise InputError(f"import-teal: {path} must list ascending finite effective sparsities, got another table")
         effective, by_search, uniform = (columns[name] for name in _COLUMNS)
-        tables[layer] = Table(effective, by_search, uniform, sparsities)
+        tables[layer] = Table(MATRICES, effective, by_search, uniform, sparsities)
     return tables
 
 

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from sparsetrace.calibration.allocation import Choice, greedy_targets, read_threshold_file
 from sparsetrace.calibration.histogram import Histograms, Provenance
 from sparsetrace.core.files import InputError, write_beside
-from sparsetrace.formats.names import MATRICES
+from sparsetrace.formats.sites import by_leaf, layer_sites
 from sparsetrace.formats.tables import THRESHOLDS
 from sparsetrace.methods import METHODS, FromFile, MatrixRule, Method, PerLayer, ThresholdMethod
 
@@ -93,7 +93,9 @@ def derive_thresholds(
     choices, notes = _choices(method, provenance, tables or [])
     rows = [threshold_row(histograms, method, *place, choice) for place, choice in choices.items()]
     # what a person asks for; which shards it was added up from is in the histograms
-    calibration = {name: value for name, value in asdict(provenance).items() if name not in ("scores", "parts")}
+    calibration = {
+        name: value for name, value in asdict(provenance).items() if name not in ("sites", "scores", "parts")
+    }
     content = {
         "label": label,
         "method": method.name,
@@ -112,10 +114,11 @@ def refuse_uncounted(method: Method, histograms: Histograms, path: Path) -> None
     Raises:
         InputError: names them.
     """
-    if missing := [name for name in method.needs if (0, name) not in histograms.counts]:
+    if missing := [key for key in method.needs(histograms.sites) if key not in histograms.counts]:
+        names = dict.fromkeys(name for _, name in missing)
         raise InputError(
             f"thresholds: {path} must hold the distributions that method {method.name} needs, got none of "
-            f"{', '.join(missing)}: calibrate with --score {method.name}"
+            f"{', '.join(names)}: calibrate with --score {method.name}"
         )
 
 
@@ -130,10 +133,10 @@ def threshold_row(histograms: Histograms, method: Method, layer: int, matrix: st
     """
     row: dict[str, Any] = dict.fromkeys(THRESHOLDS.names) | {"layer": layer, "matrix": matrix}
     row["target_sparsity"] = choice.sparsity
-    if matrix not in method.thresholded:
+    if not method.needs_threshold(matrix):
         return row
-    name = method.histogram(matrix)
-    number = histograms.format(name)
+    name = method.histogram(by_leaf(histograms.sites)[layer, matrix], matrix)
+    number = histograms.format(layer, name)
     if choice.threshold is None:
         assert choice.sparsity is not None
         found = histograms.threshold(layer, name, choice.sparsity)
@@ -159,10 +162,10 @@ def _choices(
     method: Method, provenance: Provenance, tables: list[Path]
 ) -> tuple[dict[tuple[int, str], Choice], tuple[str, ...]]:
     """What is chosen for each layer and matrix, and what a person should know of it."""
-    places = [(layer, matrix) for layer in range(provenance.layers) for matrix in MATRICES]
+    sites = by_leaf(layer_sites(provenance.sites))
     allocation = method.allocation if isinstance(method, ThresholdMethod) else "uniform"
     if isinstance(allocation, FromFile):
-        return read_threshold_file(Path(allocation.file), provenance.layers), ()
+        return read_threshold_file(Path(allocation.file), provenance.sites), ()
     if isinstance(allocation, PerLayer) and len(allocation.per_layer) != provenance.layers:
         raise InputError(
             f"thresholds: per_layer must have a target for each of the model's {provenance.layers} layers, "
@@ -171,7 +174,7 @@ def _choices(
     if allocation == "greedy":
         assert isinstance(method, ThresholdMethod) and method.sparsity is not None
         return greedy_targets(tables, method, provenance)
-    return {place: Choice(method.target(*place)) for place in places}, ()
+    return {(layer, matrix): Choice(method.target(layer, matrix)) for layer, matrix in sites if layer is not None}, ()
 
 
 def read_thresholds(path: Path, model: RuntimeModel) -> Thresholds:
@@ -199,6 +202,6 @@ def read_thresholds(path: Path, model: RuntimeModel) -> Thresholds:
 
 def dense_thresholds(model: RuntimeModel) -> Thresholds:
     """The setting that drops nothing, which needs no calibration."""
-    places = [(layer, matrix) for layer in range(model.config.num_hidden_layers) for matrix in MATRICES]
+    leaves = by_leaf(layer_sites(model.sites))
     empty: dict[str, Any] = dict.fromkeys(THRESHOLDS.names)
-    return Thresholds("dense", METHODS["dense"](), {}, [empty | {"layer": la, "matrix": m} for la, m in places])
+    return Thresholds("dense", METHODS["dense"](), {}, [empty | {"layer": la, "matrix": m} for la, m in leaves])

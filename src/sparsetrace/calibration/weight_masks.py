@@ -27,7 +27,6 @@ from torch import Tensor
 from sparsetrace.calibration.calibrate import PASS_TOKENS, calibration_windows
 from sparsetrace.core.files import InputError, read_json, sha256_json, write_folder_beside, write_json
 from sparsetrace.core.settings import Calibration, Machine
-from sparsetrace.formats.names import SITES
 from sparsetrace.formats.tables import WEIGHT_MASKS
 from sparsetrace.methods import WeightMethod
 from sparsetrace.model.decoder import Block, Decoder
@@ -60,7 +59,7 @@ def prune(
     Raises:
         InputError: the method needs a text and gets none, or does not fit the model's widths.
     """
-    method.refuse_model(model.config)
+    method.refuse_model(model.sites)
     if method.needs_norms and text is None:
         raise InputError(f"prune: --text must be given for method {method.name}, which reads activations, got none")
     if out.exists() and not (out / MASK_FILE).is_file() and any(out.iterdir()):
@@ -90,12 +89,13 @@ def prune(
 
 def _prune_block(block: Block, method: WeightMethod, inputs: list[tuple[Any, ...]]) -> Iterator[tuple[str, Tensor]]:
     """Mask the weights of one layer, whose inputs are given, and yield each matrix's mask."""
-    norms = {site: _norms(block, site, inputs) for site in SITES} if method.needs_norms else dict.fromkeys(SITES)
-    for site in SITES:
-        projection = getattr(block, site)
-        for matrix, columns in projection.columns.items():
-            weight_KN = projection.weight[:, columns]
-            keep_KN = method.keep(weight_KN, norms[site])
+    names = [site.name for site in block.sites]
+    norms = {name: _norms(block, name, inputs) for name in names} if method.needs_norms else dict.fromkeys(names)
+    for name in names:
+        projection = getattr(block, name)
+        for matrix in projection.columns:
+            weight_KN = projection.matrix(matrix)
+            keep_KN = method.keep(weight_KN, norms[name])
             weight_KN.masked_fill_(~keep_KN, 0)
             yield matrix, keep_KN
 

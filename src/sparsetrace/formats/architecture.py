@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sparsetrace.formats.names import SITES
 from sparsetrace.formats.sites import Site
 
 if TYPE_CHECKING:
@@ -50,35 +49,6 @@ class ModelConfig:
         dtype = getattr(torch, self.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
-
-    def out_features(self, matrix: str) -> int:
-        """Outputs of one matrix."""
-        return {
-            "q": self.num_attention_heads * self.head_dim,
-            "k": self.num_key_value_heads * self.head_dim,
-            "v": self.num_key_value_heads * self.head_dim,
-            "o": self.hidden_size,
-            "gate": self.intermediate_size,
-            "up": self.intermediate_size,
-            "down": self.hidden_size,
-        }[matrix]
-
-    def in_features(self, site: str) -> int:
-        """Width of the vector read at a site."""
-        return {
-            "attn_in": self.hidden_size,
-            "attn_out": self.num_attention_heads * self.head_dim,
-            "mlp_in": self.hidden_size,
-            "mlp_mid": self.intermediate_size,
-        }[site]
-
-    def columns(self, site: str) -> dict[str, slice]:
-        """Columns of each matrix in the site's merged weight."""
-        stop, columns = 0, {}
-        for matrix in SITES[site]:
-            start, stop = stop, stop + self.out_features(matrix)
-            columns[matrix] = slice(start, stop)
-        return columns
 
 
 def sites_of(config: ModelConfig) -> tuple[Site, ...]:

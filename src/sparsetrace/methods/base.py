@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.names import MATRICES, SITE_OF, SITES, Parts
+from sparsetrace.formats.sites import Leaf, Parts, Site, layer_sites
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +29,7 @@ class MatrixRule:
 
     Args:
         layer: layer number.
-        matrix: one of `q k v o gate up down`.
+        matrix: one of the layer's.
         threshold_bits: score as bit pattern, kept strictly above: in the model's dtype, or in float32 where the
             method's score is `scaled`; None where not calibrated.
         scale: float32 [K], what |x| is multiplied with before it is compared; from `Method.scale`, set when the
@@ -67,35 +68,40 @@ class Method(BaseModel):
         raise NotImplementedError
 
     @property
-    def thresholded(self) -> tuple[str, ...]:
-        """Matrices whose rule must carry a threshold; generation refuses to start without."""
-        return MATRICES if self.score is not None else ()
-
-    @property
     def needs_thresholds(self) -> bool:
         """Whether the method needs anything from calibration."""
-        return bool(self.thresholded)
+        return self.score is not None
+
+    def needs_threshold(self, matrix: str) -> bool:
+        """Whether a matrix's rule must carry a threshold; generation refuses to start without."""
+        return self.needs_thresholds
 
     def target(self, layer: int, matrix: str) -> float | None:
         """Target sparsity of a matrix's input, None where the method has none or an allocation decides."""
         return None
 
-    def histogram(self, matrix: str) -> str:
-        """Name of the distribution that a matrix's threshold is a quantile of."""
+    def histogram(self, site: Site, matrix: str) -> str:
+        """Name of the distribution, among those of the site's layer, that a matrix's threshold is a quantile of."""
         match self.score:
             case "scaled":
                 return f"{self.name}.{matrix}"
             case "gate":
                 return self.name
             case _:
-                return SITE_OF[matrix]
+                return site.name
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Names of the distributions that calibration must have counted."""
-        return tuple(dict.fromkeys(self.histogram(matrix) for matrix in self.thresholded))
+    def needs(self, sites: Iterable[Site]) -> tuple[Leaf, ...]:
+        """Layer and name of the distributions that calibration must have counted, in the order of execution."""
+        return tuple(
+            dict.fromkeys(
+                (site.layer, self.histogram(site, matrix))
+                for site in layer_sites(sites)
+                for matrix in site.matrices
+                if self.needs_threshold(matrix)
+            )
+        )
 
-    def refuse_model(self, config: ModelConfig) -> None:
+    def refuse_model(self, config: ModelConfig, sites: Iterable[Site]) -> None:
         """Refuse a model that the method cannot be used with.
 
         Raises:
@@ -180,16 +186,23 @@ class Method(BaseModel):
         return None
 
 
-def operand_parts(method: Method, rules: list[MatrixRule]) -> Parts:
-    """Which matrices of a model read one operand, from all its rules."""
-    by_matrix = {(rule.layer, rule.matrix): rule for rule in rules}
-    return {
-        (layer, site): [
-            [rule.matrix for rule in part] for part in method.parts([by_matrix[layer, matrix] for matrix in matrices])
-        ]
-        for layer in dict.fromkeys(rule.layer for rule in rules)
-        for site, matrices in SITES.items()
-    }
+def operand_parts(method: Method, sites: Iterable[Site], rules: list[MatrixRule]) -> Parts:
+    """Which matrices of each site read one operand.
+
+    Args:
+        method: decides about the sites within layers; the matrices of any other site read the vector as it is.
+        sites: of the model, or some of them.
+        rules: of at least the matrices of these sites that lie within layers.
+    """
+    by_matrix: dict[Leaf, MatrixRule] = {(rule.layer, rule.matrix): rule for rule in rules}
+    parts: Parts = {}
+    for site in sites:
+        if site.layer is None:
+            parts[site.key] = [list(site.matrices)]
+        else:
+            cut = method.parts([by_matrix[leaf] for leaf in site.leaves])
+            parts[site.key] = [[rule.matrix for rule in part] for part in cut]
+    return parts
 
 
 class PerLayer(BaseModel):
@@ -197,17 +210,9 @@ class PerLayer(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    per_layer: tuple[Sparsity | dict[Literal["q", "k", "v", "o", "gate", "up", "down"], Sparsity], ...] = Field(
-        min_length=1, description="one target per layer, or one for each of its seven matrices"
+    per_layer: tuple[Sparsity | dict[str, Sparsity], ...] = Field(
+        min_length=1, description="one target per layer, or one for each of its matrices"
     )
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        for layer, target in enumerate(self.per_layer):
-            missing = [matrix for matrix in MATRICES if isinstance(target, dict) and matrix not in target]
-            if missing:
-                raise ValueError(f"per_layer must give all seven matrices in layer {layer}, got none for {missing}")
-        return self
 
 
 class FromFile(BaseModel):
@@ -265,7 +270,11 @@ class ThresholdMethod(Method):
                     f"got {len(self.allocation.per_layer)}"
                 )
             entry = self.allocation.per_layer[layer]
-            return entry[matrix] if isinstance(entry, dict) else entry  # type: ignore[index]
+            if isinstance(entry, dict) and matrix not in entry:
+                raise InputError(
+                    f"thresholds: per_layer must give a target for every matrix of layer {layer}, got none for {matrix}"
+                )
+            return entry[matrix] if isinstance(entry, dict) else entry
         return self.sparsity if self.allocation == "uniform" else None
 
     def same_mask(self, one: MatrixRule, other: MatrixRule) -> bool:

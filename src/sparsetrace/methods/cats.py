@@ -31,12 +31,11 @@ class Cats(Method):
     def label(self) -> str:
         return f"{self.name}-{self.sparsity:g}"
 
-    @property
-    def thresholded(self) -> tuple[str, ...]:
-        return ("up", "down")
+    def needs_threshold(self, matrix: str) -> bool:
+        return matrix in ("up", "down")
 
     def target(self, layer: int, matrix: str) -> float | None:
-        return self.sparsity if matrix in self.thresholded else None
+        return self.sparsity if self.needs_threshold(matrix) else None
 
     def keep_outputs(
         self,

@@ -13,7 +13,10 @@ from sparsetrace.core.files import InputError
 from sparsetrace.methods.base import Method
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from sparsetrace.formats.architecture import ModelConfig
+    from sparsetrace.formats.sites import Site
 
 
 class ExactZeros(Method):
@@ -25,7 +28,7 @@ class ExactZeros(Method):
     def label(self) -> str:
         return self.name
 
-    def refuse_model(self, config: ModelConfig) -> None:
+    def refuse_model(self, config: ModelConfig, sites: Iterable[Site]) -> None:
         if config.hidden_act != "relu":
             raise InputError(
                 f"method exact_zeros: hidden_act of the model must be relu, got {config.hidden_act}, which makes no "

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, field_validator
 
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.names import SITES
+from sparsetrace.formats.sites import layer_sites
 from sparsetrace.methods.base import MatrixRule, Method
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
     from sparsetrace.formats.architecture import ModelConfig
+    from sparsetrace.formats.sites import Site
 
 
 def parse_pattern(value: Any) -> str:
@@ -42,6 +45,21 @@ def pattern_numbers(pattern: str) -> tuple[int, int]:
     return int(n), int(m)
 
 
+def refuse_indivisible(method: str, pattern: str, sites: Iterable[Site]) -> None:
+    """Refuse a model with a site whose width M does not divide.
+
+    Raises:
+        InputError: names the first such site.
+    """
+    _, m = pattern_numbers(pattern)
+    for site in layer_sites(sites):
+        if site.in_features % m:
+            raise InputError(
+                f"method {method}: inputs of every matrix must be a multiple of {m} for {pattern}, got "
+                f"{site.in_features} at {site.name}"
+            )
+
+
 class NM(Method):
     """The same pattern for every matrix."""
 
@@ -62,14 +80,8 @@ class NM(Method):
         n, m = pattern_numbers(self.pattern)
         return 1 - n / m
 
-    def refuse_model(self, config: ModelConfig) -> None:
-        _, m = pattern_numbers(self.pattern)
-        for site in SITES:
-            if config.in_features(site) % m:
-                raise InputError(
-                    f"method nm: inputs of every matrix must be a multiple of {m} for {self.pattern}, got "
-                    f"{config.in_features(site)} at {site}"
-                )
+    def refuse_model(self, config: ModelConfig, sites: Iterable[Site]) -> None:
+        refuse_indivisible(self.name, self.pattern, sites)
 
     def most_of_neighbours(self) -> tuple[int, int] | None:
         return pattern_numbers(self.pattern)

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from sparsetrace.core.files import InputError
-from sparsetrace.formats.names import SITES
 from sparsetrace.methods.base import Sparsity, kept_count
-from sparsetrace.methods.nm import parse_pattern, pattern_numbers
+from sparsetrace.methods.nm import parse_pattern, pattern_numbers, refuse_indivisible
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
-    from sparsetrace.formats.architecture import ModelConfig
+    from sparsetrace.formats.sites import Site
 
 # Outputs whose masks are decided at a time; bounds the memory of the keys that are ranked.
 OUTPUTS = 512
@@ -45,15 +45,10 @@ class WeightMethod(BaseModel):
             raise ValueError(f"{self.name}: either sparsity or pattern must be given, got {self.model_dump()}")
         return self
 
-    def refuse_model(self, config: ModelConfig) -> None:
+    def refuse_model(self, sites: Iterable[Site]) -> None:
         """Refuse a model whose widths the pattern does not divide."""
-        for site in SITES:
-            width = config.in_features(site)
-            if self.pattern is not None and width % pattern_numbers(self.pattern)[1]:
-                raise InputError(
-                    f"method {self.name}: inputs of every matrix must be a multiple of "
-                    f"{pattern_numbers(self.pattern)[1]} for {self.pattern}, got {width} at {site}"
-                )
+        if self.pattern is not None:
+            refuse_indivisible(self.name, self.pattern, sites)
 
     def score(self, weight_KN: Tensor, norms_K: Tensor | None) -> Tensor:
         """What weights are compared by, as integers that are ordered as the scores are.

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from sparsetrace.formats.names import MATRICES
 from sparsetrace.methods.base import MatrixRule, Score, ThresholdMethod, kept_count
 
 if TYPE_CHECKING:
@@ -44,8 +43,8 @@ class Wina(ThresholdMethod):
         return label if self.select == "topk" else label.replace(self.name, f"{self.name}-threshold", 1)
 
     @property
-    def thresholded(self) -> tuple[str, ...]:
-        return MATRICES if self.select == "threshold" else ()
+    def needs_thresholds(self) -> bool:
+        return self.select == "threshold"
 
     @staticmethod
     def scale(weight_KN: Tensor) -> Tensor | None:

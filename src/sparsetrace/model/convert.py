@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from threading import local
@@ -39,12 +40,12 @@ from sparsetrace.core.files import (
     write_json,
 )
 from sparsetrace.core.settings import Conversion
-from sparsetrace.formats.architecture import ModelConfig, RopeScaling
-from sparsetrace.formats.names import SITES
+from sparsetrace.formats.architecture import ModelConfig, RopeScaling, sites_of
 from sparsetrace.formats.numbers import FORMATS
+from sparsetrace.formats.sites import Site, layer_sites
 from sparsetrace.formats.versions import MODEL_VERSION
 from sparsetrace.model.decoder import ACTIVATIONS
-from sparsetrace.model.runtime import RuntimeModel, open_model, source_weight
+from sparsetrace.model.runtime import RuntimeModel, open_model
 from sparsetrace.model.tokenizer import COMPANION_FILES, TOKENIZER_FILES, Tokenizer, begin_token
 
 # An output file takes no further tensor when it reaches this.
@@ -133,6 +134,7 @@ def convert(
             "source_hash": source_hash,
             "model_hash": sha256_json([architecture, {key: t["sha256"] for key, t in tensors.items()}, tokenizer]),
             "architecture": architecture,
+            "sites": [dataclasses.asdict(site) for site in sites_of(config)],
             "bos": bos,
             "eos": sorted(eos),
             "tensors": tensors,
@@ -301,6 +303,12 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
+# Where the matrices of a layer are in a checkpoint.
+SOURCE_MODULES = {matrix: f"self_attn.{matrix}_proj" for matrix in ("q", "k", "v", "o")} | {
+    matrix: f"mlp.{matrix}_proj" for matrix in ("gate", "up", "down")
+}
+
+
 def _plan(config: ModelConfig, source: _Source) -> Iterator[tuple[str, list[str]]]:
     """Every runtime tensor with the checkpoint tensors it is made of."""
     # where they are tied, a checkpoint holds one of two names
@@ -310,8 +318,9 @@ def _plan(config: ModelConfig, source: _Source) -> Iterator[tuple[str, list[str]
         prefix = f"model.layers.{layer}"
         yield f"layers.{layer}.attn_norm.weight", [f"{prefix}.input_layernorm.weight"]
         yield f"layers.{layer}.mlp_norm.weight", [f"{prefix}.post_attention_layernorm.weight"]
-        for site, matrices in SITES.items():
-            yield f"layers.{layer}.{site}.weight", [source_weight(layer, matrix) for matrix in matrices]
+        for site in (site for site in layer_sites(sites_of(config)) if site.layer == layer):
+            sources = [f"{prefix}.{SOURCE_MODULES[matrix]}.weight" for matrix in site.matrices]
+            yield f"layers.{layer}.{site.name}.weight", sources
     yield "norm.weight", ["model.norm.weight"]
     if not config.tie_word_embeddings:
         yield "lm_head", ["lm_head.weight"]
@@ -324,15 +333,19 @@ def _is_finite(x: Tensor) -> bool:
 
 def _shape(config: ModelConfig, name: str) -> list[int]:
     """Of a runtime tensor."""
-    if site := _site(name):
-        return [config.in_features(site), max(columns.stop for columns in config.columns(site).values())]
+    if site := _site(config, name):
+        return [site.in_features, site.width]
     return [config.vocab_size, config.hidden_size] if name in ("embedding", "lm_head") else [config.hidden_size]
 
 
-def _site(name: str) -> str | None:
+@cache
+def _sites_by_tensor(config: ModelConfig) -> dict[str, Site]:
+    return {f"layers.{site.layer}.{site.name}.weight": site for site in layer_sites(sites_of(config))}
+
+
+def _site(config: ModelConfig, name: str) -> Site | None:
     """Whose matrices a runtime tensor holds, if it is a site's."""
-    site = name.split(".")[-2] if name.startswith("layers.") else None
-    return site if site in SITES else None
+    return _sites_by_tensor(config).get(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,7 +433,8 @@ def _write_weights(
     ):
         for name, digest in zip(plan, pool.map(make, plan), strict=True):
             file = file_of[name]
-            tensors[name] = {"file": file.path.name, "shape": _shape(config, name), "sha256": digest}
+            shape = _shape(config, name)
+            tensors[name] = {"file": file.path.name, "shape": shape, "sha256": digest, "sources": plan[name]}
             if name == list(file.offsets)[-1]:
                 flushed.append(flusher.submit(sync, file.path))
             if report is not None:
@@ -455,11 +469,10 @@ def _write_at(path: Path, offset: int, data: bytes | memoryview) -> None:
 
 def _make(out: Tensor, config: ModelConfig, source: _Source, name: str, parts: list[str]) -> None:
     """Fill a runtime tensor."""
-    if site := _site(name):
-        columns = config.columns(site)
-        for matrix, part in zip(SITES[site], parts, strict=True):
-            first = columns[matrix].start
-            for start, strip_NK in source.strips(part, [config.out_features(matrix), len(out)], out.dtype):
+    if site := _site(config, name):
+        for (matrix, columns), part in zip(site.columns.items(), parts, strict=True):
+            first = columns.start
+            for start, strip_NK in source.strips(part, [site.outputs(matrix), len(out)], out.dtype):
                 # two copies, of which torch does the first in blocks, take a third of the time of one
                 out[:, first + start : first + start + len(strip_NK)] = strip_NK.T.contiguous()
     else:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparsetrace.formats.architecture import ModelConfig
-from sparsetrace.formats.names import SITES
+from sparsetrace.formats.architecture import ModelConfig, sites_of
+from sparsetrace.formats.sites import Site
 
 ACTIVATIONS = {"silu": functional.silu, "relu": functional.relu}
 
@@ -36,19 +36,30 @@ class Projection(nn.Module):
     """y = x @ W for all matrices that read one site, side by side.
 
     Args:
-        config: of the model.
-        site: one of `schema.SITES`.
+        site: with the matrices and their widths.
+        dtype: of the weights.
+
+    Attributes:
+        columns: of the merged weight, for each matrix.
     """
 
-    def __init__(self, config: ModelConfig, site: str) -> None:
+    def __init__(self, site: Site, dtype: torch.dtype) -> None:
         super().__init__()
-        self.columns = config.columns(site)
-        N = max(columns.stop for columns in self.columns.values())
+        self.site = site
+        self.columns = site.columns
         # input-major: a dropped input skips one contiguous row
-        self.weight = nn.Parameter(torch.empty(config.in_features(site), N, dtype=config.torch_dtype))
+        self.weight = nn.Parameter(torch.empty(site.in_features, site.width, dtype=dtype))
 
     def forward(self, x_BTK: Tensor) -> Tensor:
-        return multiply(x_BTK, self.weight)
+        return self.product(x_BTK)
+
+    def product(self, x_BTK: Tensor, columns: slice | None = None) -> Tensor:
+        """x @ W of some neighbouring columns; of all if None."""
+        return multiply(x_BTK, self.weight if columns is None else self.weight[:, columns])
+
+    def matrix(self, name: str) -> Tensor:
+        """[K, N] weight of one matrix, a view."""
+        return self.weight[:, self.columns[name]]
 
 
 class RMSNorm(nn.Module):
@@ -117,18 +128,20 @@ def rotate(x_BTHD: Tensor, cos_BT1D: Tensor, sin_BT1D: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """One decoder layer; its four `Projection`s carry the names of the sites."""
+    """One decoder layer; its `Projection`s carry the names of its sites."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, sites: tuple[Site, ...]) -> None:
         super().__init__()
         self.config = config
         self.layer = layer
+        self.sites = sites
+        projections = {site.name: Projection(site, config.torch_dtype) for site in sites}
         self.attn_norm = RMSNorm(config)
-        self.attn_in = Projection(config, "attn_in")
-        self.attn_out = Projection(config, "attn_out")
+        self.attn_in = projections["attn_in"]
+        self.attn_out = projections["attn_out"]
         self.mlp_norm = RMSNorm(config)
-        self.mlp_in = Projection(config, "mlp_in")
-        self.mlp_mid = Projection(config, "mlp_mid")
+        self.mlp_in = projections["mlp_in"]
+        self.mlp_mid = projections["mlp_mid"]
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x_BTC: Tensor, context: "Context", cache: KVCache | None) -> Tensor:
@@ -181,7 +194,8 @@ def rotary_factors(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tens
 def attend(config: ModelConfig, layer: int, qkv_BTN: Tensor, context: Context, cache: KVCache | None) -> Tensor:
     """Rotary embedding, cache and attention of one layer: [B, T, N] of q, k, v side by side to [B, T, K]."""
     B, T, _ = qkv_BTN.shape
-    q, k, v = qkv_BTN.split([config.out_features(matrix) for matrix in SITES["attn_in"]], dim=-1)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    q, k, v = qkv_BTN.split([heads * config.head_dim, kv_heads * config.head_dim, kv_heads * config.head_dim], dim=-1)
     q_BTHD = rotate(q.reshape(B, T, -1, config.head_dim), *context.rotary)
     k_BTGD = rotate(k.reshape(B, T, -1, config.head_dim), *context.rotary)
     v_BTGD = v.reshape(B, T, -1, config.head_dim)
@@ -199,13 +213,21 @@ def _table(config: ModelConfig) -> nn.Parameter:
 
 
 class Decoder(nn.Module):
-    """Token ids to hidden states, and hidden states to logits."""
+    """Token ids to hidden states, and hidden states to logits.
+
+    Attributes:
+        sites: where vectors are read, in the order of execution.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.sites = sites_of(config)
         self.embedding = _table(config)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Block(config, layer, tuple(site for site in self.sites if site.layer == layer))
+            for layer in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config)
         # one parameter under two names where they are tied
         self.lm_head = self.embedding if config.tie_word_embeddings else _table(config)

@@ -40,7 +40,6 @@ from torch.nn import functional
 
 from sparsetrace.core.files import InputError, refuse_strangers, write_folder_beside, write_json
 from sparsetrace.formats.architecture import ModelConfig
-from sparsetrace.formats.names import SITES
 from sparsetrace.model.decoder import Block, Decoder
 
 STEPS = 400
@@ -571,11 +570,11 @@ def hugging_face_weights(model: Decoder) -> dict[str, Tensor]:
         prefix = f"model.layers.{number}"
         weights[f"{prefix}.input_layernorm.weight"] = layer.attn_norm.weight.detach()
         weights[f"{prefix}.post_attention_layernorm.weight"] = layer.mlp_norm.weight.detach()
-        for site in SITES:
-            weight_KN = getattr(layer, site).weight.detach()
-            block = "self_attn" if site.startswith("attn") else "mlp"
-            for matrix, columns in config.columns(site).items():
-                weights[f"{prefix}.{block}.{matrix}_proj.weight"] = weight_KN[:, columns].T.contiguous()
+        for site in layer.sites:
+            block = "self_attn" if site.name.startswith("attn") else "mlp"
+            for matrix in site.matrices:
+                weight_KN = getattr(layer, site.name).matrix(matrix).detach()
+                weights[f"{prefix}.{block}.{matrix}_proj.weight"] = weight_KN.T.contiguous()
     weights["model.norm.weight"] = model.norm.weight.detach()
     if not config.tie_word_embeddings:
         weights["lm_head.weight"] = model.lm_head.detach()

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +10,9 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsetrace.core.files import InputError
 from sparsetrace.formats.architecture import ModelConfig
-from sparsetrace.formats.names import SITES, Parts
+from sparsetrace.formats.sites import Leaf, Parts, Site, SiteKey, by_leaf, layer_sites
 from sparsetrace.methods import MatrixRule, Method, operand_parts
-from sparsetrace.model.decoder import ACTIVATIONS, Block, Decoder, Projection, multiply
+from sparsetrace.model.decoder import ACTIVATIONS, Block, Decoder, Projection
 from sparsetrace_kernels.reference import mask_operand
 
 Record = Callable[[int, str, Tensor], None]
@@ -25,6 +24,7 @@ class Patch:
     Args:
         method: decides the masks.
         config: of the model.
+        sites: within layers, which the method decides about.
 
     Attributes:
         sparsified_BT: which rows of the coming pass the method applies to; True for all, False for none.
@@ -36,14 +36,15 @@ class Patch:
         modules: what was put into the model, by (layer, site).
     """
 
-    def __init__(self, method: Method, config: ModelConfig) -> None:
+    def __init__(self, method: Method, config: ModelConfig, sites: tuple[Site, ...]) -> None:
         self.method = method
         self.config = config
+        self.sites = sites
         self.sparsified_BT: Tensor | bool = False
         self.dense_BT: Tensor | None = None
         self.record: Record | None = None
         self.record_outputs: Record | None = None
-        self.modules: dict[tuple[int, str], SparseProjection] = {}
+        self.modules: dict[SiteKey, SparseProjection] = {}
         self._memory: dict[int, dict[str, Tensor]] = {}
 
     def begin(self) -> None:
@@ -57,19 +58,22 @@ class Patch:
     @property
     def parts(self) -> Parts:
         """The matrices of each site, those that read one operand together."""
-        return operand_parts(self.method, [rule for module in self.modules.values() for rule in module.rules.values()])
+        rules = [rule for module in self.modules.values() for rule in module.rules.values()]
+        return operand_parts(self.method, self.sites, rules)
 
     def use(self, rules: list[MatrixRule]) -> None:
         """Decide by other rules from now on; all those of each site that they name."""
-        for (layer, site), module in self.modules.items():
-            own = [rule for rule in rules if rule.layer == layer and rule.matrix in SITES[site]]
+        for module in self.modules.values():
+            own = [rule for rule in rules if (rule.layer, rule.matrix) in module.dense.site.leaves]
             if own:
                 module.use([replace(rule, scale=module.rules[rule.matrix].scale) for rule in own])
 
     def put(self, model: Decoder, *, sparse: bool = True) -> None:
         """Put the sparse projections into the model they were made for, or the dense ones back."""
-        for (layer, site), module in self.modules.items():
-            setattr(model.layers[layer], site, module if sparse else module.dense)
+        for module in self.modules.values():
+            site = module.dense.site
+            assert site.layer is not None
+            setattr(model.layers[site.layer], site.name, module if sparse else module.dense)
 
 
 class SparseProjection(nn.Module):
@@ -85,7 +89,7 @@ class SparseProjection(nn.Module):
         super().__init__()
         self.dense = dense
         self.patch = patch
-        scales = {rule.matrix: patch.method.scale(dense.weight[:, dense.columns[rule.matrix]]) for rule in rules}
+        scales = {rule.matrix: patch.method.scale(dense.matrix(rule.matrix)) for rule in rules}
         self.use([replace(rule, scale=scales[rule.matrix]) for rule in rules])
 
     def use(self, rules: list[MatrixRule]) -> None:
@@ -114,7 +118,7 @@ class SparseProjection(nn.Module):
             if patch.record is not None:
                 for rule in rules:
                     patch.record(rule.layer, rule.matrix, operand_BTK)
-            parts_y.append(multiply(operand_BTK, self.dense.weight[:, columns]))
+            parts_y.append(self.dense.product(operand_BTK, columns))
         y = parts_y[0] if len(parts_y) == 1 else torch.cat(parts_y, dim=-1)
         if patch.method.out_masks and "up" in self.rules:
             y = self._drop_outputs(y)
@@ -131,7 +135,7 @@ class SparseProjection(nn.Module):
         """Set to zero what the method says is not computed, and record it."""
         patch = self.patch
         keep = self._keep_outputs(y_BTN)
-        parts = dict(zip(SITES["mlp_in"], y_BTN.chunk(2, dim=-1), strict=True))
+        parts = {matrix: y_BTN[..., columns] for matrix, columns in self.dense.columns.items()}
         dropped = torch.zeros_like(parts["up"], dtype=torch.bool)
         if keep is not None:
             dropped = dropped | ~keep
@@ -156,32 +160,37 @@ def install(model: Decoder, method: Method, rules: list[MatrixRule]) -> Patch:
         InputError: a matrix has no rule, a rule lacks the threshold that the method needs, or the method does not fit
             the model.
     """
-    by_matrix = {(rule.layer, rule.matrix): rule for rule in rules}
-    wanted = [(layer, matrix) for layer in range(len(model.layers)) for matrix in chain(*SITES.values())]
+    by_matrix: dict[Leaf, MatrixRule] = {(rule.layer, rule.matrix): rule for rule in rules}
+    sites = layer_sites(model.sites)
+    wanted = by_leaf(sites)
     if missing := [f"layer {layer} {matrix}" for layer, matrix in wanted if (layer, matrix) not in by_matrix]:
         raise InputError(f"thresholds: every matrix must have a row, got none for {', '.join(missing)}")
     if len(by_matrix) != len(wanted):
         raise InputError(f"thresholds: rows must be those of a model of {len(model.layers)} layers, got {len(rules)}")
-    bare = [f"layer {r.layer} {r.matrix}" for r in rules if r.matrix in method.thresholded and r.threshold_bits is None]
+    bare = [
+        f"layer {rule.layer} {rule.matrix}"
+        for rule in rules
+        if method.needs_threshold(rule.matrix) and rule.threshold_bits is None
+    ]
     if bare:
         raise InputError(f"thresholds: method {method.name} needs a threshold, got none for {', '.join(bare)}")
-    method.refuse_model(model.config)
-    patch = Patch(method, model.config)
+    method.refuse_model(model.config, model.sites)
+    patch = Patch(method, model.config, sites)
     for layer, site, projection in projections(model):
-        site_rules = [by_matrix[layer, matrix] for matrix in SITES[site]]
+        site_rules = [by_matrix[leaf] for leaf in projection.site.leaves]
         patch.modules[layer, site] = SparseProjection(projection, patch, site_rules)
     patch.put(model)
     return patch
 
 
 def install_block(block: Block, method: Method, rules: list[MatrixRule]) -> Patch:
-    """The same for one layer alone; `rules` are its seven."""
-    patch = Patch(method, block.config)
+    """The same for one layer alone; `rules` are those of its matrices."""
+    patch = Patch(method, block.config, block.sites)
     by_matrix = {rule.matrix: rule for rule in rules}
-    for site, matrices in SITES.items():
-        module = SparseProjection(getattr(block, site), patch, [by_matrix[matrix] for matrix in matrices])
-        patch.modules[block.layer, site] = module
-        setattr(block, site, module)
+    for site in block.sites:
+        module = SparseProjection(getattr(block, site.name), patch, [by_matrix[matrix] for matrix in site.matrices])
+        patch.modules[site.key] = module
+        setattr(block, site.name, module)
     return patch
 
 
@@ -216,5 +225,5 @@ def projections(model: Decoder) -> Iterator[tuple[int, str, Projection]]:
     """Every (layer, site, projection), in the order of execution."""
     for layer, block in enumerate(model.layers):
         assert isinstance(block, Block)
-        for site in SITES:
-            yield layer, site, getattr(block, site)
+        for site in block.sites:
+            yield layer, site.name, getattr(block, site.name)

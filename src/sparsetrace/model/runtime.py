@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from sparsetrace.core.files import InputError, read_json
 from sparsetrace.core.settings import Machine
 from sparsetrace.formats.architecture import ModelConfig, RopeScaling
-from sparsetrace.formats.names import MATRICES, SITES
+from sparsetrace.formats.sites import Leaf, Site, by_leaf, layer_sites, sites_from_json
 from sparsetrace.formats.versions import MODEL_VERSION
 from sparsetrace.model.tokenizer import Tokenizer
 
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 
 # Tensors copied to a GPU at a time, and the pinned memory that each passes through, which a GPU reads by itself.
 READERS, STAGED_BYTES = 8, 32 << 20
-
-SOURCE_MODULES = {matrix: f"self_attn.{matrix}_proj" for matrix in ("q", "k", "v", "o")} | {
-    matrix: f"mlp.{matrix}_proj" for matrix in ("gate", "up", "down")
-}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,7 +42,8 @@ class RuntimeModel:
         source: what data sets call the model.
         bos: id put before prompts, or None.
         eos: ids that end a sequence.
-        tensors: name to {file, shape, sha256}.
+        sites: where vectors are read, in the order of execution.
+        tensors: name to {file, shape, sha256, sources}; the last are the checkpoint's tensors that it was made of.
     """
 
     folder: Path
@@ -56,11 +53,24 @@ class RuntimeModel:
     source: str
     bos: int | None
     eos: frozenset[int]
+    sites: tuple[Site, ...]
     tensors: dict[str, dict[str, Any]]
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
         return Tokenizer(self.folder, self.config.vocab_size, self.bos)
+
+    def weight(self, site: Site) -> str:
+        """Name of the runtime tensor that holds the matrices of a site side by side."""
+        if site.layer is not None:
+            return f"layers.{site.layer}.{site.name}.weight"
+        return "embedding" if self.config.tie_word_embeddings else "lm_head"
+
+    def source_weight(self, leaf: Leaf) -> str:
+        """Name of a matrix in the checkpoint, where it is stored [out, in]."""
+        site = by_leaf(self.sites)[leaf]
+        sources: list[str] = self.tensors[self.weight(site)]["sources"]
+        return sources[site.matrices.index(leaf[1])]
 
     def load(self, device: torch.device) -> Decoder:
         """The decoder with its weights on `device`."""
@@ -141,13 +151,9 @@ def open_model(folder: Path) -> RuntimeModel:
         source=content["source"],
         bos=content["bos"],
         eos=frozenset(content["eos"]),
+        sites=sites_from_json(content["sites"]),
         tensors=content["tensors"],
     )
-
-
-def source_weight(layer: int, matrix: str) -> str:
-    """Name of a matrix in the Hugging Face checkpoint, where it is stored [out, in]."""
-    return f"model.layers.{layer}.{SOURCE_MODULES[matrix]}.weight"
 
 
 def use(machine: Machine) -> torch.device:
@@ -164,9 +170,11 @@ def use(machine: Machine) -> torch.device:
 def describe(model: RuntimeModel) -> str:
     """One line for people."""
     config = model.config
-    weights = sum(config.out_features(m) * config.in_features(site) for site, ms in SITES.items() for m in ms)
+    first = [site for site in layer_sites(model.sites) if site.layer == 0]
+    weights = sum(site.in_features * site.width for site in first)
+    matrices = sum(len(site.matrices) for site in first)
     return (
-        f"{model.source}: {config.num_hidden_layers} layers of {len(MATRICES)} matrices with {weights / 1e6:.1f} M "
+        f"{model.source}: {config.num_hidden_layers} layers of {matrices} matrices with {weights / 1e6:.1f} M "
         f"weights, hidden {config.hidden_size}, {config.num_attention_heads} heads ({config.num_key_value_heads} kv), "
         f"{config.dtype}"
     )

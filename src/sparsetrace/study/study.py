@@ -263,7 +263,7 @@ class Study(Section):
     def scores(self, model: str) -> list[str]:
         """Methods whose scores a model's calibration must count besides what enters the sites."""
         methods = [setting.method for name in self.runs_of(model) for setting in self.runs[name].methods]
-        return sorted({m.name for m in methods if m.thresholded and m.score in ("scaled", "gate")})
+        return sorted({m.name for m in methods if m.needs_thresholds and m.score in ("scaled", "gate")})
 
     def runs_of(self, model: str) -> list[str]:
         """Names of the runs that use a model."""

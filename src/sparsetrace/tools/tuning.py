@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from sparsetrace.core.files import InputError, write_beside
-from sparsetrace.formats.architecture import ModelConfig
-from sparsetrace.formats.names import SITES
+from sparsetrace.formats.architecture import ModelConfig, sites_of
+from sparsetrace.formats.sites import layer_sites
 from sparsetrace.model.runtime import RuntimeModel
 from sparsetrace_kernels import tune as tuner
 from sparsetrace_kernels.configs import active_table, table_name
@@ -21,10 +21,7 @@ DTYPES = ("float16", "bfloat16")
 
 def site_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """(K, N) of each site's multiply, its matrices side by side."""
-    return {
-        site: (config.in_features(site), max(columns.stop for columns in config.columns(site).values()))
-        for site in SITES
-    }
+    return {site.name: (site.in_features, site.width) for site in layer_sites(sites_of(config)) if site.layer == 0}
 
 
 def parse_shape(text: str) -> tuple[int, int]:

@@ -299,7 +299,7 @@ def _data_faults(
         order = np.argsort(held["token"], kind="stable")
         yield from _completeness(where, {name: column[order] for name, column in held.items()}, wanted)
         bits = row["threshold_bits"]
-        if bits is not None and method is not None and matrix not in method.thresholded:
+        if bits is not None and method is not None and not method.needs_threshold(matrix):
             what = f"threshold must be null under method {method.name}, got {row['threshold']}"
             yield Fault("matrices.parquet", f"layer {layer} {matrix}: {what}")
         if bits is not None and method is not None and method.score == "input":
