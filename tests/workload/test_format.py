@@ -1,6 +1,6 @@
-"""The format itself: golden bytes, the schema, and docs/format.md's own recipe; and packing's promises.
+"""The format: golden bytes, the schema and the recipe of docs/format.md; and what packing promises.
 
-The planes were written out by hand from docs/format.md; the files of `golden_v1.txt` were written by version 1's code.
+The planes were written by hand from docs/format.md; the files in `golden_v1.txt` were written by the code of version 1.
 """
 
 import base64
@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,7 @@ def test_golden_bytes_of_a_row(dtype):
 
 
 def test_files_of_version_1_are_read_for_ever():
-    """Data files kept in `golden_v1.txt` as base64, one of each number format: they must never be made anew."""
+    """`golden_v1.txt` holds a data file of each number format as base64, which must never be generated again."""
     kept = (Path(__file__).parent / "golden_v1.txt").read_text().split("\n\n")
     assert len(kept) == len(FORMATS)
     for text in kept:
@@ -93,13 +94,13 @@ def test_three_lines_of_numpy():
 
 
 def test_every_column_and_key_is_described(half):
-    """On docs/format.md, by name."""
+    """docs/format.md names them all."""
     from sparsetrace.calibration.quality import QUALITY
 
     page = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
     words = set(re.findall(r"\w+", page))
     columns = {name for dtype in FORMATS for encoding in ENCODINGS for name in data_schema(dtype, encoding).names}
-    # values_b0 to values_b3 are named by the first and the last
+    # the page names the first and the last of values_b0 to values_b3
     columns -= {"values_b1", "values_b2"}
     for table in (TOKENS, SEQUENCES, MATRIX_TABLE, WEIGHT_MASKS, QUALITY):
         columns |= set(table.names)
@@ -132,6 +133,16 @@ def test_golden_schema():
     assert lists.field("indices").type.value_type == pa.uint32()
     assert lists.field("values").type.value_type == pa.float32()
     assert [len(data_schema("float16", level=level).names) for level in LEVELS] == [13, 11, 9]
+
+
+def test_schema_of_a_matrix_without_a_layer():
+    """Only `layer` may be null in addition, and version 2 was the first to have such files."""
+    for dtype, encoding, level in product(FORMATS, ENCODINGS, LEVELS):
+        inside, outside = (data_schema(dtype, encoding, level, 37, in_layer) for in_layer in (True, False))
+        assert outside.field("layer") == pa.field("layer", pa.int16())
+        assert list(outside)[1:] == list(inside)[1:]
+        assert inside.metadata[b"sparsetrace_version"] == b"1"
+        assert outside.metadata == inside.metadata | {b"sparsetrace_version": b"2"}
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -168,12 +179,12 @@ def test_files_hold_the_schema_and_small_row_groups(tmp_path, dtype, monkeypatch
     ],
 )
 def test_rows_of_a_row_group(features, rows):
-    """Those of the table in docs/format.md."""
+    """The numbers of the table in docs/format.md."""
     assert row_group_rows(features) == rows
 
 
 def test_a_large_row_group_is_found(tmp_path, monkeypatch):
-    """More rows than the format allows; as many as it allows are none too many."""
+    """One with more rows than the format allows, but not one with just as many."""
     monkeypatch.setattr(verification, "row_group_rows", lambda features: 8)
     monkeypatch.setattr(gather, "row_group_rows", lambda features: 8)
     built = build(tmp_path, "float16")
@@ -245,7 +256,7 @@ def test_bytes_do_not_depend_on_what_is_held_at_a_time(tmp_path, monkeypatch, mo
 
 
 def test_order_of_a_long_shard_is_sorted_a_range_at_a_time(tmp_path, monkeypatch, rng):
-    """Numbers in clumps far apart, some twice: ranges of any width come out as one sort of all."""
+    """Clusters of numbers far apart, some of them twice: ranges of any width give what a single sort gives."""
     from sparsetrace.formats.dump import Block, write_block
 
     clumps = [rng.permutation(rng.choice(300, 200)) + at for at in (-50, 10_000, 1 << 40)]
@@ -274,7 +285,7 @@ def test_order_of_a_long_shard_is_sorted_a_range_at_a_time(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("spilled", [False, True])
 def test_a_long_shard_is_cut_into_files(tmp_path, monkeypatch, spilled):
-    """The rows of whole files, in their order, by every reader; and an interrupted pack goes on at the first cut."""
+    """Readers find the rows of uncut files, in order; an interrupted pack goes on after its last finished cut."""
     built = build(tmp_path, "float16")
     dump = built.folder / "dump" / "00000" / "manifest.json"
     whole = sparsetrace.open(built.workload)
@@ -329,7 +340,7 @@ def test_an_interrupted_pack_goes_on(tmp_path, monkeypatch):
     assert not list((tmp_path / "again").rglob("*.partial"))
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "again").rglob("*.parquet")}
     assert len(files) == 5
-    # a file that was damaged since is written again
+    # a file that was damaged in the meantime is written again
     damaged = next(iter(files))
     damaged.write_bytes(b"short")
 
@@ -342,7 +353,7 @@ def test_an_interrupted_pack_goes_on(tmp_path, monkeypatch):
     whole = tree(built.workload)
     assert all(whole[name] == data for name, data in tree(tmp_path / "again").items())
 
-    # and a finished one is left alone, its blocks gone
+    # a finished pack is left alone, though its blocks are gone
     assert not list(dump.parent.glob("group-*"))
     packing.pack(dump, tmp_path / "again", out)
     assert len(written) == 5 + 14 - 4
@@ -362,14 +373,14 @@ def test_another_setting_packs_anew(tmp_path):
 
 
 def test_memory_stays_bounded(tmp_path):
-    """A dump many times the bound of one thread's work is packed in little more memory than a small one."""
+    """A dump many times as large as the memory bound is packed in little more memory than a small one."""
     script = tmp_path / "run.py"
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
         "from sparsetrace.packing.pack import pack\n"
         "pack(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))\n"
-        # not ru_maxrss, which begins at what this process has
+        # not ru_maxrss, which starts at the value of this process
         "status = Path('/proc/self/status').read_text().splitlines()\n"
         "print(next(line.split()[1] for line in status if line.startswith('VmHWM')))\n"
     )
@@ -387,7 +398,7 @@ def test_memory_stays_bounded(tmp_path):
 
 
 def wide_dump(folder: Path, blocks: int, rows: int = 1024, features: int = 4096):
-    """One group of one matrix, 8 MiB a block."""
+    """A dump of one group and one matrix, 8 MiB a block."""
     from sparsetrace.formats.dump import block_name, write_block
 
     built = write_dump(folder / "model", "float16")
