@@ -13,13 +13,13 @@ from test_verify import edited_table, resign, rewrite, said
 
 from sparsetrace.calibration.calibrate import calibrate
 from sparsetrace.calibration.thresholds import derive_thresholds
+from sparsetrace.core.settings import Batching, Calibration, Capture, Decoding, Machine, PromptSet
 from sparsetrace.generation.generate import generate
 from sparsetrace.generation.job import Job
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.methods import NM, Cats, Dense, ExactZeros, Griffin, Teal, TopK, Wina
 from sparsetrace.packing.index import index
 from sparsetrace.packing.pack import pack
-from sparsetrace.study.study import Batching, Calibration, Capture, Decoding, Machine, PromptSet
 from sparsetrace.tools.recompute import recompute
 
 METHODS = {

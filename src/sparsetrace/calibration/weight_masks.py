@@ -31,7 +31,7 @@ from sparsetrace.formats.tables import WEIGHT_MASKS
 from sparsetrace.methods import WeightMethod
 from sparsetrace.model.decoder import Block, Decoder
 from sparsetrace.model.runtime import RuntimeModel, open_model, use
-from sparsetrace_kernels.reference import pack_bits
+from sparsetrace_kernels.torch_ops import pack_bits
 
 MASK_FILE = "weight_masks.parquet"
 

@@ -1,10 +1,15 @@
 """What one generate job is asked to do: one shard of a prompt set under one method setting; imports no torch."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparsetrace.core.settings import Batching, Capture, Decoding, Machine
-from sparsetrace.model.runtime import RuntimeModel
+
+if TYPE_CHECKING:
+    from sparsetrace.model.runtime import RuntimeModel
 
 
 @dataclass(frozen=True, slots=True)
