@@ -12,7 +12,9 @@ from sparsetrace.calibration.histogram import Histograms
 from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Calibration, Conversion, Machine
-from sparsetrace.formats.schema import FORMATS, MATRICES, SITE_OF, SITES, THRESHOLDS
+from sparsetrace.formats.names import MATRICES, SITE_OF, SITES
+from sparsetrace.formats.numbers import FORMATS
+from sparsetrace.formats.tables import THRESHOLDS
 from sparsetrace.methods import Dense, Teal
 from sparsetrace.model.convert import convert
 from sparsetrace.model.patch import observe

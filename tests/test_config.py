@@ -451,7 +451,7 @@ PACK, SPLIT = "packing.pack", "generation.prompts"
         ("src/sparsetrace/model/convert.py", [CONVERT], [PACK, SPLIT, GENERATE]),
         ("src/sparsetrace/generation/engine.py", [GENERATE], [PACK, CONVERT, CALIBRATE]),
         ("src/sparsetrace/calibration/histogram.py", [CALIBRATE], [PACK, CONVERT]),
-        ("src/sparsetrace/formats/schema.py", [PACK, CONVERT, CALIBRATE, GENERATE], []),
+        ("src/sparsetrace/formats/numbers.py", [PACK, CONVERT, CALIBRATE, GENERATE], []),
         ("src/sparsetrace/methods/teal.py", [GENERATE], [PACK]),
         ("kernels/sparsetrace_kernels/torch_ops.py", [GENERATE], [PACK]),
         ("kernels/sparsetrace_kernels/reference.py", [], [CONVERT, CALIBRATE, GENERATE, PACK, SPLIT]),

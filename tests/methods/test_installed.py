@@ -14,7 +14,7 @@ from sparsetrace.calibration.calibrate import calibrate, calibration_windows
 from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Calibration, Capture, Decoding, Machine, PromptSet
-from sparsetrace.formats.schema import MATRICES, SITE_OF
+from sparsetrace.formats.names import MATRICES, SITE_OF
 from sparsetrace.generation.backend import EngineSetup
 from sparsetrace.generation.capture import Recorder
 from sparsetrace.generation.engine import Engine
@@ -280,7 +280,8 @@ def test_out_masks_reach_the_workload(tiny, tmp_path, rng):
     from sparsetrace.generation.generate import generate
     from sparsetrace.generation.job import Job
     from sparsetrace.generation.prompts import split, write_split
-    from sparsetrace.packing.pack import index, pack
+    from sparsetrace.packing.index import index
+    from sparsetrace.packing.pack import pack
 
     model = tiny.model(tmp_path, rng, **EVEN)
     tiny.thresholds(tmp_path, model, rng)

@@ -14,14 +14,15 @@ from sparsetrace.calibration.thresholds import derive_thresholds
 from sparsetrace.calibration.weight_masks import prune
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Calibration, Decoding, Machine, PromptSet
-from sparsetrace.formats.schema import MATRICES, SITE_OF
+from sparsetrace.formats.names import MATRICES, SITE_OF
 from sparsetrace.generation.generate import generate
 from sparsetrace.generation.job import Job
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.methods import WEIGHT_METHODS, Magnitude, Teal, Wanda
 from sparsetrace.model.patch import observe
 from sparsetrace.model.runtime import open_model
-from sparsetrace.packing.pack import index, pack
+from sparsetrace.packing.index import index
+from sparsetrace.packing.pack import pack
 from sparsetrace.study.options import parse_weight_method
 from sparsetrace.study.study import parse_study
 
