@@ -16,8 +16,8 @@ from torch import Tensor
 from sparsetrace_kernels import checks
 from sparsetrace_kernels.compact import check_producer, empty_lists, section_grid
 from sparsetrace_kernels.primitives import (
-    Lists,
-    Ring,
+    ListArguments,
+    RingArguments,
     finish_section,
     load_slot,
     load_thresholds,
@@ -74,11 +74,11 @@ def _add_rmsnorm_kernel(
     PDL: tl.constexpr,
 ):
     i_section = tl.program_id(0)
-    ring = Ring(
+    ring = RingArguments(
         values_ptr, mask_ptr, slot_ptr, num_slots, values_slot_stride, values_segment_stride, mask_slot_stride,
         mask_segment_stride,
     )  # fmt: skip
-    lists = Lists(scale_ptr, lists_ptr, counts_ptr)
+    lists = ListArguments(scale_ptr, lists_ptr, counts_ptr)
     o_k = i_section * LENGTH + tl.arange(0, LENGTH)
     m_k = o_k < K
     # the kernel before does not write these, so they are loaded while it still runs

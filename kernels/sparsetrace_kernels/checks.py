@@ -191,7 +191,7 @@ def require_cache(op: str, keys_BSGD: Tensor, values_BSGD: Tensor) -> None:
 def ring_arguments(
     values_RSK: Tensor | None, mask_RSM: Tensor | None, slot: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, int, int, int, int, int]:
-    """Lay a checked ring out as `primitives.Ring`: pointers, number of slots, strides in elements."""
+    """Lay a checked ring out as `primitives.RingArguments`: pointers, number of slots, strides in elements."""
     ring = values_RSK if values_RSK is not None else mask_RSM
     return (
         values_RSK,

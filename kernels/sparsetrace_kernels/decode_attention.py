@@ -23,8 +23,8 @@ from sparsetrace_kernels.compact import check_producer, empty_lists
 from sparsetrace_kernels.list_gemv import MAX_SECTIONS
 from sparsetrace_kernels.partials import receive, send
 from sparsetrace_kernels.primitives import (
-    Lists,
-    Ring,
+    ListArguments,
+    RingArguments,
     finish_section,
     load_slot,
     load_thresholds,
@@ -196,8 +196,8 @@ def _decode_attention_kernel(
         tl.store(y_ptr + i_head * D + o_d, b_x, mask=m_d)
         if b_thresholds is not None:
             i_section = i_head.to(tl.int32)
-            lists = Lists(scale_ptr, lists_ptr, counts_ptr)
-            ring = Ring(ring_ptr, None, slot_ptr, num_slots, ring_stride, 0, 0, 0)
+            lists = ListArguments(scale_ptr, lists_ptr, counts_ptr)
+            ring = RingArguments(ring_ptr, None, slot_ptr, num_slots, ring_stride, 0, 0, 0)
             finish_section(b_x, i_section * D + o_d, m_d, b_thresholds, lists, ring, b_slot, i_section, H, H * D, 1, D)
 
 

@@ -31,7 +31,7 @@ MAX_NORM_K = 1 << 15
 MAX_WARPS = 16
 
 
-class Masking(NamedTuple):
+class MaskArguments(NamedTuple):
     """Kernel arguments that say how rows are masked and where they are captured, as `_mask_arguments` lays them out."""
 
     threshold_ptr: Any  # [S] int32
@@ -86,7 +86,7 @@ def _mask_rows_kernel(
     o_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = o_k < K
     b_x = tl.load(x_ptr + i_t * x_stride + o_k, mask=m_k, other=0.0)
-    masking = Masking(
+    masking = MaskArguments(
         threshold_ptr, scale_ptr, operand_ptr, dest_ptr, values_ptr, num_slots, slot_stride, segment_stride,
         operand_stride,
     )  # fmt: skip
@@ -128,7 +128,7 @@ def _add_rmsnorm_rows_kernel(
     b_weight = tl.load(weight_ptr + o_k, mask=m_k, other=0.0)
     b_x = normalize(b_total, tl.rsqrt(b_mean + eps), b_weight)
     tl.store(normed_ptr + i_t * K + o_k, b_x, mask=m_k)
-    masking = Masking(
+    masking = MaskArguments(
         threshold_ptr, scale_ptr, operand_ptr, dest_ptr, values_ptr, num_slots, slot_stride, segment_stride,
         operand_stride,
     )  # fmt: skip
@@ -159,7 +159,7 @@ def _silu_mul_rows_kernel(
     m_k = o_k < K
     b_x = load_product(gate_up_ptr + i_t * gate_up_stride, o_k, m_k, K)
     tl.store(product_ptr + i_t * K + o_k, b_x, mask=m_k)
-    masking = Masking(
+    masking = MaskArguments(
         threshold_ptr, scale_ptr, operand_ptr, dest_ptr, values_ptr, num_slots, slot_stride, segment_stride,
         operand_stride,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
-class Ring(NamedTuple):
+class RingArguments(NamedTuple):
     """Kernel arguments that say where an operand is captured, as `checks.ring_arguments` lays them out."""
 
     values_ptr: Any  # [R, S, K] or None
@@ -27,7 +27,7 @@ class Ring(NamedTuple):
     mask_segment_stride: Any
 
 
-class Lists(NamedTuple):
+class ListArguments(NamedTuple):
     """Kernel arguments that say how a producer lists its output."""
 
     scale_ptr: Any  # [S, K] float32 or None
@@ -220,8 +220,8 @@ def finish_section(
     o_k,
     m_k,
     b_thresholds,  # from `load_thresholds`
-    lists,  # Lists
-    ring,  # Ring
+    lists,  # ListArguments
+    ring,  # RingArguments
     b_slot,  # from `load_slot`
     i_section,
     num_sections,

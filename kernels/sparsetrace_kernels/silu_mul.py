@@ -16,8 +16,8 @@ from torch import Tensor
 from sparsetrace_kernels import checks
 from sparsetrace_kernels.compact import check_producer, empty_lists, section_grid
 from sparsetrace_kernels.primitives import (
-    Lists,
-    Ring,
+    ListArguments,
+    RingArguments,
     finish_section,
     load_slot,
     load_thresholds,
@@ -58,11 +58,11 @@ def _silu_mul_kernel(
     PDL: tl.constexpr,
 ):
     i_section = tl.program_id(0)
-    ring = Ring(
+    ring = RingArguments(
         values_ptr, mask_ptr, slot_ptr, num_slots, values_slot_stride, values_segment_stride, mask_slot_stride,
         mask_segment_stride,
     )  # fmt: skip
-    lists = Lists(scale_ptr, lists_ptr, counts_ptr)
+    lists = ListArguments(scale_ptr, lists_ptr, counts_ptr)
     b_thresholds = load_thresholds(threshold_ptr, NUM_SEGMENTS)
     b_slot = load_slot(slot_ptr)
     wait_for_producer(PDL)

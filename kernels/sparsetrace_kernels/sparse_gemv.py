@@ -22,7 +22,7 @@ from sparsetrace_kernels import checks
 from sparsetrace_kernels.configs import MAX_CHUNK_K, GemvConfig, config_for, segment_ends
 from sparsetrace_kernels.partials import block_of_partials, store_sum
 from sparsetrace_kernels.primitives import (
-    Ring,
+    RingArguments,
     block_columns,
     gather_sum,
     keep_entries,
@@ -82,7 +82,7 @@ def _predicated_kernel(
 ):
     i_n = tl.program_id(0)
     i_k = tl.program_id(1)
-    ring = Ring(
+    ring = RingArguments(
         values_ptr, mask_ptr, slot_ptr, num_slots, values_slot_stride, values_segment_stride, mask_slot_stride,
         mask_segment_stride,
     )  # fmt: skip
@@ -150,7 +150,7 @@ def _compacting_kernel(
 ):
     i_n = tl.program_id(0)
     i_k = tl.program_id(1)
-    ring = Ring(
+    ring = RingArguments(
         values_ptr, mask_ptr, slot_ptr, num_slots, values_slot_stride, values_segment_stride, mask_slot_stride,
         mask_segment_stride,
     )  # fmt: skip
