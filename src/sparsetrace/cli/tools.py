@@ -152,7 +152,7 @@ def unlock() -> None:
     help="table file; if not given, one named after the GPU in the user's configuration folder",
 )
 def tune(models: tuple[Path, ...], shapes: tuple[str, ...], dtype: str | None, out: Path | None) -> None:
-    """Measure which configurations of the sparse kernels are fastest on this GPU for the shapes of MODELS.
+    """Measure which configurations of the engine's sparse kernel are fastest on this GPU for the shapes of MODELS.
 
     Takes minutes per shape. A table that the environment variable SPARSETRACE_TUNING names is used in place of the one
     that comes with the package, and the manifest of each data set records its hash. It changes the order in which sums
@@ -243,10 +243,11 @@ def bench(model: Path, load: Load, kernels: bool, decoding: bool, scratch: Path)
 def _kernel_table(model: "RuntimeModel", gpu: str, sparsity: float) -> Table:
     from sparsetrace.tools.bench import kernel_rows
 
-    table = Table("site", "inputs x outputs", "kernel", "us", "of the floor")
+    table = Table("site", "inputs x outputs", "kernel", "us", "of the floor", "configured by")
     table.title = f"{gpu}: multiplies of one layer of {model.source}, {sparsity:.0%} of the inputs dropped"
     for row in kernel_rows(model.config, sparsity, _current_gpu()):
-        table.add_row(row.site, f"{row.K} x {row.N}", row.impl, f"{row.us:.1f}", f"{row.floor_share:.0%}")
+        chosen = f"{row.chosen_by} {row.config}".strip() or "-"
+        table.add_row(row.site, f"{row.K} x {row.N}", row.impl, f"{row.us:.1f}", f"{row.floor_share:.0%}", chosen)
     return table
 
 
