@@ -19,7 +19,8 @@ from sparsetrace.core.provenance import commit, tuning_table
 from sparsetrace.core.settings import Capture
 from sparsetrace.formats.dump import group_name
 from sparsetrace.formats.versions import DUMP_VERSION
-from sparsetrace.generation.backend import BackendName, EngineSetup, choose_backend
+from sparsetrace.generation.backend import BackendName, EngineSetup
+from sparsetrace.generation.backends import choose_backend
 from sparsetrace.generation.dense_tokens import read_dense_tokens
 from sparsetrace.generation.job import Job
 from sparsetrace.generation.matrix_table import matrix_table
