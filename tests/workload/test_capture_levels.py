@@ -402,6 +402,21 @@ def test_commands(run, tmp_path):
     assert "tiny/one/teal-0.5" in text
 
 
+def test_commands_take_a_matrix_in_no_layer(run, tmp_path):
+    folder = run("commands", Capture(matrices=("down", "lm_head")))
+    assert "lm_head" in invoke("show", folder)[1]
+    assert invoke("verify", folder)[0] == 0
+    code, _ = invoke("stats", folder, "--matrix", "lm_head", "--out", tmp_path / "stats")
+    assert code == 0
+    assert set(pq.read_table(tmp_path / "stats" / "neurons.parquet")["layer"].to_pylist()) == {None}
+    assert invoke("export", folder, "--format", "npy", "--out", tmp_path / "out")[0] == 0
+    names = ["L00.down.npy", "L01.down.npy", "model.lm_head.npy"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert np.array_equal(
+        np.load(tmp_path / "out" / names[-1]), sparsetrace.open(folder).matrix(None, "lm_head").dense()
+    )
+
+
 def refused(*words):
     return str(CliRunner().invoke(cli.cli, [str(word) for word in words]).exception)
 
