@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import SITES
+from sparsetrace.core.settings import Conversion
 from sparsetrace.model import convert as step
 from sparsetrace.model.convert import convert, read_config
-from sparsetrace.model.runtime import describe, open_model, source_weight
-from sparsetrace.study.study import Conversion
+from sparsetrace.model.runtime import describe, open_model
 
 
 def runtime_tensors(model) -> dict[str, torch.Tensor]:
@@ -64,9 +63,16 @@ def test_every_tensor_is_the_checkpoints_own(tiny, tmp_path, rng, dtype):
         prefix = f"model.layers.{layer}"
         expected[f"layers.{layer}.attn_norm.weight"] = source[f"{prefix}.input_layernorm.weight"]
         expected[f"layers.{layer}.mlp_norm.weight"] = source[f"{prefix}.post_attention_layernorm.weight"]
-        for site, matrices in SITES.items():
-            weights = [source[source_weight(layer, matrix)].T for matrix in matrices]
-            expected[f"layers.{layer}.{site}.weight"] = torch.cat(weights, 1)
+        for site, names in (
+            ("attn_in", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+            ("attn_out", ["self_attn.o_proj"]),
+            ("mlp_in", ["mlp.gate_proj", "mlp.up_proj"]),
+            ("mlp_mid", ["mlp.down_proj"]),
+        ):
+            names = [f"{prefix}.{name}.weight" for name in names]
+            expected[f"layers.{layer}.{site}.weight"] = torch.cat([source[name].T for name in names], 1)
+            (found_site,) = (one for one in model.sites if one.key == (layer, site))
+            assert [model.source_weight(leaf) for leaf in found_site.leaves] == names
     assert found.keys() == expected.keys() == model.tensors.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == getattr(torch, dtype)

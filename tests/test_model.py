@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from sparsetrace.core.settings import Conversion
 from sparsetrace.model.convert import convert
 from sparsetrace.model.decoder import KVCache, RMSNorm
-from sparsetrace.study.study import Conversion
+from sparsetrace.model.patch import projections
 
 transformers = pytest.importorskip("transformers")
 
@@ -141,12 +142,21 @@ def test_bfloat16_norm_is_transformers_bit_for_bit(tiny, tmp_path, rng):
     assert torch.equal(ours(x), theirs(x))
 
 
-def test_columns_tile_the_merged_weight(tiny, tmp_path, rng):
-    config = tiny.model(tmp_path, rng).config
-    q, k, v = (config.columns("attn_in")[matrix] for matrix in "qkv")
-    assert (q, k, v) == (slice(0, 32), slice(32, 48), slice(48, 64))
-    assert config.columns("mlp_in") == {"gate": slice(0, 43), "up": slice(43, 86)}
-    assert config.columns("attn_out") == {"o": slice(0, 36)}
-    assert [config.in_features(site) for site in ("attn_in", "attn_out", "mlp_in", "mlp_mid")] == [36, 32, 36, 43]
+def test_matrices_tile_the_merged_weight(tiny, tmp_path, rng):
+    model = tiny.model(tmp_path, rng)
+    decoder = model.load(torch.device("cpu"))
+    x_BTK = torch.randn(1, 3, 36)
+    for layer, name, projection in projections(decoder):
+        assert projection.site.key == (layer, name)
+        merged_KN = torch.cat([projection.matrix(matrix) for matrix in projection.site.matrices], dim=1)
+        assert torch.equal(merged_KN, projection.weight)
+    block = decoder.layers[1]
+    assert block.attn_in.columns == {"q": slice(0, 32), "k": slice(32, 48), "v": slice(48, 64)}
+    assert block.mlp_in.columns == {"gate": slice(0, 43), "up": slice(43, 86)}
+    assert block.attn_out.columns == {"o": slice(0, 36)}
+    assert [site.in_features for site in block.sites] == [36, 32, 36, 43]
+    attn_in = block.attn_in
+    assert torch.equal(attn_in.product(x_BTK, slice(32, 64)), x_BTK @ attn_in.weight[:, 32:])
+    assert torch.equal(attn_in.product(x_BTK), attn_in(x_BTK))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.hidden_size = 1
+        model.config.hidden_size = 1
