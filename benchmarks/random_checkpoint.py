@@ -30,10 +30,9 @@ from pathlib import Path
 import torch
 
 from sparsetrace.core.files import InputError, refuse_strangers, sync, write_folder_beside, write_json
-from sparsetrace.formats.architecture import ModelConfig, sites_of
-from sparsetrace.formats.sites import layer_sites
+from sparsetrace.formats.architecture import ModelConfig
 from sparsetrace.model import demo
-from sparsetrace.model.convert import SOURCE_MODULES
+from sparsetrace.model.families.llama import LLAMA
 
 LLAMA_2_7B = ModelConfig(
     hidden_size=4096,
@@ -96,18 +95,16 @@ class Drawn:
 
 def tensors(config: ModelConfig) -> Iterator[Drawn]:
     """All tensors of a checkpoint under Hugging Face's names, matrices [N, K]."""
-    hidden, vocabulary = config.hidden_size, config.vocab_size
-    yield Drawn("model.embed_tokens.weight", (vocabulary, hidden), 1.0)
-    for layer in range(config.num_hidden_layers):
-        yield Drawn(f"model.layers.{layer}.input_layernorm.weight", (hidden,), None)
-        yield Drawn(f"model.layers.{layer}.post_attention_layernorm.weight", (hidden,), None)
-        for site in (site for site in layer_sites(sites_of(config)) if site.layer == layer):
-            K = site.in_features
-            for matrix in site.matrices:
-                name = f"model.layers.{layer}.{SOURCE_MODULES[matrix]}.weight"
-                yield Drawn(name, (site.outputs(matrix), K), K**-0.5)
-    yield Drawn("model.norm.weight", (hidden,), None)
-    yield Drawn("lm_head.weight", (vocabulary, hidden), hidden**-0.5)
+    for tensor in LLAMA.tensors(config):
+        if tensor.site is not None:
+            K = tensor.site.in_features
+            for matrix, name in zip(tensor.site.matrices, tensor.sources, strict=True):
+                yield Drawn(name, (tensor.site.outputs(matrix), K), K**-0.5)
+        elif len(tensor.shape) == 1:
+            yield Drawn(tensor.sources[0], tuple(tensor.shape), None)
+        else:
+            std = 1.0 if tensor.name == "embedding" else config.hidden_size**-0.5
+            yield Drawn(tensor.sources[0], tuple(tensor.shape), std)
 
 
 def draw(one: Drawn, dtype: torch.dtype, seed: int, device: torch.device) -> torch.Tensor:

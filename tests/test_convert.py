@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import threading
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Conversion
-from sparsetrace.model import convert as step
-from sparsetrace.model.convert import convert, read_config
+from sparsetrace.model import layout, write_weights
+from sparsetrace.model.convert import convert
+from sparsetrace.model.read_config import read_config
 from sparsetrace.model.runtime import describe, open_model
 
 
@@ -104,7 +106,7 @@ def test_sharded_or_not_is_the_same_model(tiny, tmp_path, rng):
 def test_small_output_files_hold_the_same_model(tiny, tmp_path, rng, monkeypatch):
     checkpoint = tiny.checkpoint(tmp_path / "c", rng)
     one = convert(checkpoint, tmp_path / "a", Conversion())
-    monkeypatch.setattr(step, "FILE_BYTES", 5000)
+    monkeypatch.setattr(layout, "FILE_BYTES", 5000)
     many = convert(checkpoint, tmp_path / "b", Conversion())
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 3
     assert one.model_hash == many.model_hash
@@ -125,8 +127,8 @@ def test_threads_are_torchs_and_bounded_by_memory(tiny, tmp_path, rng, monkeypat
         seen.add((threading.get_ident(), torch.get_num_threads()))
         return own(*args)
 
-    own = step._make
-    monkeypatch.setattr(step, "_make", make)
+    own = write_weights._make
+    monkeypatch.setattr(write_weights, "_make", make)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -134,7 +136,7 @@ def test_threads_are_torchs_and_bounded_by_memory(tiny, tmp_path, rng, monkeypat
         assert torch.get_num_threads() == 3
         assert 1 <= len(seen) <= 3 and {threads for _, threads in seen} == {1}
         seen.clear()
-        monkeypatch.setattr(step, "MADE_BYTES", 1)
+        monkeypatch.setattr(write_weights, "MADE_BYTES", 1)
         assert convert(checkpoint, tmp_path / "c1", Conversion()).tensors == several.tensors == one.tensors
         assert len(seen) == 1
     finally:
@@ -143,7 +145,7 @@ def test_threads_are_torchs_and_bounded_by_memory(tiny, tmp_path, rng, monkeypat
 
 def test_a_full_disk_is_named_with_the_file():
     with pytest.raises(OSError, match=f"Errno {errno.ENOSPC}.*'/dev/full'"):
-        step._write_at(Path("/dev/full"), 0, b"x")
+        write_weights._write_at(Path("/dev/full"), 0, b"x")
 
 
 def test_any_change_of_a_weight_changes_the_hash(tiny, tmp_path, rng):
@@ -269,6 +271,7 @@ def test_saved_rotary_buffers_are_no_matter(tiny, tmp_path, rng):
     convert(tiny.write(tmp_path / "c", tiny.config, tensors), tmp_path / "m", Conversion())
 
 
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
 BAD_CONFIGS = [
     # id, changes, message
     ("type", {"model_type": "gpt2"}, "model_type must be one of llama, mistral, got 'gpt2'"),
@@ -285,6 +288,7 @@ BAD_CONFIGS = [
     ("text", {"hidden_size": "36"}, "hidden_size must be a positive integer, got '36'"),
     ("absent", {"max_position_embeddings": None}, "max_position_embeddings must be a positive integer, got None"),
     ("dtype", {"torch_dtype": "int8"}, "torch_dtype must be one of float16, bfloat16, float32, got 'int8'"),
+    ("window", {"sliding_window": 0} | MISTRAL, "sliding_window must be a positive integer, got 0"),
     ("eos", {"eos_token_id": "</s>"}, "eos_token_id must be an integer or a list of them, got '</s>'"),
 ]
 
@@ -299,6 +303,15 @@ def test_fields_said_to_be_harmless_are(tiny, tmp_path, rng):
     tensors = tiny.weights(rng, tiny.config)
     checkpoint = tiny.write(tmp_path / "c", tiny.config | {"mystery": 1}, tensors)
     convert(checkpoint, tmp_path / "m", Conversion(ignore_fields=("mystery",)))
+
+
+@pytest.mark.parametrize("value", ["gelu", None, ["silu"]])
+def test_ignore_fields_cannot_stand_for_an_activation_function(tiny, tmp_path, rng, value):
+    checkpoint = tiny.checkpoint(tmp_path / "c", rng, hidden_act=value)
+    message = re.escape(f"hidden_act must be 'silu' or 'relu', got {value!r}: ignore_fields cannot stand for")
+    refused(checkpoint, tmp_path / "m", message, Conversion(ignore_fields=("hidden_act",)))
+    known = tiny.checkpoint(tmp_path / "k", rng, hidden_act="relu")
+    assert convert(known, tmp_path / "m", Conversion(ignore_fields=("hidden_act",))).config.hidden_act == "relu"
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
@@ -383,6 +396,23 @@ def test_refuses_a_model_that_is_none(tiny, tmp_path, rng):
         open_model(model.folder)
 
 
+def other_width(sites):
+    sites[1]["out_features"][0] += 1
+
+
+@pytest.mark.parametrize("change", [other_width, lambda sites: sites.pop(), lambda sites: sites.reverse()])
+def test_refuses_recorded_sites_that_are_not_the_decoders(tiny, tmp_path, rng, change):
+    model = convert(tiny.checkpoint(tmp_path / "c", rng), tmp_path / "m", Conversion())
+    path = model.folder / "config.json"
+    content = json.loads(path.read_text())
+    assert len(content["sites"]) == 2 * 4 + 1
+    change(content["sites"])
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError) as error:
+        open_model(model.folder).load(torch.device("cpu"))
+    assert str(error.value) == f"model: {model.folder}: sites must be those of the decoder, got others: convert again"
+
+
 def test_refuses_truncated_weights_when_loading(tiny, tmp_path, rng):
     model = convert(tiny.checkpoint(tmp_path / "c", rng), tmp_path / "m", Conversion())
     file = model.folder / "weights-00000.safetensors"
@@ -422,7 +452,7 @@ def test_absent_fields_mean_what_they_mean_to_transformers(tiny, tmp_path, model
     }
     raw = {name: value for name, value in raw.items() if name not in absent}
     theirs = getattr(transformers, f"{architecture}Config")(**{k: v for k, v in raw.items() if k != "model_type"})
-    ours = read_config(raw, Conversion(), tmp_path)
+    _, ours = read_config(raw, Conversion(), tmp_path)
     assert ours.num_key_value_heads == theirs.num_key_value_heads
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
     assert ours.rms_norm_eps == theirs.rms_norm_eps

@@ -134,7 +134,7 @@ def test_bfloat16_norm_is_transformers_bit_for_bit(tiny, tmp_path, rng):
     config = tiny.model(tmp_path, rng, torch_dtype="bfloat16").config
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    ours, theirs = RMSNorm(config), LlamaRMSNorm(config.hidden_size, config.rms_norm_eps).bfloat16()
+    ours, theirs = RMSNorm(config, config.hidden_size), LlamaRMSNorm(config.hidden_size, config.rms_norm_eps).bfloat16()
     with torch.no_grad():
         ours.weight.normal_(1, 0.3)
         theirs.weight.copy_(ours.weight)

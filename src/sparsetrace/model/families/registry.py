@@ -1,0 +1,6 @@
+"""The families that `convert` takes, by the `model_type` of their config.json."""
+
+from sparsetrace.model.families.llama import LLAMA
+from sparsetrace.model.families.mistral import MISTRAL
+
+FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL)}
