@@ -126,6 +126,8 @@ class Tiny:
         "eos_token_id": 2,
         "tie_word_embeddings": False,
     }
+    # changes to `config` that make it one of Qwen3
+    qwen3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 
     def tokenizer(self, folder: Path) -> Path:
         """A tokenizer of one token a word: `w3` .. `w95`, after <unk>, <s> and </s>."""
@@ -148,8 +150,8 @@ class Tiny:
         def normal(*shape):
             return torch.randn(shape, generator=generator) / shape[-1] ** 0.5 * 1.5
 
-        def norm():
-            return 1 + torch.randn(hidden, generator=generator) / 4
+        def norm(width=hidden):
+            return 1 + torch.randn(width, generator=generator) / 4
 
         tensors = {"model.embed_tokens.weight": torch.randn(config["vocab_size"], hidden, generator=generator)}
         for layer in range(config["num_hidden_layers"]):
@@ -165,6 +167,8 @@ class Tiny:
                 f"{prefix}.mlp.up_proj.weight": normal(inner, hidden),
                 f"{prefix}.mlp.down_proj.weight": normal(hidden, inner),
             }
+            if config["model_type"] == "qwen3":
+                tensors |= {f"{prefix}.self_attn.{x}_norm.weight": norm(config["head_dim"]) for x in "qk"}
         tensors["model.norm.weight"] = norm()
         if not config["tie_word_embeddings"]:
             tensors["lm_head.weight"] = normal(config["vocab_size"], hidden)

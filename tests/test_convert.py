@@ -50,9 +50,10 @@ def refused(checkpoint, out, match, conversion=None):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_every_tensor_is_the_checkpoints_own(tiny, tmp_path, rng, dtype):
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_every_tensor_is_the_checkpoints_own(tiny, tmp_path, rng, dtype, family):
     """[in, out] order, the matrices of a site side by side, bit for bit."""
-    config = tiny.config | {"torch_dtype": dtype}
+    config = tiny.config | {"torch_dtype": dtype} | (tiny.qwen3 if family == "qwen3" else {})
     source = tiny.weights(rng, config)
     model = convert(tiny.write(tmp_path / "checkpoint", config, source), tmp_path / "model", Conversion())
     found = runtime_tensors(model)
@@ -65,6 +66,9 @@ def test_every_tensor_is_the_checkpoints_own(tiny, tmp_path, rng, dtype):
         prefix = f"model.layers.{layer}"
         expected[f"layers.{layer}.attn_norm.weight"] = source[f"{prefix}.input_layernorm.weight"]
         expected[f"layers.{layer}.mlp_norm.weight"] = source[f"{prefix}.post_attention_layernorm.weight"]
+        if family == "qwen3":
+            expected[f"layers.{layer}.q_norm.weight"] = source[f"{prefix}.self_attn.q_norm.weight"]
+            expected[f"layers.{layer}.k_norm.weight"] = source[f"{prefix}.self_attn.k_norm.weight"]
         for site, names in (
             ("attn_in", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
             ("attn_out", ["self_attn.o_proj"]),
@@ -274,8 +278,8 @@ def test_saved_rotary_buffers_are_no_matter(tiny, tmp_path, rng):
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
 BAD_CONFIGS = [
     # id, changes, message
-    ("type", {"model_type": "gpt2"}, "model_type must be one of llama, mistral, got 'gpt2'"),
-    ("no-type", {"model_type": None}, "model_type must be one of llama, mistral, got None"),
+    ("type", {"model_type": "gpt2"}, "model_type must be one of llama, mistral, qwen3, got 'gpt2'"),
+    ("no-type", {"model_type": None}, "model_type must be one of llama, mistral, qwen3, got None"),
     ("architecture", {"architectures": ["LlamaForSequenceClassification"]}, "architectures must be"),
     ("unknown", {"logit_softcap": 30.0, "mystery": 1}, "got logit_softcap, mystery: .* ignore_fields"),
     ("activation", {"hidden_act": "gelu"}, "hidden_act must be 'silu' or 'relu', got 'gelu'"),
@@ -431,31 +435,105 @@ ABSENT = [
     "tie_word_embeddings",
     "hidden_act",
 ]
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen3": "Qwen3"}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def window_of(theirs) -> int | None:
+    """The window that transformers gives to all layers."""
+    if theirs.model_type == "qwen3":
+        (kind,) = set(theirs.layer_types)
+        return theirs.sliding_window if kind == "sliding_attention" else None
+    return theirs.sliding_window if theirs.model_type == "mistral" else None
+
+
+@pytest.mark.parametrize("model_type", list(CLASSES))
 @pytest.mark.parametrize(
     "absent", [pytest.param((name,), id=name) for name in ABSENT] + [pytest.param(ABSENT, id="all")]
 )
 def test_absent_fields_mean_what_they_mean_to_transformers(tiny, tmp_path, model_type, absent):
     """Old and trimmed config.json files: the default is transformers', field by field."""
     transformers = pytest.importorskip("transformers")
-    architecture = {"llama": "Llama", "mistral": "Mistral"}[model_type]
     raw = tiny.config | {
         "model_type": model_type,
-        "architectures": [f"{architecture}ForCausalLM"],
-        "num_attention_heads": 16,
+        "architectures": [f"{CLASSES[model_type]}ForCausalLM"],
+        "num_attention_heads": 32,
         "hidden_size": 128,
         "sliding_window": 7,
         "tie_word_embeddings": True,
         "rope_scaling": None,
     }
     raw = {name: value for name, value in raw.items() if name not in absent}
-    theirs = getattr(transformers, f"{architecture}Config")(**{k: v for k, v in raw.items() if k != "model_type"})
-    _, ours = read_config(raw, Conversion(), tmp_path)
+    config_class = getattr(transformers, f"{CLASSES[model_type]}Config")
+    theirs = config_class(**{k: v for k, v in raw.items() if k != "model_type"})
+    family, ours = read_config(raw, Conversion(), tmp_path)
+    assert family.model_type == model_type
     assert ours.num_key_value_heads == theirs.num_key_value_heads
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
     assert ours.rms_norm_eps == theirs.rms_norm_eps
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
-    assert ours.sliding_window == (theirs.sliding_window if model_type == "mistral" else None)
+    assert ours.sliding_window == window_of(theirs)
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.hidden_act == theirs.hidden_act
+    assert ours.qk_norm == (model_type == "qwen3")
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+USED = {"use_sliding_window": True}
+QWEN3_WINDOWS = [
+    # id, changes to a config of 2 layers
+    ("absent", {}),
+    ("absent-but-used", USED),
+    ("not-used", {"sliding_window": 5, "max_window_layers": 0}),
+    ("all-layers", USED | {"sliding_window": 5, "max_window_layers": 0}),
+    ("all-layers-by-default", USED | {"max_window_layers": 0}),
+    ("no-layer", USED | {"sliding_window": 5, "max_window_layers": 2}),
+    ("null", USED | {"sliding_window": None, "max_window_layers": 0}),
+    ("types-full", USED | {"sliding_window": 5, "max_window_layers": 0, "layer_types": [FULL, FULL]}),
+    ("types-sliding", USED | {"sliding_window": 5, "max_window_layers": 2, "layer_types": [SLIDING, SLIDING]}),
+    ("types-null", USED | {"sliding_window": 5, "max_window_layers": 0, "layer_types": None}),
+]
+
+
+@pytest.mark.parametrize("changes", [pytest.param(case[1], id=case[0]) for case in QWEN3_WINDOWS])
+def test_window_of_qwen3_is_transformers(tiny, tmp_path, changes):
+    transformers = pytest.importorskip("transformers")
+    raw = tiny.config | tiny.qwen3 | changes
+    theirs = transformers.Qwen3Config(**{name: value for name, value in raw.items() if name != "model_type"})
+    assert read_config(raw, Conversion(), tmp_path)[1].sliding_window == window_of(theirs)
+
+
+BAD_QWEN3 = [
+    # id, changes to a config of 2 layers, message
+    ("some-layers", USED | {"max_window_layers": 1}, f"the same for all layers, got 1 of {FULL} and 1 of {SLIDING}"),
+    ("mixed-types", {"layer_types": [SLIDING, FULL]}, f"the same for all layers, got 1 of {FULL} and 1 of {SLIDING}"),
+    ("sliding-not-used", {"layer_types": [SLIDING] * 2}, "sliding_window must be given and used where layer_types are"),
+    ("sliding-null", USED | {"sliding_window": None, "layer_types": [SLIDING] * 2}, "sliding_window must be given"),
+    ("too-few-types", {"layer_types": [FULL]}, "for each of 2 layers, got ['full_attention']"),
+    ("unknown-type", {"layer_types": [FULL, "chunked_attention"]}, "full_attention or sliding_attention for each of 2"),
+    ("no-list", {"layer_types": FULL}, "for each of 2 layers, got 'full_attention'"),
+    ("window", USED | {"sliding_window": -1, "max_window_layers": 0}, "sliding_window must be a positive integer"),
+    ("max-window-layers", USED | {"max_window_layers": None}, "max_window_layers must be an integer, got None"),
+    ("head-dim", {"head_dim": None}, "head_dim must be a positive integer, got None"),
+    ("bias", {"attention_bias": True}, "attention_bias must be False, got True"),
+    ("architecture", {"architectures": ["LlamaForCausalLM"]}, "architectures must be [Qwen3ForCausalLM], got"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), [pytest.param(*case[1:], id=case[0]) for case in BAD_QWEN3])
+def test_refuses_configurations_of_qwen3(tiny, tmp_path, rng, changes, message):
+    tensors = tiny.weights(rng, tiny.config | tiny.qwen3)
+    checkpoint = tiny.write(tmp_path / "c", tiny.config | tiny.qwen3 | changes, tensors)
+    refused(checkpoint, tmp_path / "m", re.escape(message), Conversion(ignore_fields=("layer_types",)))
+
+
+def test_fields_of_one_family_are_unknown_to_another(tiny, tmp_path, rng):
+    checkpoint = tiny.checkpoint(tmp_path / "c", rng, use_sliding_window=False)
+    refused(checkpoint, tmp_path / "m", "fields must be ones whose effect is known, got use_sliding_window")
+
+
+def test_refuses_a_norm_of_the_wrong_width(tiny, tmp_path, rng):
+    tensors = tiny.weights(rng, tiny.config | tiny.qwen3)
+    name = "model.layers.0.self_attn.k_norm.weight"
+    tensors[name] = torch.ones(36)
+    checkpoint = tiny.write(tmp_path / "c", tiny.config | tiny.qwen3, tensors)
+    refused(checkpoint, tmp_path / "m", rf"{name} must have shape \[8\], got \[36\]")
