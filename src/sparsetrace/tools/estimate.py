@@ -110,7 +110,7 @@ def estimate(study: Study, machine: Machine) -> list[Estimate]:
 def read_shape(checkpoint: str, dtype: str) -> Shape:
     """A model's shape from its checkpoint's config.json."""
     if checkpoint == EMBEDDED:
-        from sparsetrace.model.demo import CONFIG
+        from sparsetrace.model.demo.shape import CONFIG
 
         return Shape(CONFIG.num_hidden_layers, *_widths(sites_of(CONFIG)), "bfloat16" if dtype == "auto" else dtype)
     path = Path(checkpoint) / "config.json"
