@@ -32,7 +32,7 @@ from sparsetrace.generation.prompts import Sequence, read_shard
 from sparsetrace.methods import Dense, MatrixRule, operand_parts
 from sparsetrace.model.decoder import Decoder
 from sparsetrace.model.patch import Patch, install
-from sparsetrace.model.runtime import RuntimeModel, use
+from sparsetrace.model.runtime import RuntimeModel, set_up_torch
 from sparsetrace.model.tokenizer import Tokenizer
 from sparsetrace_kernels.configs import table_path
 
@@ -77,7 +77,7 @@ def generate(
     # a text is fed as it is
     new_tokens = 0 if decoding.tokens_from == "text" else batching.max_new_tokens
     _refuse_too_long(prompts, groups, new_tokens, model.config.max_position_embeddings)
-    device = use(machine)
+    device = set_up_torch(machine)
     capture = capture or Capture()
     kind = choose_kind(machine.engine, device, model.config, thresholds.method, thresholds.rules)
     given = _given(tokens, decoding, model, groups, new_tokens)

@@ -20,7 +20,7 @@ from torch.nn import functional
 from sparsetrace.formats.architecture import HIDDEN_ACTS, ModelConfig, sites_of
 from sparsetrace.formats.sites import Site
 
-# by the names that torch gives them too
+# config.json and torch give them the same names
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {name: getattr(functional, name) for name in HIDDEN_ACTS}
 
 
@@ -147,6 +147,7 @@ class Block(nn.Module):
         self.attn_norm = RMSNorm(config, config.hidden_size)
         self.attn_in = projections["attn_in"]
         self.attn_out = projections["attn_out"]
+        self.qkv_widths = projections["attn_in"].site.out_features
         # of each head's queries and keys
         self.q_norm = RMSNorm(config, config.head_dim) if config.qk_norm else None
         self.k_norm = RMSNorm(config, config.head_dim) if config.qk_norm else None
@@ -162,11 +163,10 @@ class Block(nn.Module):
         return x_BTC + self.mlp_mid(self.activation(gate) * up)
 
     def _attend(self, qkv_BTN: Tensor, context: "Context", cache: KVCache | None) -> Tensor:
-        """From q, k and v side by side to what enters the output projection, [B, T, K]."""
+        """Attention of one layer: from q, k and v side by side to what enters the output projection, [B, T, K]."""
         B, T, _ = qkv_BTN.shape
-        D = self.config.head_dim
-        widths = [heads * D for heads in (self.config.num_attention_heads, *[self.config.num_key_value_heads] * 2)]
-        q_BTHD, k_BTGD, v_BTGD = (x.reshape(B, T, -1, D) for x in qkv_BTN.split(widths, dim=-1))
+        each = qkv_BTN.split(self.qkv_widths, dim=-1)
+        q_BTHD, k_BTGD, v_BTGD = (x_BTN.reshape(B, T, -1, self.config.head_dim) for x_BTN in each)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHD, k_BTGD = self.q_norm(q_BTHD), self.k_norm(k_BTGD)
         q_BTHD, k_BTGD = rotate(q_BTHD, *context.rotary), rotate(k_BTGD, *context.rotary)

@@ -159,8 +159,8 @@ def open_model(folder: Path) -> RuntimeModel:
     )
 
 
-def use(machine: Machine) -> torch.device:
-    """Set torch up for a step that runs the model, and return its device."""
+def set_up_torch(machine: Machine) -> torch.device:
+    """Set torch up for a step that runs the model, and return the device to run on."""
     import torch
 
     torch.set_num_threads(machine.threads)

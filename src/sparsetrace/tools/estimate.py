@@ -24,7 +24,7 @@ from sparsetrace.formats.architecture import sites_of
 from sparsetrace.formats.schema import FORMATS, MATRICES, SITE_OF, SITES, mask_bytes
 from sparsetrace.formats.sites import Site, by_leaf, layer_sites
 from sparsetrace.generation.prompts import read_shard
-from sparsetrace.model.runtime import RuntimeModel, use
+from sparsetrace.model.runtime import RuntimeModel, set_up_torch
 from sparsetrace.study.study import EMBEDDED, Run, Study
 
 # Measured in benchmarks/results/pack.csv: bytes a kept value in its planes, and the index columns of a row.
@@ -252,7 +252,7 @@ def _round(length: int) -> int:
 
 def _layer_seconds(shape: Shape, rows: int, machine: Machine) -> float:
     """Median time of one layer's multiplies for some rows; many rows are timed in part and scaled."""
-    device = use(machine)
+    device = set_up_torch(machine)
     timed = min(rows, 256)
     dtype = getattr(torch, shape.dtype)
     weights = [
