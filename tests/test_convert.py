@@ -1,4 +1,4 @@
-"""Conversion against the checkpoint's own tensors; whatever is wrong is named, and no output is left."""
+"""Conversion against the checkpoint's own tensors; every fault is named, and a failed conversion leaves no output."""
 
 import errno
 import json
@@ -40,7 +40,7 @@ def write_sharded(folder, tiny, config, tensors, parts):
 
 
 def refused(checkpoint, out, match, conversion=None):
-    """Conversion fails with a message, and leaves nothing beside or in place of its output."""
+    """Conversion fails with a message, and leaves neither an output nor a partial one."""
     with pytest.raises(InputError, match=match) as error:
         convert(checkpoint, out, conversion or Conversion())
     assert str(error.value).startswith(("convert:", "tokenizer:"))
