@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from sparsetrace.core.files import InputError, refuse_strangers, sync, write_folder_beside, write_json
+from sparsetrace.core.files import InputError, refuse_unexpected_files, sync, write_folder_beside, write_json
 from sparsetrace.formats.architecture import ModelConfig
 from sparsetrace.model.demo.checkpoint import OUTPUT_FILES, hugging_face_config
 from sparsetrace.model.demo.corpus import Document, divide, gather
@@ -169,7 +169,7 @@ def write_checkpoint(
         Size of the weights in bytes.
     """
     config = replace(SHAPES[shape], dtype=dtype)
-    refuse_strangers(out, OUTPUT_FILES, "random_checkpoint")
+    refuse_unexpected_files(out, OUTPUT_FILES, "random_checkpoint")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shards = shards_of(list(tensors(config)), shard_bytes)
     total_bytes = sum(one.nbytes for shard in shards for one in shard)

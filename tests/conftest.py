@@ -69,7 +69,7 @@ def small_rings():
     """Tiny models need no ring of a GiB: parallel tests would run out of memory, and poisoning it takes long."""
     with pytest.MonkeyPatch.context() as patch:
         for limit in ("BLOCK_BYTES", "GPU_BLOCK_BYTES"):
-            patch.setattr(f"sparsetrace.generation.capture.{limit}", 32 << 20)
+            patch.setattr(f"sparsetrace.generation.selection.{limit}", 32 << 20)
         yield
 
 
@@ -237,8 +237,10 @@ class Tiny:
         """The whole way from prompts to a workload folder."""
         from sparsetrace.core.settings import Machine, PromptSet
         from sparsetrace.generation.generate import generate
+        from sparsetrace.generation.job import Job
         from sparsetrace.generation.prompts import split, write_split
-        from sparsetrace.packing.pack import index, pack
+        from sparsetrace.packing.index import index
+        from sparsetrace.packing.pack import pack
 
         folder.mkdir(parents=True, exist_ok=True)
         table = self.thresholds(folder, model, rng, sparsity)
@@ -249,7 +251,7 @@ class Tiny:
         for shard in range(batching.shards):
             dump = folder / "dump" / f"{shard:05d}" / "manifest.json"
             on = machine or Machine(device="cpu")
-            generate(model, table, folder / "split.parquet", shard, dump, decoding, batching, on)
+            generate(Job(model, folder / "split.parquet", shard, dump, decoding, batching, on, table))
             parts.append(folder / "parts" / f"{shard:05d}.json")
             pack(dump, folder / "workload", parts[-1])
         index(parts, folder / "workload")
@@ -267,7 +269,8 @@ class Tiny:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from sparsetrace.formats.schema import DUMP_VERSION, SEQUENCES, TOKENS
+        from sparsetrace.formats.tables import SEQUENCES, TOKENS
+        from sparsetrace.formats.versions import DUMP_VERSION
 
         folder.mkdir(parents=True, exist_ok=True)
         rows = 0

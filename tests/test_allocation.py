@@ -20,7 +20,8 @@ from sparsetrace.calibration.histogram import Histograms
 from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Calibration, Greedy, Machine
-from sparsetrace.formats.schema import FORMATS, MATRICES, SITE_OF
+from sparsetrace.formats.names import MATRICES, SITE_OF
+from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.methods import MatrixRule, Teal, Wina
 from sparsetrace.model.patch import install, observe
 

@@ -11,12 +11,14 @@ from sparsetrace.calibration.calibrate import calibrate, calibration_windows
 from sparsetrace.calibration.histogram import Histograms
 from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import FORMATS, MATRICES, SITE_OF, SITES, THRESHOLDS
+from sparsetrace.core.settings import Calibration, Conversion, Machine
+from sparsetrace.formats.names import MATRICES, SITE_OF, SITES
+from sparsetrace.formats.numbers import FORMATS
+from sparsetrace.formats.tables import THRESHOLDS
 from sparsetrace.methods import Dense, Teal
 from sparsetrace.model.convert import convert
 from sparsetrace.model.patch import observe
 from sparsetrace.model.runtime import set_up_torch
-from sparsetrace.study.study import Calibration, Conversion, Machine
 
 CPU = Machine(device="cpu")
 SETTINGS = Calibration(tokens=300, sequence_length=17)

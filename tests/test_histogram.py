@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from sparsetrace.calibration.histogram import ActivationCounter, Histograms, Provenance
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import FORMATS, SITES
+from sparsetrace.formats.names import SITES
+from sparsetrace.formats.numbers import FORMATS
 
 DTYPES = ["float16", "bfloat16", "float32"]
 PROVENANCE = Provenance("m" * 64, "t" * 64, "bfloat16", 123, 2)

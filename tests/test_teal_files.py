@@ -19,7 +19,7 @@ import torch
 from sparsetrace.calibration.allocation import read_threshold_file
 from sparsetrace.calibration.teal_files import PLACES, Histogram, import_teal, read_histograms, read_lookup
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import MATRICES, SITE_OF
+from sparsetrace.formats.names import MATRICES, SITE_OF
 
 FIXTURES = Path(__file__).parent / "fixtures" / "teal"
 LLAMA_2_7B = {"hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 11008, "num_hidden_layers": 32}

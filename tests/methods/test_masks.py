@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparsetrace.methods import METHODS, NM, Cats, ExactZeros, Griffin, MatrixRule, Teal, TopK, Wina
-from sparsetrace_kernels.reference import magnitude_bits
+from sparsetrace_kernels.torch_ops import magnitude_bits
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SPARSITIES = [0.0, 0.1, 0.25, 0.5, 0.65, 0.999]

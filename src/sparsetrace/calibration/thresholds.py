@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 from sparsetrace.calibration.allocation import Choice, greedy_targets, read_threshold_file
 from sparsetrace.calibration.histogram import Histograms, Provenance
 from sparsetrace.core.files import InputError, write_beside
-from sparsetrace.formats.schema import THRESHOLDS
 from sparsetrace.formats.sites import by_leaf, layer_sites
+from sparsetrace.formats.tables import THRESHOLDS
 from sparsetrace.methods import METHODS, FromFile, MatrixRule, Method, PerLayer, ThresholdMethod
 
 if TYPE_CHECKING:

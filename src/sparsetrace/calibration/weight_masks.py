@@ -27,11 +27,11 @@ from torch import Tensor
 from sparsetrace.calibration.calibrate import PASS_TOKENS, calibration_windows
 from sparsetrace.core.files import InputError, read_json, sha256_json, write_folder_beside, write_json
 from sparsetrace.core.settings import Calibration, Machine
-from sparsetrace.formats.schema import WEIGHT_MASKS
+from sparsetrace.formats.tables import WEIGHT_MASKS
 from sparsetrace.methods import WeightMethod
 from sparsetrace.model.decoder import Block, Decoder
 from sparsetrace.model.runtime import RuntimeModel, open_model, set_up_torch
-from sparsetrace_kernels.reference import pack_bits
+from sparsetrace_kernels.torch_ops import pack_bits
 
 MASK_FILE = "weight_masks.parquet"
 

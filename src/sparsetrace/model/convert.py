@@ -16,14 +16,14 @@ from typing import Any
 from sparsetrace.core.files import (
     InputError,
     read_json,
-    refuse_strangers,
+    refuse_unexpected_files,
     sha256_file,
     sha256_json,
     write_folder_beside,
     write_json,
 )
 from sparsetrace.core.settings import Conversion
-from sparsetrace.formats.schema import MODEL_VERSION
+from sparsetrace.formats.versions import MODEL_VERSION
 from sparsetrace.model.checkpoint import Checkpoint
 from sparsetrace.model.read_config import read_config
 from sparsetrace.model.runtime import RuntimeModel, open_model
@@ -67,7 +67,7 @@ def convert(
             family = dataclasses.replace(family, embedding=family.head)
     tensors = list(family.tensors(config))
     source.refuse_unexpected({name for tensor in tensors for name in tensor.sources}, spare)
-    refuse_strangers(out, OUTPUT_FILES, "convert")
+    refuse_unexpected_files(out, OUTPUT_FILES, "convert")
     with write_folder_beside(out) as partial:
         entries, source_hash = write_weights(partial, tensors, config.dtype, source, report)
         for file in (*TOKENIZER_FILES, *COMPANION_FILES):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsetrace.formats.schema import FORMATS
+from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.model.families.base import RuntimeTensor
 
 # A new file begins once the last one holds this many bytes.

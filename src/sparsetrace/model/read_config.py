@@ -7,7 +7,7 @@ from typing import Any
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Conversion
 from sparsetrace.formats.architecture import HIDDEN_ACTS, ModelConfig, RopeScaling
-from sparsetrace.formats.schema import FORMATS
+from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.model.families.base import QK_NORMS, Family, positive_integer
 from sparsetrace.model.families.registry import FAMILIES
 

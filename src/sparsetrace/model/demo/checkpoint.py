@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsetrace.core.files import refuse_strangers, write_folder_beside, write_json
+from sparsetrace.core.files import refuse_unexpected_files, write_folder_beside, write_json
 from sparsetrace.formats.architecture import ModelConfig
 from sparsetrace.model.decoder import Decoder
 from sparsetrace.model.demo.corpus import divide, gather
@@ -81,7 +81,7 @@ def make_checkpoint(
     Raises:
         InputError: the folder holds something else, or this Python carries too little text.
     """
-    refuse_strangers(out, OUTPUT_FILES, "demo")
+    refuse_unexpected_files(out, OUTPUT_FILES, "demo")
 
     started = time.process_time()
     corpus = divide(gather(Path(sysconfig.get_path("stdlib"))))
