@@ -29,7 +29,7 @@ from sparsetrace.generation.prompts import Sequence, read_shard
 from sparsetrace.generation.runner import Runner
 from sparsetrace.generation.seal import discard_other_runs, write_seal
 from sparsetrace.model.patch import install
-from sparsetrace.model.runtime import use
+from sparsetrace.model.runtime import set_up_torch
 from sparsetrace_kernels.configs import table_path
 
 # Called with (groups done, groups in all, tokens captured), from another thread too.
@@ -45,7 +45,7 @@ def generate(job: Job, report: Report | None = None) -> dict[str, Any]:
     thresholds = dense_thresholds(job.model) if job.thresholds is None else read_thresholds(job.thresholds, job.model)
     groups = _groups(job)
     given = _given(job, groups)
-    device = use(job.machine)
+    device = set_up_torch(job.machine)
     backend = choose_backend(job.machine.engine, device, job.model.config, thresholds.method, thresholds.rules)
     identity = _identity(job, thresholds, groups, given, (backend, device))
     key = sha256_json(identity)
