@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsetrace.core.files import InputError
 from sparsetrace.formats.dump import array_prefix
 from sparsetrace.formats.numbers import FORMATS, NumberFormat
 from sparsetrace.formats.ragged import offsets_of, take
 from sparsetrace.formats.row_statistics import row_norms
 from sparsetrace.formats.sites import Leaf
 from sparsetrace.generation.ring import LABELS
+from sparsetrace.model.finite import not_finite
 
 
 class PackedRows(NamedTuple):
@@ -103,8 +103,9 @@ def _refuse_not_finite(leaf: Leaf, packed: PackedRows, number: NumberFormat, lab
     if bad.any():
         row = int(np.searchsorted(packed.offsets, int(bad.argmax()), side="right")) - 1
         layer, matrix = leaf
-        raise InputError(
-            f"generate: activations must be finite, got Inf or NaN in layer {layer}, matrix {matrix}, token "
-            f"{labels['token'][row]} (sequence {labels['sequence'][row]}, position {labels['position'][row]}): "
-            "the checkpoint may need a dtype of wider range"
+        where = "the model" if layer is None else f"layer {layer}"
+        raise not_finite(
+            "generate",
+            f"{where}, matrix {matrix}, token {labels['token'][row]} (sequence {labels['sequence'][row]}, position "
+            f"{labels['position'][row]})",
         )

@@ -24,6 +24,7 @@ from sparsetrace.generation.plan import GroupPlan, KnownTokens, known_tokens, pl
 from sparsetrace.generation.prompts import Sequence
 from sparsetrace.generation.selection import block_rows
 from sparsetrace.generation.torch_backend import reference_of
+from sparsetrace.model.finite import not_finite
 from sparsetrace.model.patch import observe
 
 
@@ -185,10 +186,11 @@ class Engine:
                 position = start + int(column)
                 if position < plan.feeds[slot].known:
                     sequence = plan.group[slot]
-                    raise InputError(
-                        f"generate: activations must be finite, got Inf or NaN in layer {layer}, matrix "
-                        f"{sites[layer, site].matrices[0]}, token {sequence.base + position} (sequence "
-                        f"{sequence.sequence}, position {position}): the checkpoint may need a dtype of wider range"
+                    token = sequence.base + position
+                    raise not_finite(
+                        "generate",
+                        f"layer {layer}, matrix {sites[layer, site].matrices[0]}, token {token} (sequence "
+                        f"{sequence.sequence}, position {position})",
                     )
 
         with observe(self.setup.model, see):

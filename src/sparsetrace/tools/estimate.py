@@ -5,22 +5,20 @@ measured overhead over the entropy limit. Time is that of one pass of each kind 
 here in the model's own shapes, times the passes and layers; attention and sampling are not counted.
 """
 
-import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from sparsetrace.calibration.thresholds import read_thresholds
-from sparsetrace.core.files import InputError
-from sparsetrace.core.settings import Batching, Capture, Decoding, Machine, Packing
+from sparsetrace.core.files import read_json
+from sparsetrace.core.settings import Batching, Capture, Conversion, Decoding, Machine, Packing
 from sparsetrace.core.text import read_documents
-from sparsetrace.formats.architecture import ModelConfig, sites_of
+from sparsetrace.formats.architecture import sites_of
 from sparsetrace.formats.numbers import FORMATS, mask_bytes
 from sparsetrace.formats.sites import Leaf, Site, by_leaf, layer_sites
 from sparsetrace.generation.job import Job
@@ -28,6 +26,7 @@ from sparsetrace.generation.plan import Feed, feed_of, new_tokens
 from sparsetrace.generation.prompts import read_shard
 from sparsetrace.generation.selection import captured_matrices, holders
 from sparsetrace.methods import MatrixRule, Method, operand_parts
+from sparsetrace.model.read_config import read_config
 from sparsetrace.model.runtime import set_up_torch
 from sparsetrace.study.sections import EMBEDDED, Run
 from sparsetrace.study.study import Study
@@ -132,7 +131,7 @@ def estimate(study: Study, machine: Machine) -> list[Estimate]:
     dense_tokens: set[tuple[str, str]] = set()
     for model, run, label in study.workloads():
         checkpoint = study.models[model].checkpoint
-        shape = read_shape(checkpoint, study.models[model].conversion.dtype)
+        shape = read_shape(checkpoint, study.models[model].conversion)
         lengths, notes = prompt_lengths(study.runs[run], checkpoint)
         one, method = study.runs[run], study.setting(run, label).method
         operands = Operands(method, _targets(method), one.capture, one.packing)
@@ -154,34 +153,18 @@ def _targets(method: Method) -> Callable[[Leaf], float | None]:
     return lambda leaf: None if leaf[0] is None else method.target(leaf[0], leaf[1])
 
 
-def read_shape(checkpoint: str, dtype: str) -> Shape:
-    """A model's shape from its checkpoint's config.json."""
+def read_shape(checkpoint: str, conversion: Conversion) -> Shape:
+    """A model's shape from its checkpoint's config.json, read as `convert` reads it.
+
+    Raises:
+        InputError: there is no such file, or `convert` would refuse it.
+    """
     if checkpoint == EMBEDDED:
         from sparsetrace.model.demo.shape import CONFIG
 
-        return Shape(sites_of(CONFIG), "bfloat16" if dtype == "auto" else dtype)
-    path = Path(checkpoint) / "config.json"
-    try:
-        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        heads = raw["num_attention_heads"]
-        config = ModelConfig(
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            vocab_size=raw["vocab_size"],
-            max_position_embeddings=0,
-            rms_norm_eps=0.0,
-            rope_theta=0.0,
-            rope_scaling=None,
-            sliding_window=None,
-            tie_word_embeddings=False,
-            dtype=(raw.get("torch_dtype") or raw.get("dtype") or "float32") if dtype == "auto" else dtype,
-        )
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise InputError(f"estimate: {path} must be the config.json of a checkpoint, got {error!r}") from None
+        return Shape(sites_of(CONFIG), "bfloat16" if conversion.dtype == "auto" else conversion.dtype)
+    folder = Path(checkpoint)
+    _, config = read_config(read_json(folder / "config.json", "estimate"), conversion, folder)
     return Shape(sites_of(config), config.dtype)
 
 
