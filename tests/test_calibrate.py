@@ -11,7 +11,8 @@ from sparsetrace.calibration.calibrate import calibrate, calibration_windows
 from sparsetrace.calibration.histogram import Histograms
 from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import FORMATS, MATRICES, SITE_OF, SITES, THRESHOLDS
+from sparsetrace.formats.schema import FORMATS, THRESHOLDS
+from sparsetrace.formats.sites import by_leaf, layer_sites
 from sparsetrace.methods import Dense, Teal
 from sparsetrace.model.convert import convert
 from sparsetrace.model.patch import observe
@@ -57,6 +58,8 @@ def test_achieved_sparsity_is_the_prediction_as_integers(tiny, tmp_path, rng, dt
     windows_WT = calibration_windows(model.tokenizer(), text, SETTINGS, 128)
     assert windows_WT.shape == (18, 17)
     activations = dense_activations(model, windows_WT, max(1, pass_tokens // 17))
+    sites = by_leaf(layer_sites(model.sites))
+    assert len(sites) == 14
     assert told[-1] == (18 * 17, 18 * 17)
 
     histograms, provenance = Histograms.load(tmp_path / "h.safetensors")
@@ -66,9 +69,9 @@ def test_achieved_sparsity_is_the_prediction_as_integers(tiny, tmp_path, rng, dt
         assert np.array_equal(np.bincount(patterns.ravel() >> shift, minlength=65536), histograms.counts[key])
     for sparsity in (0.0, 0.25, 0.5, 0.65, 0.93):
         result = derive_thresholds("x", Teal(sparsity=sparsity), tmp_path / "h.safetensors", tmp_path / "t.parquet")
-        assert [(row["layer"], row["matrix"]) for row in result.rows] == [(la, m) for la in range(2) for m in MATRICES]
+        assert [(row["layer"], row["matrix"]) for row in result.rows] == list(sites)
         for row in result.rows:
-            patterns = activations[row["layer"], SITE_OF[row["matrix"]]]
+            patterns = activations[sites[row["layer"], row["matrix"]].key]
             magnitudes = patterns & (FORMATS[dtype].sign - 1)
             # what the rule "keep |x| > t" drops, counted one by one
             assert row["dropped"] == int((magnitudes <= row["threshold_bits"]).sum())
@@ -93,8 +96,9 @@ def test_masks_of_the_method_drop_what_was_predicted(tiny, tmp_path, rng):
     method = Teal(sparsity=0.5)
     result = derive_thresholds("x", method, tmp_path / "h.safetensors", tmp_path / "t.parquet")
     activations = dense_activations(model, calibration_windows(model.tokenizer(), text, SETTINGS, 128), 4096)
+    sites = by_leaf(model.sites)
     for rule, row in zip(result.rules, result.rows, strict=True):
-        x = torch.from_numpy(activations[rule.layer, SITE_OF[rule.matrix]].view(np.int16)).view(torch.bfloat16)
+        x = torch.from_numpy(activations[sites[rule.layer, rule.matrix].key].view(np.int16)).view(torch.bfloat16)
         assert int((~method.keep(x, rule)).sum()) == row["dropped"]
 
 
@@ -204,10 +208,9 @@ def test_refuses_thresholds_of_another_model(tiny, tmp_path, rng):
 def test_matrices_of_one_site_share_a_threshold(tiny, tmp_path, rng):
     model = tiny.model(tmp_path, rng)
     rules = read_thresholds(tiny.thresholds(tmp_path, model, rng), model).rules
-    for layer in range(2):
-        bits = {rule.matrix: rule.threshold_bits for rule in rules if rule.layer == layer}
-        for matrices in SITES.values():
-            assert len({bits[matrix] for matrix in matrices}) == 1
+    bits = {(rule.layer, rule.matrix): rule.threshold_bits for rule in rules}
+    for site in layer_sites(model.sites):
+        assert len({bits[leaf] for leaf in site.leaves}) == 1
 
 
 def test_refuses_a_gpu_that_is_not_there(tiny, tmp_path, rng, monkeypatch):

@@ -11,10 +11,24 @@ from hypothesis import strategies as st
 
 from sparsetrace.calibration.histogram import ActivationCounter, Histograms, Provenance
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import FORMATS, SITES
+from sparsetrace.formats.schema import FORMATS
+from sparsetrace.formats.sites import Site
 
 DTYPES = ["float16", "bfloat16", "float32"]
-PROVENANCE = Provenance("m" * 64, "t" * 64, "bfloat16", 123, 2)
+SITES = {"attn_in": ("q", "k", "v"), "attn_out": ("o",), "mlp_in": ("gate", "up"), "mlp_mid": ("down",)}
+
+
+def model_sites(layers: int) -> tuple[Site, ...]:
+    """Sites of a model; the last lies in no layer and is not counted."""
+    inside = [
+        Site(name, layer, matrices, 5, (3,) * len(matrices))
+        for layer in range(layers)
+        for name, matrices in SITES.items()
+    ]
+    return (*inside, Site("head_in", None, ("lm_head",), 5, (7,)))
+
+
+PROVENANCE = Provenance("m" * 64, "t" * 64, "bfloat16", 123, 2, model_sites(2))
 
 
 def tensor_of(patterns: np.ndarray, dtype: str) -> torch.Tensor:
@@ -23,7 +37,7 @@ def tensor_of(patterns: np.ndarray, dtype: str) -> torch.Tensor:
 
 
 def counted(patterns: np.ndarray, dtype: str) -> Histograms:
-    counter = ActivationCounter(1, dtype)
+    counter = ActivationCounter(model_sites(1), dtype)
     counter.count(0, "attn_in", tensor_of(patterns, dtype))
     return counter.histograms()
 
@@ -40,7 +54,7 @@ def every_kind(rng, dtype: str, count: int) -> np.ndarray:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_counts_are_numpy_unique(rng, dtype, device):
     number = FORMATS[dtype]
-    counter = ActivationCounter(2, dtype, device)
+    counter = ActivationCounter(model_sites(2), dtype, device)
     batches = [every_kind(rng, dtype, 3 * 7 * 11).reshape(-1, 7, 4) for _ in range(3)]
     for patterns in batches:
         counter.count(1, "mlp_in", tensor_of(patterns, dtype).to(device))
@@ -60,7 +74,7 @@ def test_counts_are_numpy_unique(rng, dtype, device):
 
 def test_counts_what_is_not_contiguous(rng):
     patterns = every_kind(rng, "bfloat16", 300).reshape(20, 20)
-    counter = ActivationCounter(1, "bfloat16")
+    counter = ActivationCounter(model_sites(1), "bfloat16")
     counter.count(0, "attn_in", tensor_of(patterns, "bfloat16")[:, 3:].T)
     expected = np.bincount(patterns[:, 3:].ravel(), minlength=65536)
     assert np.array_equal(counter.histograms().counts[0, "attn_in"], expected)
@@ -123,7 +137,7 @@ def test_zero_sparsity_drops_zeros_only():
 @pytest.mark.parametrize("bad", ["infinity", "-infinity", "nan"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_says_where_a_number_is_not_finite(rng, dtype, bad):
-    counter = ActivationCounter(3, dtype)
+    counter = ActivationCounter(model_sites(3), dtype)
     x = torch.randn(5, 9, dtype=getattr(torch, dtype))
     for layer in range(3):
         for site in SITES:
@@ -136,18 +150,18 @@ def test_says_where_a_number_is_not_finite(rng, dtype, bad):
 
 
 def test_largest_finite_float32_is_finite():
-    counter = ActivationCounter(1, "float32")
+    counter = ActivationCounter(model_sites(1), "float32")
     counter.count(0, "attn_in", tensor_of(np.array([0x7F7F_FFFF, 0xFF7F_FFFF], np.uint32), "float32"))
     assert counter.not_finite() is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_saving_keeps_everything(rng, tmp_path, dtype):
-    counter = ActivationCounter(2, dtype)
+    counter = ActivationCounter(model_sites(2), dtype)
     for key in counter.histograms().counts:
         counter.count(*key, tensor_of(every_kind(rng, dtype, 50), dtype))
     histograms = counter.histograms()
-    provenance = Provenance("m" * 64, "t" * 64, dtype, 123, 2)
+    provenance = Provenance("m" * 64, "t" * 64, dtype, 123, 2, model_sites(2))
     histograms.save(tmp_path / "a.safetensors", provenance)
     histograms.save(tmp_path / "b.safetensors", provenance)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -166,7 +180,7 @@ def test_refuses_files_that_are_no_histograms(tmp_path):
     save_file({"x": np.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="must be a histogram file of sparsetrace, got another"):
         Histograms.load(tmp_path / "other.safetensors")
-    Histograms(2, "bfloat16").save(tmp_path / "whole.safetensors", PROVENANCE)
+    Histograms(model_sites(2), "bfloat16").save(tmp_path / "whole.safetensors", PROVENANCE)
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-9])
     (tmp_path / "empty.safetensors").write_bytes(b"")
     for name in ("cut", "empty", "absent"):

@@ -17,9 +17,17 @@ import pytest
 import torch
 
 from sparsetrace.calibration.allocation import read_threshold_file
-from sparsetrace.calibration.teal_files import PLACES, Histogram, import_teal, read_histograms, read_lookup
+from sparsetrace.calibration.teal_files import (
+    MATRICES,
+    PLACES,
+    SITE_OF,
+    Histogram,
+    import_teal,
+    read_histograms,
+    read_lookup,
+)
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import MATRICES, SITE_OF
+from sparsetrace.formats.sites import Site
 
 FIXTURES = Path(__file__).parent / "fixtures" / "teal"
 LLAMA_2_7B = {"hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 11008, "num_hidden_layers": 32}
@@ -146,7 +154,7 @@ def test_imports_a_set(tmp_path, rng, config, rule):
         expected = histogram.teal_threshold(0.5) if rule == "teal" else histogram.magnitude_threshold(0.5)
         assert row["threshold"] == expected > 0
         assert row["implied_sparsity"] == histogram.implied_sparsity(expected)
-    choices = read_threshold_file(out, 2)
+    choices = read_threshold_file(out, [Site("in", layer, MATRICES, 6, (6,) * 7) for layer in range(2)])
     assert choices[1, "down"].threshold == rows[-1]["threshold"]
     assert choices[1, "down"].sparsity == 0.5
 

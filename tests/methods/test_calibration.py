@@ -10,6 +10,7 @@ from sparsetrace.calibration.calibrate import calibrate
 from sparsetrace.calibration.histogram import ActivationCounter, Histograms, merge
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Calibration, Machine
+from sparsetrace.formats.sites import Site, layer_sites
 
 CPU = Machine(device="cpu")
 SCORES = ("cats", "wina")
@@ -133,9 +134,11 @@ def test_padding_is_not_counted(made):
     """Every site has counted tokens x width, and no sequence is padded to make it so."""
     model, count = made
     histograms, provenance = Histograms.load(count("h", tokens=290))
+    widths = {site.key: site.in_features for site in layer_sites(model.sites)}
+    assert set(widths) < set(histograms.counts)
     for (layer, name), counts in histograms.counts.items():
-        if name in ("attn_in", "attn_out", "mlp_in", "mlp_mid"):
-            assert int(counts.sum()) == provenance.tokens * model.config.in_features(name), layer
+        if (layer, name) in widths:
+            assert int(counts.sum()) == provenance.tokens * widths[layer, name], layer
 
 
 def test_shards_are_refused(made):
@@ -153,7 +156,7 @@ def test_gpu_counts_as_the_cpu_does(rng):
         name = str(dtype).removeprefix("torch.")
         found = []
         for device in ("cpu", "cuda"):
-            counter = ActivationCounter(1, name, device)
+            counter = ActivationCounter([Site("attn_in", 0, ("q",), 1001, (1,))], name, device)
             counter.count(0, "attn_in", x.to(device))
             found.append(counter.histograms().counts[0, "attn_in"])
         assert np.array_equal(*found)

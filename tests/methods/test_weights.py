@@ -14,7 +14,7 @@ from sparsetrace.calibration.thresholds import derive_thresholds
 from sparsetrace.calibration.weight_masks import prune
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Calibration, Decoding, Machine, PromptSet
-from sparsetrace.formats.schema import MATRICES, SITE_OF
+from sparsetrace.formats.sites import by_leaf
 from sparsetrace.generation.generate import generate
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.methods import WEIGHT_METHODS, Magnitude, Teal, Wanda
@@ -82,8 +82,9 @@ def test_masks_are_those_of_numpy(made, tmp_path, name):
 
         with torch.inference_mode(), observe(decoder, see):
             decoder(windows, torch.arange(17).expand_as(windows))
-        for matrix in MATRICES:
-            site = SITE_OF[matrix]
+        matrices = [(matrix, site.name) for (at, matrix), site in by_leaf(model.sites).items() if at == layer]
+        assert len(matrices) == 7
+        for matrix, site in matrices:
             projection, other = (getattr(m.layers[layer], site) for m in (decoder, found))
             weight = projection.weight[:, projection.columns[matrix]]
             mask = expected_mask(name, weight.double().numpy(), np.linalg.norm(seen[site], axis=0))
@@ -109,7 +110,8 @@ def test_counts_are_exact(made, tmp_path):
             .aggregate([("nnz", "sum")])
             .to_pylist()
         ):
-            K, N = model.config.in_features(SITE_OF[row["matrix"]]), model.config.out_features(row["matrix"])
+            site = by_leaf(model.sites)[row["layer"], row["matrix"]]
+            K, N = site.in_features, site.outputs(row["matrix"])
             expected = K * N // 2 if ":" in name else (K - int(0.35 * K)) * N
             if name == "magnitude":
                 expected = K * N - int(0.35 * K * N)
