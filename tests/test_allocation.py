@@ -4,6 +4,7 @@ float64 arithmetic, lookups by hand, and thresholds of the user's own.
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +14,13 @@ import pytest
 import torch
 
 from sparsetrace.calibration import greedy as step
-from sparsetrace.calibration.allocation import Table, greedy_schema, read_greedy, read_threshold_file
-from sparsetrace.calibration.calibrate import calibration_windows
-from sparsetrace.calibration.greedy import allocate, search
+from sparsetrace.calibration.derive import derive_thresholds
+from sparsetrace.calibration.greedy import SearchJob, allocate, search
 from sparsetrace.calibration.histogram import Histograms
-from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.calibration.search_table import SearchTable, read_search_table, search_table_schema
+from sparsetrace.calibration.threshold_file import read_threshold_file
+from sparsetrace.calibration.thresholds import read_thresholds
+from sparsetrace.calibration.windows import calibration_windows
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Calibration, Greedy, Machine
 from sparsetrace.formats.schema import FORMATS
@@ -65,10 +68,10 @@ def by_hand(model, histograms_path, text, layer, sparsities):
 @pytest.mark.parametrize("layer", [0, 1])
 def test_table_is_that_of_a_search_by_hand(made, tmp_path, layer):
     model, histograms, text = made
-    allocate(model, histograms, text, layer, tmp_path / "t.parquet", Teal, SETTINGS, CPU)
-    metadata, table = read_greedy(tmp_path / "t.parquet")
+    allocate(SearchJob(model, histograms, text, layer, Teal, SETTINGS), tmp_path / "t.parquet", CPU)
+    metadata, table = read_search_table(tmp_path / "t.parquet")
     assert (metadata["layer"], metadata["model_hash"], metadata["method"]) == (layer, model.model_hash, "teal")
-    assert pq.read_schema(tmp_path / "t.parquet").remove_metadata().equals(greedy_schema(MATRICES))
+    assert pq.read_schema(tmp_path / "t.parquet").remove_metadata().equals(search_table_schema(MATRICES))
     sites = by_leaf(model.sites)
     size = {m: sites[layer, m].in_features * sites[layer, m].outputs(m) for m in MATRICES}
     # with grouped queries k is half of q, so its step is twice as long
@@ -117,8 +120,8 @@ def test_search_goes_by_parameters_and_error():
 
 def test_goes_on_after_an_interruption(made, tmp_path, monkeypatch):
     model, histograms, text = made
-    arguments = (model, histograms, text, 1)
-    whole = allocate(*arguments, tmp_path / "whole.parquet", Teal, SETTINGS, CPU)
+    job = SearchJob(model, histograms, text, 1, Teal, SETTINGS)
+    whole = allocate(job, tmp_path / "whole.parquet", CPU)
 
     class KilledError(Exception):
         pass
@@ -129,7 +132,7 @@ def test_goes_on_after_an_interruption(made, tmp_path, monkeypatch):
 
     out = tmp_path / "again.parquet"
     with pytest.raises(KilledError):
-        allocate(*arguments, out, Teal, SETTINGS, CPU, report)
+        allocate(job, out, CPU, report)
     assert not out.exists()
     done = len((tmp_path / ".again.parquet.progress").read_text().splitlines()) - 1
     assert 3 < done < whole.num_rows
@@ -138,28 +141,29 @@ def test_goes_on_after_an_interruption(made, tmp_path, monkeypatch):
     counted = []
     plain = step.search
     monkeypatch.setattr(step, "search", lambda *a: counted.append(len(a[3])) or plain(*a))
-    allocate(*arguments, out, Teal, SETTINGS, CPU)
+    allocate(job, out, CPU)
     assert counted == [done]
     assert out.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
     assert not (tmp_path / ".again.parquet.progress").exists()
     # another step size starts anew
     with pytest.raises(KilledError):
-        allocate(*arguments, out, Teal, SETTINGS, CPU, report)
-    allocate(*arguments, out, Teal, Greedy(tokens=48, sequence_length=16, step=0.45), CPU)
+        allocate(job, out, CPU, report)
+    allocate(replace(job, greedy=Greedy(tokens=48, sequence_length=16, step=0.45)), out, CPU)
     assert counted[-1] == 0
 
 
 def test_wina_is_searched_by_its_own_masks(tiny, tmp_path, rng):
-    from sparsetrace.calibration.calibrate import calibrate
+    from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
 
     model = tiny.model(tmp_path, rng)
     text, path = tmp_path / "text.txt", tmp_path / "h.safetensors"
     text.write_text(tiny.words(rng, 400))
-    calibrate(model, text, path, Calibration(tokens=200, sequence_length=20), CPU, scores=["wina"])
+    settings = Calibration(tokens=200, sequence_length=20)
+    calibrate(CalibrationJob(model, text, settings, scores=["wina"]), path, CPU)
     for kind in (Wina, Teal):
         for layer in range(2):
-            allocate(model, path, text, layer, tmp_path / f"{kind.name}{layer}", kind, SETTINGS, CPU)
-    assert read_greedy(tmp_path / "wina0")[1].error != read_greedy(tmp_path / "teal0")[1].error
+            allocate(SearchJob(model, path, text, layer, kind, SETTINGS), tmp_path / f"{kind.name}{layer}", CPU)
+    assert read_search_table(tmp_path / "wina0")[1].error != read_search_table(tmp_path / "teal0")[1].error
     method = Wina(sparsity=0.5, select="threshold", allocation="greedy")
     result = derive_thresholds("w", method, path, tmp_path / "t", [tmp_path / "wina0", tmp_path / "wina1"])
     assert read_thresholds(tmp_path / "t", model).method == method
@@ -168,7 +172,7 @@ def test_wina_is_searched_by_its_own_masks(tiny, tmp_path, rng):
         derive_thresholds("w", method, path, tmp_path / "t", [tmp_path / "wina0", tmp_path / "teal1"])
 
 
-TABLE = Table(
+TABLE = SearchTable(
     matrices=MATRICES,
     effective=[0.1, 0.2, 0.3, 0.92],
     error=[3.0, 1.0, 2.0, 5.0],
@@ -188,7 +192,7 @@ def test_lookup(target, step, uniform):
         assert set(found.values()) == {0}
     else:
         assert found == (dict.fromkeys(MATRICES, target) if uniform else TABLE.sparsities[step])
-    assert TABLE.losses() == [0]
+    assert TABLE.worse_than_uniform() == [0]
 
 
 def test_lookup_beyond_the_table():
@@ -202,7 +206,7 @@ def write_table(path, model, layer, table=TABLE):
         for e, a, b, s in zip(table.effective, table.error, table.uniform_error, table.sparsities, strict=True)
     ]
     metadata = {"sparsetrace_greedy": json.dumps({"layer": layer, "model_hash": model.model_hash, "method": "teal"})}
-    pq.write_table(pa.Table.from_pylist(rows, schema=greedy_schema(MATRICES).with_metadata(metadata)), path)
+    pq.write_table(pa.Table.from_pylist(rows, schema=search_table_schema(MATRICES).with_metadata(metadata)), path)
     return path
 
 
@@ -233,6 +237,13 @@ def test_per_layer(made, tmp_path):
         derive_thresholds("p", Teal(allocation={"per_layer": [0.25, 0.5, 0.5]}), path, tmp_path / "t")
     with pytest.raises(InputError, match="must give a target for every matrix of layer 1, got none for k"):
         derive_thresholds("p", Teal(allocation={"per_layer": [0.25, {"q": 0.5}]}), path, tmp_path / "t")
+    with pytest.raises(
+        InputError, match="must name matrices of layer 1, which are q, k, v, o, gate, up, down, got qk, w$"
+    ):
+        derive_thresholds("p", Teal(allocation={"per_layer": [0.25, {"qk": 0.5, "w": 0}]}), path, tmp_path / "t")
+    # `estimate` asks for targets of a model that nobody has checked them against
+    with pytest.raises(InputError, match="must have a target for every layer of the model, got 1"):
+        Teal(allocation={"per_layer": [0.25]}).target(1, "q")
 
 
 def own_file(path, rows):
@@ -334,9 +345,9 @@ def test_refuses_what_is_no_file_of_thresholds(tmp_path):
 def test_refuses_layers_and_histograms_of_other_models(made, tiny, tmp_path, rng):
     model, histograms, text = made
     with pytest.raises(InputError, match="layer must be 0 to 1, got 2"):
-        allocate(model, histograms, text, 2, tmp_path / "t", Teal, SETTINGS, CPU)
+        allocate(SearchJob(model, histograms, text, 2, Teal, SETTINGS), tmp_path / "t", CPU)
     other = tiny.model(tmp_path / "other", rng)
     with pytest.raises(InputError, match="must be of this model, got another's"):
-        allocate(other, histograms, text, 0, tmp_path / "t", Teal, SETTINGS, CPU)
+        allocate(SearchJob(other, histograms, text, 0, Teal, SETTINGS), tmp_path / "t", CPU)
     with pytest.raises(InputError, match="method wina needs, got none of wina.q"):
-        allocate(model, histograms, text, 0, tmp_path / "t", Wina, SETTINGS, CPU)
+        allocate(SearchJob(model, histograms, text, 0, Wina, SETTINGS), tmp_path / "t", CPU)

@@ -1,15 +1,19 @@
 """Calibration against the activations themselves: collected, counted and thresholded by brute force."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sparsetrace.calibration import calibrate as step
-from sparsetrace.calibration.calibrate import calibrate, calibration_windows
+from sparsetrace.calibration import windows as windows_module
+from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
+from sparsetrace.calibration.derive import derive_thresholds
 from sparsetrace.calibration.histogram import Histograms
-from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.calibration.thresholds import read_thresholds
+from sparsetrace.calibration.windows import calibration_windows
 from sparsetrace.core.files import InputError
 from sparsetrace.formats.schema import FORMATS, THRESHOLDS
 from sparsetrace.formats.sites import by_leaf, layer_sites
@@ -50,11 +54,11 @@ def dense_activations(model, windows_WT, batch) -> dict[tuple[int, str], np.ndar
 @pytest.mark.parametrize("pass_tokens", [4096, 40], ids=["one pass", "many passes"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_achieved_sparsity_is_the_prediction_as_integers(tiny, tmp_path, rng, dtype, pass_tokens, monkeypatch):
-    monkeypatch.setattr(step, "PASS_TOKENS", pass_tokens)
+    monkeypatch.setattr(windows_module, "PASS_TOKENS", pass_tokens)
     model = tiny.model(tmp_path, rng, torch_dtype=dtype)
     text = text_of(tiny, tmp_path, rng, 500)
     told = []
-    calibrate(model, text, tmp_path / "h.safetensors", SETTINGS, CPU, lambda *args: told.append(args))
+    calibrate(CalibrationJob(model, text, SETTINGS), tmp_path / "h.safetensors", CPU, lambda *args: told.append(args))
     windows_WT = calibration_windows(model.tokenizer(), text, SETTINGS, 128)
     assert windows_WT.shape == (18, 17)
     activations = dense_activations(model, windows_WT, max(1, pass_tokens // 17))
@@ -92,7 +96,7 @@ def test_masks_of_the_method_drop_what_was_predicted(tiny, tmp_path, rng):
     """The same through `Method.keep`, on the activations of the dense model."""
     model = tiny.model(tmp_path, rng, torch_dtype="bfloat16")
     text = text_of(tiny, tmp_path, rng, 500)
-    calibrate(model, text, tmp_path / "h.safetensors", SETTINGS, CPU)
+    calibrate(CalibrationJob(model, text, SETTINGS), tmp_path / "h.safetensors", CPU)
     method = Teal(sparsity=0.5)
     result = derive_thresholds("x", method, tmp_path / "h.safetensors", tmp_path / "t.parquet")
     activations = dense_activations(model, calibration_windows(model.tokenizer(), text, SETTINGS, 128), 4096)
@@ -106,7 +110,7 @@ def test_two_runs_give_identical_files(tiny, tmp_path, rng, machine):
     model = tiny.model(tmp_path, rng)
     text = text_of(tiny, tmp_path, rng, 500)
     for name in ("a", "b"):
-        calibrate(model, text, tmp_path / name / "h.safetensors", SETTINGS, machine)
+        calibrate(CalibrationJob(model, text, SETTINGS), tmp_path / name / "h.safetensors", machine)
         derive_thresholds("l", Teal(sparsity=0.5), tmp_path / name / "h.safetensors", tmp_path / name / "t.parquet")
     for file in ("h.safetensors", "t.parquet"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
@@ -141,13 +145,22 @@ def test_refuses_sequences_beyond_the_context(tiny, tmp_path, rng):
     model = tiny.model(tmp_path, rng)
     text = text_of(tiny, tmp_path, rng, 300)
     with pytest.raises(InputError, match="sequence_length must be at most the context of 128, got 129"):
-        calibrate(model, text, tmp_path / "h", Calibration(tokens=129, sequence_length=129), CPU)
+        calibrate(CalibrationJob(model, text, Calibration(tokens=129, sequence_length=129)), tmp_path / "h", CPU)
+    assert not (tmp_path / "h").exists()
+
+
+def test_refuses_scores_that_the_model_does_not_have(tiny, tmp_path, rng):
+    model = tiny.model(tmp_path, rng)
+    sites = tuple(replace(site, matrices=("fc", "up")) if site.key == (1, "mlp_in") else site for site in model.sites)
+    job = CalibrationJob(replace(model, sites=sites), text_of(tiny, tmp_path, rng, 500), SETTINGS, scores=("cats",))
+    with pytest.raises(InputError, match="method cats: every layer must have .* got no gate in layer 1"):
+        calibrate(job, tmp_path / "h", CPU)
     assert not (tmp_path / "h").exists()
 
 
 def test_names_the_activation_that_is_not_finite(tiny, tmp_path, rng, monkeypatch):
     """One word's embedding overflows float16 in the second layer: layer, site and token of the text are named."""
-    monkeypatch.setattr(step, "PASS_TOKENS", 34)
+    monkeypatch.setattr(windows_module, "PASS_TOKENS", 34)
     config = tiny.config | {"torch_dtype": "float16"}
     tensors = tiny.weights(rng, config)
     word = 50
@@ -169,9 +182,8 @@ def test_names_the_activation_that_is_not_finite(tiny, tmp_path, rng, monkeypatc
     (tmp_path / "text.txt").write_text(" ".join(words))
     # windows of 16 words after a begin token: word 77 is in window 4, at position 1 + 13
     with pytest.raises(InputError, match=f"Inf or NaN in layer 1, site mlp_mid, token {4 * 17 + 14} "):
-        calibrate(
-            model, tmp_path / "text.txt", tmp_path / "h.safetensors", Calibration(tokens=170, sequence_length=17), CPU
-        )
+        job = CalibrationJob(model, tmp_path / "text.txt", Calibration(tokens=170, sequence_length=17))
+        calibrate(job, tmp_path / "h.safetensors", CPU)
     assert not (tmp_path / "h.safetensors").exists()
 
 

@@ -1,5 +1,6 @@
 """Counts and thresholds against brute force: `numpy.unique` on the bit patterns, and sorting the raw magnitudes."""
 
+import json
 from fractions import Fraction
 
 import numpy as np
@@ -8,11 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
-from sparsetrace.calibration.histogram import ActivationCounter, Histograms, Provenance
+from sparsetrace.calibration.counter import ActivationCounter
+from sparsetrace.calibration.derive import derive_thresholds
+from sparsetrace.calibration.histogram import Histograms, Provenance
 from sparsetrace.core.files import InputError
 from sparsetrace.formats.schema import FORMATS
 from sparsetrace.formats.sites import Site
+from sparsetrace.methods import Teal, Wina
 
 DTYPES = ["float16", "bfloat16", "float32"]
 SITES = {"attn_in": ("q", "k", "v"), "attn_out": ("o",), "mlp_in": ("gate", "up"), "mlp_mid": ("down",)}
@@ -174,12 +179,60 @@ def test_saving_keeps_everything(rng, tmp_path, dtype):
             assert loaded.threshold(*key, sparsity) == histograms.threshold(*key, sparsity)
 
 
-def test_refuses_files_that_are_no_histograms(tmp_path):
-    from safetensors.numpy import save_file
+def test_zeros_lie_in_the_documented_order(rng, tmp_path):
+    """By layer; in a layer the sites, then the scores of each method by matrix."""
+    names = ["attn_in", "attn_out", "mlp_in", "mlp_mid", "cats"]
+    names += [f"wina.{matrix}" for matrix in ("q", "k", "v", "o", "gate", "up", "down")]
+    keys = [(layer, name) for layer in range(2) for name in names]
+    counter = ActivationCounter(model_sites(2), "bfloat16", scores=("cats", "wina"))
+    for count, key in enumerate(keys, start=1):
+        x = torch.cat([torch.zeros(count), -torch.zeros(2), torch.ones(3)])
+        counter.count(*key, x if key[1].startswith("wina") else x.bfloat16())
+    counter.histograms().save(tmp_path / "h", PROVENANCE)
+    arrays = load_file(tmp_path / "h")
+    assert arrays.pop("zeros").tolist() == list(range(3, 3 + len(keys)))
+    assert set(arrays) == {f"L{layer:02d}.{name}" for layer, name in keys}
 
+
+def test_names_and_order_are_those_of_the_sites(tmp_path):
+    """No matrix or site is known by name: thresholds come in the order of the sites, and of layers alone."""
+    sites = (
+        Site("mixer", 0, ("z", "a"), 4, (2, 2)),
+        Site("ffn", 0, ("b",), 4, (2,)),
+        Site("only", 1, ("b", "z"), 4, (2, 2)),
+        Site("head_in", None, ("lm_head",), 4, (9,)),
+    )
+    counter = ActivationCounter(sites, "float16", scores=("wina",))
+    for place, (layer, name) in enumerate(counter.histograms().row):
+        x = torch.arange(1, 11) * 10**place
+        counter.count(layer, name, x.float() if name.startswith("wina") else (torch.arange(1, 11) + place).half())
+    histograms = counter.histograms()
+    layer_names = [(0, "mixer"), (0, "ffn"), (0, "wina.z"), (0, "wina.a"), (0, "wina.b")]
+    assert list(histograms.row) == [*layer_names, (1, "only"), (1, "wina.b"), (1, "wina.z")]
+    histograms.save(tmp_path / "h", Provenance("m", "t", "float16", 10, 2, sites, ("wina",)))
+    leaves = [(0, "z"), (0, "a"), (0, "b"), (1, "b"), (1, "z")]
+    result = derive_thresholds("x", Teal(sparsity=0.5), tmp_path / "h", tmp_path / "t")
+    assert [(row["layer"], row["matrix"]) for row in result.rows] == leaves
+    # the fifth of ten numbers that begin at one more than the histogram's place
+    assert [row["threshold"] for row in result.rows] == [5, 5, 6, 10, 10]
+    result = derive_thresholds("x", Wina(sparsity=0.5, select="threshold"), tmp_path / "h", tmp_path / "t")
+    assert [(row["layer"], row["matrix"]) for row in result.rows] == leaves
+    thresholds = [row["threshold"] for row in result.rows]
+    assert thresholds == pytest.approx([5e2, 5e3, 5e4, 5e6, 5e7], rel=2**-7)
+    per_layer = Teal(allocation={"per_layer": [{"a": 0.1, "z": 0.2, "b": 0.3}, {"z": 0.4, "b": 0.6}]})
+    result = derive_thresholds("x", per_layer, tmp_path / "h", tmp_path / "t")
+    assert [row["target_sparsity"] for row in result.rows] == [0.2, 0.1, 0.3, 0.6, 0.4]
+
+
+def test_refuses_files_that_are_no_histograms(tmp_path):
     save_file({"x": np.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="must be a histogram file of sparsetrace, got another"):
         Histograms.load(tmp_path / "other.safetensors")
+    for version, named in ((1, {}), (3, {"version": 3})):
+        metadata = {"sparsetrace_histograms": json.dumps(named | {"model_hash": "m"})}
+        save_file({"x": np.zeros(3)}, tmp_path / "version.safetensors", metadata=metadata)
+        with pytest.raises(InputError, match=f"must have version 2, got {version}: calibrate again"):
+            Histograms.load(tmp_path / "version.safetensors")
     Histograms(model_sites(2), "bfloat16").save(tmp_path / "whole.safetensors", PROVENANCE)
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-9])
     (tmp_path / "empty.safetensors").write_bytes(b"")

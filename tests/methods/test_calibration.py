@@ -6,8 +6,11 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from sparsetrace.calibration import calibrate as step
-from sparsetrace.calibration.calibrate import calibrate
-from sparsetrace.calibration.histogram import ActivationCounter, Histograms, merge
+from sparsetrace.calibration import windows
+from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
+from sparsetrace.calibration.counter import ActivationCounter
+from sparsetrace.calibration.histogram import Histograms
+from sparsetrace.calibration.merge import merge
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Calibration, Machine
 from sparsetrace.formats.sites import Site, layer_sites
@@ -19,7 +22,7 @@ SCORES = ("cats", "wina")
 @pytest.fixture
 def made(tiny, tmp_path, rng, monkeypatch):
     """A model, a text, and what counts it in passes of four sequences."""
-    monkeypatch.setattr(step, "PASS_TOKENS", 68)
+    monkeypatch.setattr(windows, "PASS_TOKENS", 68)
     model = tiny.model(tmp_path, rng, torch_dtype="bfloat16")
 
     def count(name, report=None, words=None, shard=0, scores=SCORES, model=model, **changes):
@@ -27,7 +30,7 @@ def made(tiny, tmp_path, rng, monkeypatch):
         if not text.exists():
             text.write_text(tiny.words(rng, 500))
         settings = Calibration(**{"tokens": 300, "sequence_length": 17} | changes)
-        calibrate(model, text, tmp_path / name, settings, CPU, report, shard=shard, scores=scores)
+        calibrate(CalibrationJob(model, text, settings, shard, scores), tmp_path / name, CPU, report)
         return tmp_path / name
 
     return model, count

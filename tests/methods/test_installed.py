@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from sparsetrace.calibration.calibrate import calibrate, calibration_windows
-from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
+from sparsetrace.calibration.derive import derive_thresholds
+from sparsetrace.calibration.thresholds import read_thresholds
+from sparsetrace.calibration.windows import calibration_windows
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Calibration, Decoding, Machine, PromptSet
 from sparsetrace.formats.sites import by_leaf, layer_sites
@@ -185,7 +187,7 @@ def counted(tiny, tmp_path, rng, request):
     text = tmp_path / "text.txt"
     text.write_text(tiny.words(rng, 500))
     path = tmp_path / "h.safetensors"
-    calibrate(model, text, path, SETTINGS, CPU, scores=["wina", "cats"])
+    calibrate(CalibrationJob(model, text, SETTINGS, scores=["wina", "cats"]), path, CPU)
     decoder, seen = model.load(torch.device("cpu")), {}
 
     def see_output(layer, site, y):

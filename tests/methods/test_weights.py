@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import sparsetrace
-from sparsetrace.calibration.calibrate import calibrate, calibration_windows
-from sparsetrace.calibration.thresholds import derive_thresholds
-from sparsetrace.calibration.weight_masks import prune
+from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
+from sparsetrace.calibration.derive import derive_thresholds
+from sparsetrace.calibration.weight_masks import PruneJob, prune
+from sparsetrace.calibration.windows import calibration_windows
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Calibration, Decoding, Machine, PromptSet
 from sparsetrace.formats.sites import by_leaf
@@ -68,7 +69,7 @@ def made(tiny, tmp_path, rng):
 def test_masks_are_those_of_numpy(made, tmp_path, name):
     """Layer by layer: norms of what enters the unpruned layer behind the pruned ones before it."""
     model, text = made
-    pruned = prune(model, text, tmp_path / "pruned", CASES[name], SETTINGS, CPU)
+    pruned = prune(PruneJob(model, CASES[name], text, SETTINGS), tmp_path / "pruned", CPU)
     found = pruned.load(torch.device("cpu"))
     decoder = model.load(torch.device("cpu"))
     windows = torch.from_numpy(calibration_windows(model.tokenizer(), text, SETTINGS, 128))
@@ -103,7 +104,7 @@ def test_masks_are_those_of_numpy(made, tmp_path, name):
 def test_counts_are_exact(made, tmp_path):
     model, text = made
     for name, method in CASES.items():
-        prune(model, text, tmp_path / name, method, SETTINGS, CPU)
+        prune(PruneJob(model, method, text, SETTINGS), tmp_path / name, CPU)
         for row in (
             pq.read_table(tmp_path / name / "weight_masks.parquet")
             .group_by(["layer", "matrix"])
@@ -121,20 +122,21 @@ def test_counts_are_exact(made, tmp_path):
 def test_zero_sparsity_is_the_dense_model(made, tmp_path):
     model, text = made
     for method in (Magnitude(sparsity=0), Wanda(sparsity=0), Magnitude(pattern="4:4")):
-        assert prune(model, text, tmp_path / "pruned", method, SETTINGS, CPU).model_hash == model.model_hash
+        job = PruneJob(model, method, text, SETTINGS)
+        assert prune(job, tmp_path / "pruned", CPU).model_hash == model.model_hash
 
 
 def test_goes_with_an_activation_method_into_a_workload(made, tiny, tmp_path, rng):
     """The pruned model is used like any other; the masks lie in the data set, and the operands are its own."""
     model, text = made
-    pruned = prune(model, text, tmp_path / "pruned", Wanda(pattern="2:4"), SETTINGS, CPU)
+    pruned = prune(PruneJob(model, Wanda(pattern="2:4"), text, SETTINGS), tmp_path / "pruned", CPU)
     assert pruned.model_hash != model.model_hash
     assert open_model(tmp_path / "pruned" / "config.json").model_hash == pruned.model_hash
     with pytest.raises(InputError, match="must be calibrated on this model"):
-        calibrate(model, text, tmp_path / "h", SETTINGS, CPU)
+        calibrate(CalibrationJob(model, text, SETTINGS), tmp_path / "h", CPU)
         derive_thresholds("x", Teal(sparsity=0.5), tmp_path / "h", tmp_path / "x.parquet")
         generate(pruned, tmp_path / "x.parquet", tmp_path, 0, tmp_path / "d/m", Decoding(), Batching(), CPU)
-    calibrate(pruned, text, tmp_path / "h", SETTINGS, CPU)
+    calibrate(CalibrationJob(pruned, text, SETTINGS), tmp_path / "h", CPU)
     derive_thresholds("teal-0.5", Teal(sparsity=0.5), tmp_path / "h", tmp_path / "t.parquet")
     batching = Batching(max_new_tokens=4, batch_size=2)
     groups, _ = split(tiny.prompts(tmp_path / "p.jsonl", rng, [4, 6]), model.tokenizer(), 128, PromptSet(), batching)
@@ -166,14 +168,14 @@ def test_goes_with_an_activation_method_into_a_workload(made, tiny, tmp_path, rn
 def test_refuses(made, tiny, tmp_path, rng):
     model, text = made
     with pytest.raises(InputError, match="--text must be given for method wanda, which reads activations"):
-        prune(model, None, tmp_path / "x", Wanda(sparsity=0.5), SETTINGS, CPU)
+        prune(PruneJob(model, Wanda(sparsity=0.5), None, SETTINGS), tmp_path / "x", CPU)
     with pytest.raises(InputError, match="must be a pruned model or not exist"):
-        prune(model, text, tmp_path / "model", Wanda(sparsity=0.5), SETTINGS, CPU)
+        prune(PruneJob(model, Wanda(sparsity=0.5), text, SETTINGS), tmp_path / "model", CPU)
     with pytest.raises(
         InputError, match="inputs of every matrix must be a multiple of 32 for 16:32, got 48 at mlp_mid"
     ):
-        prune(model, text, tmp_path / "x", Magnitude(pattern="16:32"), SETTINGS, CPU)
-    prune(model, None, tmp_path / "no-text", Magnitude(sparsity=0.5), SETTINGS, CPU)
+        prune(PruneJob(model, Magnitude(pattern="16:32"), text, SETTINGS), tmp_path / "x", CPU)
+    prune(PruneJob(model, Magnitude(sparsity=0.5), None, SETTINGS), tmp_path / "no-text", CPU)
     assert not (tmp_path / "x").exists()
     for entry, message in (
         ({"name": "wonder"}, "name must be one of magnitude, wanda, got 'wonder'"),

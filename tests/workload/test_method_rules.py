@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from test_verify import edited_table, resign, rewrite, said
 
-from sparsetrace.calibration.calibrate import calibrate
-from sparsetrace.calibration.thresholds import derive_thresholds
+from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
+from sparsetrace.calibration.derive import derive_thresholds
 from sparsetrace.generation.generate import generate
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.methods import NM, Cats, Dense, ExactZeros, Griffin, Teal, TopK, Wina
@@ -56,7 +56,7 @@ def run(tiny, tmp_path_factory):
             counts, table = here / "histograms.safetensors", here / "thresholds.parquet"
             scores = [method.name] if method.score in ("scaled", "gate") else []
             settings = Calibration(tokens=600, sequence_length=20)
-            calibrate(model, folder / "text.txt", counts, settings, CPU, scores=scores)
+            calibrate(CalibrationJob(model, folder / "text.txt", settings, scores=scores), counts, CPU)
             derive_thresholds(method.label, method, counts, table)
             groups, _ = split(prompts, model.tokenizer(), 128, PromptSet(), BATCHING)
             write_split(groups, 1, here / "split.parquet")

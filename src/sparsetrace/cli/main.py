@@ -335,12 +335,13 @@ def prune(
     Example:
       sparsetrace prune results/llama/model --method wanda --set 'pattern="2:4"' --text wiki.txt --out pruned
     """
+    from sparsetrace.calibration.weight_masks import PruneJob
     from sparsetrace.calibration.weight_masks import prune as run
     from sparsetrace.model.runtime import open_model
 
     weights = parse_weight_method(method, parameters)
     with progress("pruning", "layers") as report:
-        pruned = run(open_model(model), text, out, weights, calibration, machine, report)
+        pruned = run(PruneJob(open_model(model), weights, text, calibration), out, machine, report)
     click.echo(f"{out}: model hash {pruned.model_hash}")
 
 
@@ -376,7 +377,7 @@ def calibrate(
     if unknown := [name for name in scores if name not in METHODS or METHODS[name].score not in ("scaled", "gate")]:
         raise InputError(f"--score must be a method with scores of its own, such as cats or wina, got {unknown[0]}")
     if merge:
-        from sparsetrace.calibration.histogram import merge as add_up
+        from sparsetrace.calibration.merge import merge as add_up
 
         merged = add_up(paths, out)
         click.echo(f"{out}: {merged.tokens:,} tokens")
@@ -384,10 +385,12 @@ def calibrate(
     if len(paths) != 1 or text is None:
         raise InputError(f"calibrate: one model and --text must be given unless --merge is, got {len(paths)} paths")
     with own_gpu(machine), progress("calibrating", "tokens") as report:
+        from sparsetrace.calibration.calibrate import CalibrationJob
         from sparsetrace.calibration.calibrate import calibrate as run
         from sparsetrace.model.runtime import open_model
 
-        histograms = run(open_model(paths[0]), text, out, calibration, machine, report, shard=shard, scores=scores)
+        job = CalibrationJob(open_model(paths[0]), text, calibration, shard, scores)
+        histograms = run(job, out, machine, report)
     click.echo(f"{out}: {len(histograms.counts)} histograms")
 
 
@@ -408,8 +411,9 @@ def allocate(
     TEAL's rule: the matrix whose next step raises the error of the layer's output least takes it. Every sparsity up to
     0.9 is looked up in the table afterwards. An interrupted search goes on with the same command.
     """
-    from sparsetrace.calibration.allocation import read_greedy
+    from sparsetrace.calibration.greedy import SearchJob
     from sparsetrace.calibration.greedy import allocate as run
+    from sparsetrace.calibration.search_table import read_search_table
     from sparsetrace.methods import METHODS, ThresholdMethod
     from sparsetrace.model.runtime import open_model
 
@@ -418,12 +422,10 @@ def allocate(
         known = [name for name, one in METHODS.items() if issubclass(one, ThresholdMethod)]
         raise InputError(f"--method must be one of {', '.join(known)}, which have thresholds per matrix, got {method}")
     with progress(f"layer {layer}", "% sparsity") as report:
-        run(
-            *(open_model(model), histograms, text, layer, out, kind, greedy, machine),
-            lambda reached, of: report(int(100 * reached), int(100 * of)),
-        )
-    _, table = read_greedy(out)
-    click.echo(f"{out}: {len(table.error)} rows, {len(table.losses())} of them worse than uniform")
+        job = SearchJob(open_model(model), histograms, text, layer, kind, greedy)
+        run(job, out, machine, lambda reached, of: report(int(100 * reached), int(100 * of)))
+    _, table = read_search_table(out)
+    click.echo(f"{out}: {len(table.error)} rows, {len(table.worse_than_uniform())} of them worse than uniform")
 
 
 @cli.command()
@@ -449,11 +451,11 @@ def thresholds(
     Example:
       sparsetrace thresholds histograms.safetensors --method teal --set sparsity=0.5 --out thresholds.parquet
     """
-    from sparsetrace.calibration.thresholds import derive_thresholds
+    from sparsetrace.calibration.derive import derive_thresholds
     from sparsetrace.formats.schema import MATRICES
 
     setting = parse_method(method, parameters, label)
-    result = derive_thresholds(setting.label, setting.method, histograms, out, list(tables))
+    result = derive_thresholds(setting.label, setting.method, histograms, out, tables)
     for note in result.notes:
         click.echo(note)
     target, achieved = result.overall()
@@ -793,11 +795,11 @@ def quality(model: Path, tables: tuple[Path, ...], text: Path, out: Path, qualit
     Perplexity, KL divergence of the next token from the dense model's, and share of predictions that agree on the
     likeliest token; in windows as TEAL's evaluation takes them.
     """
-    from sparsetrace.calibration.quality import measure
+    from sparsetrace.calibration.quality import QualityJob, measure
     from sparsetrace.model.runtime import open_model
 
     with progress("measuring quality", "windows") as report:
-        rows = measure(open_model(model), text, tables, out, quality, machine, report).to_pylist()
+        rows = measure(QualityJob(open_model(model), text, tables, quality), out, machine, report).to_pylist()
     shown = Table("setting", "target", "achieved", "perplexity", "KL (nats)", "top-1 agreement")
     for row in rows:
         target = "-" if row["target_sparsity"] is None else f"{row['target_sparsity']:.4f}"
@@ -856,9 +858,9 @@ def import_teal(
     Console().print(shown)
     if lookup is not None:
         losses = {
-            layer: len(found.losses())
+            layer: len(found.worse_than_uniform())
             for layer, found in read_lookup(lookup, len(shown.rows)).items()
-            if found.losses()
+            if found.worse_than_uniform()
         }
         click.echo(f"the published search loses to uniform in {sum(losses.values())} rows; layers: {list(losses)}")
     click.echo(f"{out}: {len(table)} thresholds")
