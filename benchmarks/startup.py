@@ -67,7 +67,7 @@ def run_marked(out: Path, words: list[str]) -> None:
         with claimed(*args) as device:
             mark("claim")
             # as the command does next: torch must see the claimed device alone
-            from sparsetrace.generation.generate import Engine
+            from sparsetrace.generation.engine import Engine
             from sparsetrace.model.runtime import RuntimeModel
 
             mark("imports")

@@ -67,7 +67,7 @@ def small_rings():
     """Tiny models need no GiB, which tests side by side would run out of, and which takes long to poison."""
     with pytest.MonkeyPatch.context() as patch:
         for limit in ("BLOCK_BYTES", "GPU_BLOCK_BYTES"):
-            patch.setattr(f"sparsetrace.generation.capture.{limit}", 32 << 20)
+            patch.setattr(f"sparsetrace.generation.selection.{limit}", 32 << 20)
         yield
 
 
@@ -235,6 +235,7 @@ class Tiny:
     def workload(self, folder: Path, model, rng, lengths, decoding, batching, machine=None, sparsity=0.5) -> Path:
         """The whole way from prompts to a workload folder."""
         from sparsetrace.generation.generate import generate
+        from sparsetrace.generation.job import Job
         from sparsetrace.generation.prompts import split, write_split
         from sparsetrace.packing.pack import index, pack
         from sparsetrace.study.study import Machine, PromptSet
@@ -248,7 +249,7 @@ class Tiny:
         for shard in range(batching.shards):
             dump = folder / "dump" / f"{shard:05d}" / "manifest.json"
             on = machine or Machine(device="cpu")
-            generate(model, table, folder / "split.parquet", shard, dump, decoding, batching, on)
+            generate(Job(model, folder / "split.parquet", shard, dump, decoding, batching, on, table))
             parts.append(folder / "parts" / f"{shard:05d}.json")
             pack(dump, folder / "workload", parts[-1])
         index(parts, folder / "workload")

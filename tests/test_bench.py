@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import MATRICES, SITE_OF, SITES
+from sparsetrace.formats.schema import MATRICES, SITE_OF
+from sparsetrace.formats.sites import layer_sites
 from sparsetrace.model.patch import install, observe
 from sparsetrace.tools import bench
 
@@ -91,9 +92,11 @@ class Engine:
     block_rows = 4
     made = []
 
-    def __init__(self, decoder, patch, decoding, batching, eos, *, kind, positions):
-        assert kind == "torch" and positions == bench.PROMPT_TOKENS + NEW and decoding.ignore_eos
-        self.batch, self.label, self.device = batching.batch_size, patch.method.label, decoder.embedding.device
+    def __init__(self, setup):
+        assert setup.backend == "torch" and setup.positions == bench.PROMPT_TOKENS + NEW
+        assert setup.decoding.ignore_eos
+        self.batch, self.label = setup.batching.batch_size, setup.patch.method.label
+        self.device = setup.device
         Engine.made.append((self.batch, self.label))
 
     def run(self, group, recorder):
@@ -106,9 +109,9 @@ class Engine:
 class Recorder:
     """Stands for the recorder: blocks are on the disk only once it was waited for."""
 
-    def __init__(self, config, rows, device, parts):
+    def __init__(self, selection, rows, device):
         assert rows == Engine.block_rows
-        assert len(parts) == config.num_hidden_layers * len(SITES)
+        assert len(selection.leaves) == 7 * len({site.layer for site in layer_sites(selection.sites)})
         self.pending = []
 
     def open(self, folder, group):

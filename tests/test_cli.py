@@ -126,6 +126,9 @@ def test_errors_are_one_line_each(run, tiny, tmp_path, rng):
     words = ["--thresholds", tmp_path / "t", *shard, "--tokens-from", "text"]
     fails(run("generate", model, *words), "decoding: prefill must be half or all with tokens_from text, got none")
     fails(run("generate", model, "--thresholds", tmp_path / "absent.parquet", *shard), "absent.parquet")
+    chosen = ["--matrices", "q", "--matrices", "a/b", "--layers", "-1"]
+    lines = fails(run("generate", model, "--thresholds", tmp_path / "t", *shard, *chosen), "--matrices", "--layers")
+    assert len(lines) == 2 and "--matrices must be valid, got 'a/b'" in lines[1]
 
 
 @pytest.mark.parametrize("kind", ["text", "cut"])

@@ -12,11 +12,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from sparsetrace.core.files import InputError
+from sparsetrace.core.settings import Capture
 from sparsetrace.formats import dump
-from sparsetrace.formats.architecture import ModelConfig
+from sparsetrace.formats.architecture import ModelConfig, sites_of
 from sparsetrace.formats.dump import Block, block_name, group_name, write_block
-from sparsetrace.formats.schema import SITES
 from sparsetrace.generation.capture import Recorder
+from sparsetrace.generation.selection import Selection
 
 # A block of two rows of one layer: K = 2 everywhere, bfloat16; q keeps (1.0, -2.0) and nothing, the rest as q.
 GOLDEN_HEADER = (
@@ -58,8 +59,9 @@ def test_golden_bytes(tmp_path):
         tie_word_embeddings=False,
         dtype="bfloat16",
     )
-    apart = {(0, site): [[matrix] for matrix in matrices] for site, matrices in SITES.items()}
-    recorder = Recorder(config, 8, torch.device("cpu"), apart)
+    sites = sites_of(config)
+    apart = {site.key: [[matrix] for matrix in site.matrices] for site in sites}
+    recorder = Recorder(Selection(sites, config.dtype, apart, (), Capture()), 8, torch.device("cpu"))
     recorder.open(tmp_path, 3)
     recorder.reserve(2)
     recorder.place(torch.tensor([True, True]), torch.tensor([3, 4]), torch.tensor([2, 5]), torch.tensor([1, 2]))

@@ -15,11 +15,13 @@ from sparsetrace.calibration.derive import derive_thresholds
 from sparsetrace.calibration.thresholds import read_thresholds
 from sparsetrace.calibration.windows import calibration_windows
 from sparsetrace.core.files import InputError
-from sparsetrace.core.settings import Batching, Calibration, Decoding, Machine, PromptSet
+from sparsetrace.core.settings import Batching, Calibration, Capture, Decoding, Machine, PromptSet
 from sparsetrace.formats.sites import by_leaf, layer_sites
-from sparsetrace.generation.capture import Recorder, holders
+from sparsetrace.generation.backend import EngineSetup
+from sparsetrace.generation.capture import Recorder
 from sparsetrace.generation.engine import Engine
 from sparsetrace.generation.prompts import Sequence
+from sparsetrace.generation.selection import holders, select
 from sparsetrace.methods import METHODS, NM, Cats, Dense, ExactZeros, Griffin, MatrixRule, Teal, TopK, Wina
 from sparsetrace.model.patch import install, observe
 
@@ -50,8 +52,9 @@ def run(folder, model, method, group, bits=0, prefill="none", new_tokens=4, rows
     rules = [MatrixRule(*leaf, bits if method.needs_threshold(leaf[1]) else None) for leaf in leaves]
     patch = install(decoder, method, rules)
     batching = Batching(max_new_tokens=new_tokens, batch_size=len(group))
-    engine = Engine(decoder, patch, Decoding(prefill=prefill), batching, frozenset())
-    recorder = Recorder(model.config, rows or engine.block_rows, engine.device, patch.parts, method.out_masks)
+    engine = Engine(EngineSetup(decoder, patch, Decoding(prefill=prefill), batching, frozenset()))
+    selection = select(model.sites, model.config.dtype, patch, Capture())
+    recorder = Recorder(selection, rows or engine.block_rows, engine.device)
     recorder.open(folder, 0)
     result = engine.run(group, recorder)
     held = holders([(rule.layer, rule.matrix) for rule in rules], patch.parts)
@@ -137,7 +140,7 @@ def test_griffin_in_the_dump(tiny, tmp_path, rng, prefill, rows, monkeypatch):
     from sparsetrace.generation import engine as engine_module
 
     if rows:
-        monkeypatch.setattr(engine_module, "block_rows", lambda config, parts, batch, device: rows)
+        monkeypatch.setattr(engine_module, "block_rows", lambda *_: rows)
     model = tiny.model(tmp_path, rng, **EVEN)
     group = group_of(rng, [9, 6])
     _, blocks = run(tmp_path / "dump", model, Griffin(sparsity=0.5), group, prefill=prefill)
@@ -257,7 +260,7 @@ def test_refuses_models_that_do_not_fit(tiny, tmp_path, rng):
     decoder = model.load(torch.device("cpu"))
     patch = install(decoder, Griffin(sparsity=0.5), rules)
     with pytest.raises(InputError, match="prefill must be none or half with method griffin"):
-        Engine(decoder, patch, Decoding(prefill="all"), Batching(), frozenset())
+        Engine(EngineSetup(decoder, patch, Decoding(prefill="all"), Batching(), frozenset()))
 
 
 def test_relu_models_make_exact_zeros(tiny, tmp_path, rng):
@@ -279,6 +282,7 @@ def test_relu_models_make_exact_zeros(tiny, tmp_path, rng):
 def test_out_masks_reach_the_workload(tiny, tmp_path, rng):
     import sparsetrace
     from sparsetrace.generation.generate import generate
+    from sparsetrace.generation.job import Job
     from sparsetrace.generation.prompts import split, write_split
     from sparsetrace.packing.pack import index, pack
 
@@ -290,7 +294,8 @@ def test_out_masks_reach_the_workload(tiny, tmp_path, rng):
     groups, _ = split(tiny.prompts(tmp_path / "p.jsonl", rng, [4, 6]), model.tokenizer(), 128, PromptSet(), batching)
     write_split(groups, 1, tmp_path / "split.parquet")
     dump = tmp_path / "dump" / "manifest.json"
-    generate(model, table, tmp_path / "split.parquet", 0, dump, Decoding(ignore_eos=True), batching, CPU)
+    split_path, decoding = tmp_path / "split.parquet", Decoding(ignore_eos=True)
+    generate(Job(model, split_path, 0, dump, decoding, batching, CPU, thresholds=table))
     pack(dump, tmp_path / "w", tmp_path / "00000.json")
     index([tmp_path / "00000.json"], tmp_path / "w")
     rows = pq.read_table(tmp_path / "w/data/L01/up/part-00000.parquet").to_pylist()

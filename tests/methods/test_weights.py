@@ -17,6 +17,7 @@ from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Calibration, Decoding, Machine, PromptSet
 from sparsetrace.formats.sites import by_leaf
 from sparsetrace.generation.generate import generate
+from sparsetrace.generation.job import Job
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.methods import WEIGHT_METHODS, Magnitude, Teal, Wanda
 from sparsetrace.model.patch import observe
@@ -135,16 +136,15 @@ def test_goes_with_an_activation_method_into_a_workload(made, tiny, tmp_path, rn
     with pytest.raises(InputError, match="must be calibrated on this model"):
         calibrate(CalibrationJob(model, text, SETTINGS), tmp_path / "h", CPU)
         derive_thresholds("x", Teal(sparsity=0.5), tmp_path / "h", tmp_path / "x.parquet")
-        generate(pruned, tmp_path / "x.parquet", tmp_path, 0, tmp_path / "d/m", Decoding(), Batching(), CPU)
+        generate(Job(pruned, tmp_path, 0, tmp_path / "d/m", Decoding(), Batching(), CPU, tmp_path / "x.parquet"))
     calibrate(CalibrationJob(pruned, text, SETTINGS), tmp_path / "h", CPU)
     derive_thresholds("teal-0.5", Teal(sparsity=0.5), tmp_path / "h", tmp_path / "t.parquet")
     batching = Batching(max_new_tokens=4, batch_size=2)
     groups, _ = split(tiny.prompts(tmp_path / "p.jsonl", rng, [4, 6]), model.tokenizer(), 128, PromptSet(), batching)
     write_split(groups, 1, tmp_path / "split.parquet")
     dump = tmp_path / "dump" / "manifest.json"
-    generate(
-        pruned, tmp_path / "t.parquet", tmp_path / "split.parquet", 0, dump, Decoding(ignore_eos=True), batching, CPU
-    )
+    prompts, decoding = tmp_path / "split.parquet", Decoding(ignore_eos=True)
+    generate(Job(pruned, prompts, 0, dump, decoding, batching, CPU, tmp_path / "t.parquet"))
     pack(dump, tmp_path / "w", tmp_path / "00000.json")
     index([tmp_path / "00000.json"], tmp_path / "w", weight_masks=tmp_path / "pruned" / "weight_masks.parquet")
     workload = sparsetrace.open(tmp_path / "w", model=tmp_path / "pruned")

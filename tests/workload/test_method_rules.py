@@ -14,6 +14,7 @@ from test_verify import edited_table, resign, rewrite, said
 from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
 from sparsetrace.calibration.derive import derive_thresholds
 from sparsetrace.generation.generate import generate
+from sparsetrace.generation.job import Job
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.methods import NM, Cats, Dense, ExactZeros, Griffin, Teal, TopK, Wina
 from sparsetrace.packing.pack import index, pack
@@ -62,7 +63,8 @@ def run(tiny, tmp_path_factory):
             write_split(groups, 1, here / "split.parquet")
             decoding = Decoding(prefill="half", ignore_eos=True)
             dump, part = here / "dump" / "00000" / "manifest.json", here / "parts" / "00000.json"
-            generate(model, table, here / "split.parquet", 0, dump, decoding, BATCHING, CPU, None, capture)
+            kept = capture or Capture()
+            generate(Job(model, here / "split.parquet", 0, dump, decoding, BATCHING, CPU, table, kept))
             pack(dump, here / "workload", part)
             index([part], here / "workload")
             made[here] = here / "workload"

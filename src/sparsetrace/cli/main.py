@@ -526,26 +526,26 @@ def generate(
     not sealed.
     """
     from sparsetrace.generation.generate import generate as run
+    from sparsetrace.generation.job import Job
     from sparsetrace.model.runtime import open_model
     from sparsetrace.tools.estimate import shard_warning
 
-    opened = open_model(model)
-    if warning := shard_warning(opened, thresholds, prompts, shard, out, decoding, batching, capture):
+    job = Job(
+        model=open_model(model),
+        prompts=prompts,
+        shard=shard,
+        out=out,
+        decoding=decoding,
+        batching=batching,
+        machine=machine,
+        thresholds=thresholds,
+        capture=capture,
+        dense_tokens=tokens,
+    )
+    if warning := shard_warning(job):
         click.echo(f"warning: the dump of shard {shard} {warning}", err=True)
     with progress("generating", "groups") as report:
-        manifest = run(
-            opened,
-            thresholds,
-            prompts,
-            shard,
-            out,
-            decoding,
-            batching,
-            machine,
-            lambda done, total, rows: report(done, total, f"{rows:,} tokens captured"),
-            capture,
-            tokens,
-        )
+        manifest = run(job, lambda done, total, rows: report(done, total, f"{rows:,} tokens captured"))
     rows = manifest["rows"] * len(manifest["matrices"])
     click.echo(
         f"{out.parent}: {manifest['rows']:,} tokens captured, {rows:,} rows, in {len(manifest['groups'])} groups"
@@ -573,15 +573,13 @@ def dense_tokens(
         --tokens dense_tokens/00000/manifest.json --out dump/00000/manifest.json
     """
     from sparsetrace.generation.generate import generate as run
+    from sparsetrace.generation.job import Job
     from sparsetrace.model.runtime import open_model
 
     decoding = Decoding(**sampling.model_dump())
+    job = Job(open_model(model), prompts, shard, out, decoding, batching, machine, capture=None)
     with progress("generating", "groups") as report:
-        manifest = run(
-            *(open_model(model), None, prompts, shard, out, decoding, batching, machine),
-            lambda done, total, _: report(done, total),
-            tokens_only=True,
-        )
+        manifest = run(job, lambda done, total, _: report(done, total))
     click.echo(f"{out.parent}: tokens of {len(manifest['groups'])} groups")
 
 

@@ -9,6 +9,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]
+# Which ones a model has is known when the model is opened.
+MatrixName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
 
 
 class Section(BaseModel):
@@ -125,8 +127,10 @@ class Capture(Section):
         "full", description="full: masks and values; masks: without the values; stats: row figures alone"
     )
     layers: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="only these layers; all if none is given")
-    matrices: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = Field(
-        (), description="only these matrices; all if none is given"
+    matrices: tuple[MatrixName, ...] = Field(
+        (),
+        description="only these matrices of the model, such as q or down; all of its layers' matrices if none is "
+        "given; lm_head where it is named",
     )
     every: int = Field(1, ge=1, description="only positions that are a multiple of this")
 

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from sparsetrace.core.files import InputError
-from sparsetrace.core.settings import Batching, Decoding
+from sparsetrace.core.settings import Batching, Capture, Decoding
 from sparsetrace.formats.architecture import ModelConfig
 from sparsetrace.generation import prompts
+from sparsetrace.generation.backend import EngineSetup, choose_backend
 from sparsetrace.generation.capture import Recorder
-from sparsetrace.generation.engine import Engine, choose_kind
+from sparsetrace.generation.engine import Engine
+from sparsetrace.generation.selection import select
 from sparsetrace.methods import Dense, MatrixRule, Method, Teal
 from sparsetrace.model.decoder import Decoder
 from sparsetrace.model.patch import install, observe
@@ -179,15 +181,20 @@ def decode_rows(
         for batch in batches:
             batching = Batching(max_new_tokens=new, batch_size=batch)
             engine = make_engine(
-                *(decoder, patch, Decoding(ignore_eos=True), batching, model.eos),
-                kind=choose_kind("auto", device, config, method, rules),
-                positions=PROMPT_TOKENS + new,
+                EngineSetup(
+                    model=decoder,
+                    patch=patch,
+                    decoding=Decoding(ignore_eos=True),
+                    batching=batching,
+                    eos=model.eos,
+                    backend=choose_backend("auto", device, config, method, rules),
+                    positions=PROMPT_TOKENS + new,
+                )
             )
+            selection = select(decoder.sites, config.dtype, patch, Capture())
             groups = random_groups(config, 1 + num_groups, batch, new)
             for sink in sinks:
-                recorder = (
-                    None if sink == "none" else make_recorder(config, engine.block_rows, engine.device, patch.parts)
-                )
+                recorder = None if sink == "none" else make_recorder(selection, engine.block_rows, engine.device)
                 seconds, written, rows = time_groups(engine, recorder, groups, folder)
                 rate = num_groups * batch * new / seconds
                 if recorder is not None:

@@ -17,10 +17,11 @@ from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Capture, Decoding, Machine
 from sparsetrace.formats.dump import Block
 from sparsetrace.formats.sites import Leaf
-from sparsetrace.generation.capture import holders
-from sparsetrace.generation.engine import GroupResult, Kind
-from sparsetrace.generation.generate import Runner
+from sparsetrace.generation.backend import BackendName, EngineSetup
+from sparsetrace.generation.engine import GroupResult
 from sparsetrace.generation.prompts import Sequence
+from sparsetrace.generation.runner import FinishedGroup, Runner
+from sparsetrace.generation.selection import holders
 from sparsetrace.methods import METHODS, MatrixRule
 from sparsetrace.model.patch import install
 from sparsetrace.model.runtime import open_model, use
@@ -70,16 +71,16 @@ def recompute(
     given = None
     if decoding.tokens_from == "dense":
         given = dict(zip(table["sequence"].to_pylist(), table["output_ids"].to_pylist(), strict=True))
-    kind: Kind = manifest["engine"] if device.type == "cuda" else "torch"
+    backend: BackendName = manifest["engine"] if device.type == "cuda" else "torch"
     positions = max(map(len, table["prompt_ids"].to_pylist())) + batching.max_new_tokens
-    runner = Runner(decoder, patch, decoding, batching, opened.eos, capture, kind, positions)
+    runner = Runner(EngineSetup(decoder, patch, decoding, batching, opened.eos, backend, positions), capture)
     held = holders(workload.leaves, patch.parts)
     groups = list(dict.fromkeys(table["group"].to_pylist()[:sequences]))
     faults: list[Fault] = []
     again: list[tuple[GroupResult, list[str]]] = []
 
-    def keep(_group: list[Sequence], result: GroupResult, _size: int, blocks: list[str], _rows: int) -> None:
-        again.append((result, blocks))
+    def keep(finished: FinishedGroup) -> None:
+        again.append((finished.result, finished.blocks))
 
     for done, group in enumerate(groups, start=1):
         rows = table.filter(pc.field("group") == group).to_pylist()
