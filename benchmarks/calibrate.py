@@ -203,12 +203,13 @@ def main() -> None:
         machine = Machine(device="cuda")
         settings = Calibration(tokens=65_536, sequence_length=2048)
         for metric, scores in (("calibrate", ()), ("calibrate_scores", ("cats", "wina"))):
-            job = CalibrationJob(model, text, settings, scores=scores)
             path = folder / f"{metric}.safetensors"
-            note(metric, "op", "s", [seconds(lambda job=job, path=path: calibrate(job, path, machine))])
+            job = CalibrationJob(model, text, path, settings, machine, scores=scores)
+            note(metric, "op", "s", [seconds(lambda job=job: calibrate(job))])
         derive_thresholds("teal-0.5", Teal(sparsity=0.5), folder / "calibrate.safetensors", folder / "t.parquet")
-        quality = QualityJob(model, text, [folder / "t.parquet"], Quality(context=2048, stride=512, windows=20))
-        note("quality", "none", "s", [seconds(lambda: measure(quality, folder / "q.parquet", machine))])
+        quality = Quality(context=2048, stride=512, windows=20)
+        job = QualityJob(model, text, [folder / "t.parquet"], folder / "q.parquet", quality, machine)
+        note("quality", "none", "s", [seconds(lambda: measure(job))])
     print(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory at most", flush=True)
 
 

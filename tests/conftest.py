@@ -208,10 +208,10 @@ class Tiny:
 
         (folder / "text.txt").write_text(self.words(rng, 2 * tokens))
         calibration = Calibration(tokens=tokens, sequence_length=20)
-        job = CalibrationJob(model, folder / "text.txt", calibration)
-        calibrate(job, folder / "histograms.safetensors", Machine(device="cpu"))
+        histograms = folder / "histograms.safetensors"
+        calibrate(CalibrationJob(model, folder / "text.txt", histograms, calibration, Machine(device="cpu")))
         method = Teal(sparsity=sparsity)
-        derive_thresholds(method.label, method, folder / "histograms.safetensors", folder / "thresholds.parquet")
+        derive_thresholds(method.label, method, histograms, folder / "thresholds.parquet")
         return folder / "thresholds.parquet"
 
     def rules(self, model, rng, scale: float = 0.5):

@@ -68,7 +68,7 @@ def by_hand(model, histograms_path, text, layer, sparsities):
 @pytest.mark.parametrize("layer", [0, 1])
 def test_table_is_that_of_a_search_by_hand(made, tmp_path, layer):
     model, histograms, text = made
-    allocate(SearchJob(model, histograms, text, layer, Teal, SETTINGS), tmp_path / "t.parquet", CPU)
+    allocate(SearchJob(model, histograms, text, layer, tmp_path / "t.parquet", Teal, SETTINGS, CPU))
     metadata, table = read_search_table(tmp_path / "t.parquet")
     assert (metadata["layer"], metadata["model_hash"], metadata["method"]) == (layer, model.model_hash, "teal")
     assert pq.read_schema(tmp_path / "t.parquet").remove_metadata().equals(search_table_schema(MATRICES))
@@ -120,8 +120,8 @@ def test_search_goes_by_parameters_and_error():
 
 def test_goes_on_after_an_interruption(made, tmp_path, monkeypatch):
     model, histograms, text = made
-    job = SearchJob(model, histograms, text, 1, Teal, SETTINGS)
-    whole = allocate(job, tmp_path / "whole.parquet", CPU)
+    job = SearchJob(model, histograms, text, 1, tmp_path / "whole.parquet", Teal, SETTINGS, CPU)
+    whole = allocate(job)
 
     class KilledError(Exception):
         pass
@@ -131,8 +131,9 @@ def test_goes_on_after_an_interruption(made, tmp_path, monkeypatch):
             raise KilledError
 
     out = tmp_path / "again.parquet"
+    job = replace(job, out=out)
     with pytest.raises(KilledError):
-        allocate(job, out, CPU, report)
+        allocate(job, report)
     assert not out.exists()
     done = len((tmp_path / ".again.parquet.progress").read_text().splitlines()) - 1
     assert 3 < done < whole.num_rows
@@ -141,14 +142,14 @@ def test_goes_on_after_an_interruption(made, tmp_path, monkeypatch):
     counted = []
     plain = step.search
     monkeypatch.setattr(step, "search", lambda *a: counted.append(len(a[3])) or plain(*a))
-    allocate(job, out, CPU)
+    allocate(job)
     assert counted == [done]
     assert out.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
     assert not (tmp_path / ".again.parquet.progress").exists()
     # another step size starts anew
     with pytest.raises(KilledError):
-        allocate(job, out, CPU, report)
-    allocate(replace(job, greedy=Greedy(tokens=48, sequence_length=16, step=0.45)), out, CPU)
+        allocate(job, report)
+    allocate(replace(job, greedy=Greedy(tokens=48, sequence_length=16, step=0.45)))
     assert counted[-1] == 0
 
 
@@ -159,10 +160,10 @@ def test_wina_is_searched_by_its_own_masks(tiny, tmp_path, rng):
     text, path = tmp_path / "text.txt", tmp_path / "h.safetensors"
     text.write_text(tiny.words(rng, 400))
     settings = Calibration(tokens=200, sequence_length=20)
-    calibrate(CalibrationJob(model, text, settings, scores=["wina"]), path, CPU)
+    calibrate(CalibrationJob(model, text, path, settings, CPU, scores=["wina"]))
     for kind in (Wina, Teal):
         for layer in range(2):
-            allocate(SearchJob(model, path, text, layer, kind, SETTINGS), tmp_path / f"{kind.name}{layer}", CPU)
+            allocate(SearchJob(model, path, text, layer, tmp_path / f"{kind.name}{layer}", kind, SETTINGS, CPU))
     assert read_search_table(tmp_path / "wina0")[1].error != read_search_table(tmp_path / "teal0")[1].error
     method = Wina(sparsity=0.5, select="threshold", allocation="greedy")
     result = derive_thresholds("w", method, path, tmp_path / "t", [tmp_path / "wina0", tmp_path / "wina1"])
@@ -345,9 +346,9 @@ def test_refuses_what_is_no_file_of_thresholds(tmp_path):
 def test_refuses_layers_and_histograms_of_other_models(made, tiny, tmp_path, rng):
     model, histograms, text = made
     with pytest.raises(InputError, match="layer must be 0 to 1, got 2"):
-        allocate(SearchJob(model, histograms, text, 2, Teal, SETTINGS), tmp_path / "t", CPU)
+        allocate(SearchJob(model, histograms, text, 2, tmp_path / "t", Teal, SETTINGS, CPU))
     other = tiny.model(tmp_path / "other", rng)
     with pytest.raises(InputError, match="must be of this model, got another's"):
-        allocate(SearchJob(other, histograms, text, 0, Teal, SETTINGS), tmp_path / "t", CPU)
+        allocate(SearchJob(other, histograms, text, 0, tmp_path / "t", Teal, SETTINGS, CPU))
     with pytest.raises(InputError, match="method wina needs, got none of wina.q"):
-        allocate(SearchJob(model, histograms, text, 0, Wina, SETTINGS), tmp_path / "t", CPU)
+        allocate(SearchJob(model, histograms, text, 0, tmp_path / "t", Wina, SETTINGS, CPU))

@@ -58,7 +58,7 @@ def test_achieved_sparsity_is_the_prediction_as_integers(tiny, tmp_path, rng, dt
     model = tiny.model(tmp_path, rng, torch_dtype=dtype)
     text = text_of(tiny, tmp_path, rng, 500)
     told = []
-    calibrate(CalibrationJob(model, text, SETTINGS), tmp_path / "h.safetensors", CPU, lambda *args: told.append(args))
+    calibrate(CalibrationJob(model, text, tmp_path / "h.safetensors", SETTINGS, CPU), lambda *args: told.append(args))
     windows_WT = calibration_windows(model.tokenizer(), text, SETTINGS, 128)
     assert windows_WT.shape == (18, 17)
     activations = dense_activations(model, windows_WT, max(1, pass_tokens // 17))
@@ -96,7 +96,7 @@ def test_masks_of_the_method_drop_what_was_predicted(tiny, tmp_path, rng):
     """The same through `Method.keep`, on the activations of the dense model."""
     model = tiny.model(tmp_path, rng, torch_dtype="bfloat16")
     text = text_of(tiny, tmp_path, rng, 500)
-    calibrate(CalibrationJob(model, text, SETTINGS), tmp_path / "h.safetensors", CPU)
+    calibrate(CalibrationJob(model, text, tmp_path / "h.safetensors", SETTINGS, CPU))
     method = Teal(sparsity=0.5)
     result = derive_thresholds("x", method, tmp_path / "h.safetensors", tmp_path / "t.parquet")
     activations = dense_activations(model, calibration_windows(model.tokenizer(), text, SETTINGS, 128), 4096)
@@ -110,7 +110,7 @@ def test_two_runs_give_identical_files(tiny, tmp_path, rng, machine):
     model = tiny.model(tmp_path, rng)
     text = text_of(tiny, tmp_path, rng, 500)
     for name in ("a", "b"):
-        calibrate(CalibrationJob(model, text, SETTINGS), tmp_path / name / "h.safetensors", machine)
+        calibrate(CalibrationJob(model, text, tmp_path / name / "h.safetensors", SETTINGS, machine))
         derive_thresholds("l", Teal(sparsity=0.5), tmp_path / name / "h.safetensors", tmp_path / name / "t.parquet")
     for file in ("h.safetensors", "t.parquet"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
@@ -145,16 +145,17 @@ def test_refuses_sequences_beyond_the_context(tiny, tmp_path, rng):
     model = tiny.model(tmp_path, rng)
     text = text_of(tiny, tmp_path, rng, 300)
     with pytest.raises(InputError, match="sequence_length must be at most the context of 128, got 129"):
-        calibrate(CalibrationJob(model, text, Calibration(tokens=129, sequence_length=129)), tmp_path / "h", CPU)
+        calibrate(CalibrationJob(model, text, tmp_path / "h", Calibration(tokens=129, sequence_length=129), CPU))
     assert not (tmp_path / "h").exists()
 
 
 def test_refuses_scores_that_the_model_does_not_have(tiny, tmp_path, rng):
     model = tiny.model(tmp_path, rng)
     sites = tuple(replace(site, matrices=("fc", "up")) if site.key == (1, "mlp_in") else site for site in model.sites)
-    job = CalibrationJob(replace(model, sites=sites), text_of(tiny, tmp_path, rng, 500), SETTINGS, scores=("cats",))
+    text = text_of(tiny, tmp_path, rng, 500)
+    job = CalibrationJob(replace(model, sites=sites), text, tmp_path / "h", SETTINGS, CPU, scores=("cats",))
     with pytest.raises(InputError, match="method cats: every layer must have .* got no gate in layer 1"):
-        calibrate(job, tmp_path / "h", CPU)
+        calibrate(job)
     assert not (tmp_path / "h").exists()
 
 
@@ -182,8 +183,8 @@ def test_names_the_activation_that_is_not_finite(tiny, tmp_path, rng, monkeypatc
     (tmp_path / "text.txt").write_text(" ".join(words))
     # windows of 16 words after a begin token: word 77 is in window 4, at position 1 + 13
     with pytest.raises(InputError, match=f"Inf or NaN in layer 1, site mlp_mid, token {4 * 17 + 14} "):
-        job = CalibrationJob(model, tmp_path / "text.txt", Calibration(tokens=170, sequence_length=17))
-        calibrate(job, tmp_path / "h.safetensors", CPU)
+        settings = Calibration(tokens=170, sequence_length=17)
+        calibrate(CalibrationJob(model, tmp_path / "text.txt", tmp_path / "h.safetensors", settings, CPU))
     assert not (tmp_path / "h.safetensors").exists()
 
 

@@ -262,14 +262,14 @@ def test_quality_of_the_demo_model_falls_with_sparsity(tmp_path, parts, monkeypa
     demo.make_checkpoint(folder / "checkpoint", steps=25, threads=1)
     model = convert(folder / "checkpoint", folder / "model", Conversion())
     settings = Calibration(tokens=1024, sequence_length=128)
-    calibrate(CalibrationJob(model, folder / "checkpoint" / "calibration.txt", settings), folder / "h", cpu)
+    calibrate(CalibrationJob(model, folder / "checkpoint" / "calibration.txt", folder / "h", settings, cpu))
     paths = [folder / f"teal-{sparsity}" for sparsity in (0, 0.25, 0.5, 0.65, 0.9)]
     for path in paths:
         sparsity = float(path.name.removeprefix("teal-"))
         derive_thresholds(path.name, Teal(sparsity=sparsity), folder / "h", path)
     quality = Quality(context=96, stride=32, windows=20)
-    job = QualityJob(model, folder / "checkpoint" / "quality.txt", paths, quality)
-    rows = measure(job, folder / "q", cpu).to_pylist()
+    job = QualityJob(model, folder / "checkpoint" / "quality.txt", paths, folder / "q", quality, cpu)
+    rows = measure(job).to_pylist()
     perplexity, kl, agreement = (
         [row[name] for row in rows[1:]] for name in ("perplexity", "kl_divergence", "top1_agreement")
     )

@@ -105,9 +105,9 @@ def test_an_excerpt_makes_the_same_setting():
     methods = [
         {"name": "teal", "sparsity": [0.25, 0.5]},
         {"name": "teal", "sparsity": 0.5, "allocation": "greedy", "label": "searched"},
-        *({"name": name} for name in METHODS if not METHODS[name].thresholded and name != "dense"),
+        *({"name": name} for name in METHODS if METHODS[name].score is None),
     ]
-    needed = {"sparsity": 0.5}
+    needed = {"sparsity": 0.5, "pattern": "2:4"}
     methods = [
         entry | {k: v for k, v in needed.items() if k in METHODS[entry["name"]].model_fields and k not in entry}
         for entry in methods
@@ -115,6 +115,7 @@ def test_an_excerpt_makes_the_same_setting():
     model = {"checkpoint": "embedded", "calibration_text": "embedded"}
     full = {"models": {"demo": model}, "runs": {"first": {"prompts": "embedded", "methods": methods}}}
     whole = parse_study(full, "x")
+    assert {"dense", "topk-0.5", "nm-2-4", "griffin-0.5"} <= {label for _, _, label in whole.workloads()}
     for name, run, label in whole.workloads():
         part = parse_study(json.loads(whole.excerpt(name, run, label)), "y")
         assert part.workloads() == [(name, run, label)] and part.setting(run, label) == whole.setting(run, label)

@@ -254,7 +254,7 @@ def test_histograms_of_another_model(other, others, whole, tmp_path, command, un
     # nor are they added to those of another
     model = sparsetrace.model.runtime.open_model(others[other])
     settings = Calibration(tokens=200, sequence_length=20)
-    calibrate(CalibrationJob(model, whole / "text.txt", settings), histograms, Machine(device="cpu"))
+    calibrate(CalibrationJob(model, whole / "text.txt", histograms, settings, Machine(device="cpu")))
     line = command("calibrate", "--merge", mine, histograms, "--out", tmp_path / "new" / "h.safetensors")
     assert "must be" in line and str(histograms) in line
 

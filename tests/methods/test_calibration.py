@@ -30,7 +30,7 @@ def made(tiny, tmp_path, rng, monkeypatch):
         if not text.exists():
             text.write_text(tiny.words(rng, 500))
         settings = Calibration(**{"tokens": 300, "sequence_length": 17} | changes)
-        calibrate(CalibrationJob(model, text, settings, shard, scores), tmp_path / name, CPU, report)
+        calibrate(CalibrationJob(model, text, tmp_path / name, settings, CPU, shard, scores), report)
         return tmp_path / name
 
     return model, count

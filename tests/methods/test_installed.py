@@ -190,7 +190,7 @@ def counted(tiny, tmp_path, rng, request):
     text = tmp_path / "text.txt"
     text.write_text(tiny.words(rng, 500))
     path = tmp_path / "h.safetensors"
-    calibrate(CalibrationJob(model, text, SETTINGS, scores=["wina", "cats"]), path, CPU)
+    calibrate(CalibrationJob(model, text, path, SETTINGS, CPU, scores=["wina", "cats"]))
     decoder, seen = model.load(torch.device("cpu")), {}
 
     def see_output(layer, site, y):

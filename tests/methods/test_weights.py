@@ -70,7 +70,7 @@ def made(tiny, tmp_path, rng):
 def test_masks_are_those_of_numpy(made, tmp_path, name):
     """Layer by layer: norms of what enters the unpruned layer behind the pruned ones before it."""
     model, text = made
-    pruned = prune(PruneJob(model, CASES[name], text, SETTINGS), tmp_path / "pruned", CPU)
+    pruned = prune(PruneJob(model, text, tmp_path / "pruned", CASES[name], SETTINGS, CPU))
     found = pruned.load(torch.device("cpu"))
     decoder = model.load(torch.device("cpu"))
     windows = torch.from_numpy(calibration_windows(model.tokenizer(), text, SETTINGS, 128))
@@ -105,7 +105,7 @@ def test_masks_are_those_of_numpy(made, tmp_path, name):
 def test_counts_are_exact(made, tmp_path):
     model, text = made
     for name, method in CASES.items():
-        prune(PruneJob(model, method, text, SETTINGS), tmp_path / name, CPU)
+        prune(PruneJob(model, text, tmp_path / name, method, SETTINGS, CPU))
         for row in (
             pq.read_table(tmp_path / name / "weight_masks.parquet")
             .group_by(["layer", "matrix"])
@@ -123,21 +123,21 @@ def test_counts_are_exact(made, tmp_path):
 def test_zero_sparsity_is_the_dense_model(made, tmp_path):
     model, text = made
     for method in (Magnitude(sparsity=0), Wanda(sparsity=0), Magnitude(pattern="4:4")):
-        job = PruneJob(model, method, text, SETTINGS)
-        assert prune(job, tmp_path / "pruned", CPU).model_hash == model.model_hash
+        job = PruneJob(model, text, tmp_path / "pruned", method, SETTINGS, CPU)
+        assert prune(job).model_hash == model.model_hash
 
 
 def test_goes_with_an_activation_method_into_a_workload(made, tiny, tmp_path, rng):
     """The pruned model is used like any other; the masks lie in the data set, and the operands are its own."""
     model, text = made
-    pruned = prune(PruneJob(model, Wanda(pattern="2:4"), text, SETTINGS), tmp_path / "pruned", CPU)
+    pruned = prune(PruneJob(model, text, tmp_path / "pruned", Wanda(pattern="2:4"), SETTINGS, CPU))
     assert pruned.model_hash != model.model_hash
     assert open_model(tmp_path / "pruned" / "config.json").model_hash == pruned.model_hash
     with pytest.raises(InputError, match="must be calibrated on this model"):
-        calibrate(CalibrationJob(model, text, SETTINGS), tmp_path / "h", CPU)
+        calibrate(CalibrationJob(model, text, tmp_path / "h", SETTINGS, CPU))
         derive_thresholds("x", Teal(sparsity=0.5), tmp_path / "h", tmp_path / "x.parquet")
         generate(Job(pruned, tmp_path, 0, tmp_path / "d/m", Decoding(), Batching(), CPU, tmp_path / "x.parquet"))
-    calibrate(CalibrationJob(pruned, text, SETTINGS), tmp_path / "h", CPU)
+    calibrate(CalibrationJob(pruned, text, tmp_path / "h", SETTINGS, CPU))
     derive_thresholds("teal-0.5", Teal(sparsity=0.5), tmp_path / "h", tmp_path / "t.parquet")
     batching = Batching(max_new_tokens=4, batch_size=2)
     groups, _ = split(tiny.prompts(tmp_path / "p.jsonl", rng, [4, 6]), model.tokenizer(), 128, PromptSet(), batching)
@@ -168,14 +168,14 @@ def test_goes_with_an_activation_method_into_a_workload(made, tiny, tmp_path, rn
 def test_refuses(made, tiny, tmp_path, rng):
     model, text = made
     with pytest.raises(InputError, match="--text must be given for method wanda, which reads activations"):
-        prune(PruneJob(model, Wanda(sparsity=0.5), None, SETTINGS), tmp_path / "x", CPU)
+        prune(PruneJob(model, None, tmp_path / "x", Wanda(sparsity=0.5), SETTINGS, CPU))
     with pytest.raises(InputError, match="must be a pruned model or not exist"):
-        prune(PruneJob(model, Wanda(sparsity=0.5), text, SETTINGS), tmp_path / "model", CPU)
+        prune(PruneJob(model, text, tmp_path / "model", Wanda(sparsity=0.5), SETTINGS, CPU))
     with pytest.raises(
         InputError, match="inputs of every matrix must be a multiple of 32 for 16:32, got 48 at mlp_mid"
     ):
-        prune(PruneJob(model, Magnitude(pattern="16:32"), text, SETTINGS), tmp_path / "x", CPU)
-    prune(PruneJob(model, Magnitude(sparsity=0.5), None, SETTINGS), tmp_path / "no-text", CPU)
+        prune(PruneJob(model, text, tmp_path / "x", Magnitude(pattern="16:32"), SETTINGS, CPU))
+    prune(PruneJob(model, None, tmp_path / "no-text", Magnitude(sparsity=0.5), SETTINGS, CPU))
     assert not (tmp_path / "x").exists()
     for entry, message in (
         ({"name": "wonder"}, "name must be one of magnitude, wanda, got 'wonder'"),

@@ -57,7 +57,7 @@ def run(tiny, tmp_path_factory):
             counts, table = here / "histograms.safetensors", here / "thresholds.parquet"
             scores = [method.name] if method.score in ("scaled", "gate") else []
             settings = Calibration(tokens=600, sequence_length=20)
-            calibrate(CalibrationJob(model, folder / "text.txt", settings, scores=scores), counts, CPU)
+            calibrate(CalibrationJob(model, folder / "text.txt", counts, settings, CPU, scores=scores))
             derive_thresholds(method.label, method, counts, table)
             groups, _ = split(prompts, model.tokenizer(), 128, PromptSet(), BATCHING)
             write_split(groups, 1, here / "split.parquet")

@@ -39,29 +39,29 @@ class CalibrationJob:
     Args:
         model: converted.
         text: `.txt`, `.json` or `.jsonl`, or gzipped.
+        out: the histogram file.
         calibration: how much of the text, in sequences of which length, and in how many shards.
+        machine: where the model runs.
         shard: which of the shards.
         scores: names of methods whose scores are counted besides what enters the sites.
     """
 
     model: RuntimeModel
     text: Path
+    out: Path
     calibration: Calibration
+    machine: Machine
     shard: int = 0
     scores: Sequence[str] = ()
 
 
-def calibrate(
-    job: CalibrationJob, out: Path, machine: Machine, report: Callable[[int, int], None] | None = None
-) -> Histograms:
+def calibrate(job: CalibrationJob, report: Callable[[int, int], None] | None = None) -> Histograms:
     """Run a text through the dense model and count what enters each site.
 
-    An interrupted run leaves its counts beside `out`; the same call goes on from there.
+    An interrupted run leaves its counts beside the file; the same call goes on from there.
 
     Args:
         job: what is counted.
-        out: the histogram file.
-        machine: where the model runs.
         report: called with (tokens done, tokens in all).
 
     Raises:
@@ -75,14 +75,14 @@ def calibrate(
     for name in scores:
         if METHODS[name].score == "gate":
             refuse_without_gate(name, model.sites)
-    device = use(machine)
+    device = use(job.machine)
     windows_WT = calibration_windows(model.tokenizer(), job.text, calibration, model.config.max_position_embeddings)
     T = windows_WT.shape[1]
     first, last = _windows_of_shard(len(windows_WT), windows_per_pass(T), job)
     windows_WT = windows_WT[first:last]
     text_hash = sha256_json([sha256_file(job.text), calibration.model_dump(exclude={"shards"})])
     key = sha256_json([model.model_hash, text_hash, job.shard, shards, scores, windows_per_pass(T)])
-    progress = out.with_name(f".{out.name}.progress")
+    progress = job.out.with_name(f".{job.out.name}.progress")
 
     decoder = model.load(device)
     counter = ActivationCounter(model.sites, model.config.dtype, device, scores)
@@ -111,7 +111,7 @@ def calibrate(
         shards=(TextShard(text_hash, job.shard, shards),) if shards > 1 else (),
     )
     histograms = counter.histograms()
-    histograms.save(out, provenance)
+    histograms.save(job.out, provenance)
     progress.unlink(missing_ok=True)
     return histograms
 

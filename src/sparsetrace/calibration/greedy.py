@@ -44,29 +44,29 @@ class SearchJob:
         histograms: file of the model's histograms, which thresholds are looked up in.
         text: whose activations the error is taken on.
         layer: which.
+        out: the search table.
         method: whose masks are searched for.
         greedy: step, and how much of the text.
+        machine: where the model runs.
     """
 
     model: RuntimeModel
     histograms: Path
     text: Path
     layer: int
+    out: Path
     method: type[ThresholdMethod]
     greedy: Greedy
+    machine: Machine
 
 
-def allocate(
-    job: SearchJob, out: Path, machine: Machine, report: Callable[[float, float], None] | None = None
-) -> pa.Table:
+def allocate(job: SearchJob, report: Callable[[float, float], None] | None = None) -> pa.Table:
     """Search one layer.
 
-    An interrupted search leaves its rows beside `out`; the same call goes on from there.
+    An interrupted search leaves its rows beside the table; the same call goes on from there.
 
     Args:
         job: what is searched.
-        out: the table.
-        machine: where the model runs.
         report: called with (effective sparsity reached, `UP_TO`).
 
     Raises:
@@ -83,7 +83,7 @@ def allocate(
     setting = job.method.with_thresholds(sparsity=0.5)
     refuse_uncounted(setting, histograms, job.histograms)
 
-    device = use(machine)
+    device = use(job.machine)
     calibration = Calibration(**job.greedy.model_dump(exclude={"step"}))
     windows_WT = calibration_windows(model.tokenizer(), job.text, calibration, model.config.max_position_embeddings)
     identity = {
@@ -95,13 +95,14 @@ def allocate(
         "greedy": job.greedy.model_dump(),
     }
     parameters = _parameters(model, job.layer)
-    with torch.inference_mode(), journal(out.with_name(f".{out.name}.progress"), sha256_json(identity)) as (rows, add):
+    progress = job.out.with_name(f".{job.out.name}.progress")
+    with torch.inference_mode(), journal(progress, sha256_json(identity)) as (rows, add):
         trial = BlockTrial(model.load(device), passes(windows_WT, device), job.layer, setting, histograms)
         for row in search(parameters, job.greedy.step, trial.error, rows):
             add(row)
             if report is not None:
                 report(min(row["effective_sparsity"], UP_TO), UP_TO)
-        return write_search_table(out, identity, list(parameters), rows)
+        return write_search_table(job.out, identity, list(parameters), rows)
 
 
 def search(

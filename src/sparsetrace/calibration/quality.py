@@ -68,13 +68,17 @@ class QualityJob:
         model: converted.
         text: held out; `.txt`, `.json` or `.jsonl`, or gzipped.
         thresholds: tables of the settings that are compared with the dense model.
+        out: the table.
         quality: windows, and which part of them is sparsified.
+        machine: where the model runs.
     """
 
     model: RuntimeModel
     text: Path
     thresholds: Sequence[Path]
+    out: Path
     quality: Quality
+    machine: Machine
 
 
 class _Sums:
@@ -104,13 +108,11 @@ class _Sums:
         }
 
 
-def measure(job: QualityJob, out: Path, machine: Machine, report: Callable[[int, int], None] | None = None) -> pa.Table:
+def measure(job: QualityJob, report: Callable[[int, int], None] | None = None) -> pa.Table:
     """Compare settings with the dense model on a text.
 
     Args:
         job: what is compared.
-        out: the table.
-        machine: where the model runs.
         report: called with (windows done, windows in all).
 
     Returns:
@@ -124,7 +126,7 @@ def measure(job: QualityJob, out: Path, machine: Machine, report: Callable[[int,
     for setting in settings:
         if setting.method.needs_dense_prefill and quality.prefill == "all":
             raise InputError(f"quality: prefill must be half with method {setting.method.name}, got all")
-    device = use(machine)
+    device = use(job.machine)
     windows_WT = quality_windows(model.tokenizer(), job.text, quality, model.config.max_position_embeddings)
     decoder = model.load(device)
     patches = []
@@ -155,7 +157,7 @@ def measure(job: QualityJob, out: Path, machine: Machine, report: Callable[[int,
     for setting, total in zip(settings, sums, strict=True):
         rows.append(_row(setting.label, setting.method, setting.overall()[0], total, quality))
     table = pa.Table.from_pylist(rows, schema=QUALITY)
-    with write_beside(out) as partial:
+    with write_beside(job.out) as partial:
         pq.write_table(table, partial)
     return table
 

@@ -46,36 +46,38 @@ class PruneJob:
 
     Args:
         model: converted.
-        method: decides the masks.
         text: calibration text, needed where the method reads activations; None where there is none.
+        out: folder of the pruned runtime model; written beside and renamed.
+        method: decides the masks.
         calibration: how much of the text.
+        machine: where the model runs.
     """
 
     model: RuntimeModel
-    method: WeightMethod
     text: Path | None
+    out: Path
+    method: WeightMethod
     calibration: Calibration
+    machine: Machine
 
 
-def prune(job: PruneJob, out: Path, machine: Machine, report: Callable[[int, int], None] | None = None) -> RuntimeModel:
+def prune(job: PruneJob, report: Callable[[int, int], None] | None = None) -> RuntimeModel:
     """Mask the weights of a model.
 
     Args:
         job: which model, and how.
-        out: folder of the pruned runtime model; written beside and renamed.
-        machine: where the model runs.
         report: called with (layers done, layers in all).
 
     Raises:
         InputError: the method needs a text and there is none, or it does not fit the model's widths.
     """
-    model, method = job.model, job.method
+    model, method, out = job.model, job.method, job.out
     method.refuse_model(model.sites)
     if method.needs_norms and job.text is None:
         raise InputError(f"prune: --text must be given for method {method.name}, which reads activations, got none")
     if out.exists() and not (out / MASK_FILE).is_file() and any(out.iterdir()):
         raise InputError(f"prune: {out} must be a pruned model or not exist, got another folder: choose another --out")
-    device = use(machine)
+    device = use(job.machine)
     decoder = model.load(device)
     identity = {"method": method.name, "parameters": method.model_dump(mode="json"), "dense_model": model.model_hash}
     schema = WEIGHT_MASKS.with_metadata({"sparsetrace": json.dumps(identity)})

@@ -341,7 +341,7 @@ def prune(
 
     weights = parse_weight_method(method, parameters)
     with progress("pruning", "layers") as report:
-        pruned = run(PruneJob(open_model(model), weights, text, calibration), out, machine, report)
+        pruned = run(PruneJob(open_model(model), text, out, weights, calibration, machine), report)
     click.echo(f"{out}: model hash {pruned.model_hash}")
 
 
@@ -389,8 +389,7 @@ def calibrate(
         from sparsetrace.calibration.calibrate import calibrate as run
         from sparsetrace.model.runtime import open_model
 
-        job = CalibrationJob(open_model(paths[0]), text, calibration, shard, scores)
-        histograms = run(job, out, machine, report)
+        histograms = run(CalibrationJob(open_model(paths[0]), text, out, calibration, machine, shard, scores), report)
     click.echo(f"{out}: {len(histograms.counts)} histograms")
 
 
@@ -422,8 +421,8 @@ def allocate(
         known = [name for name, one in METHODS.items() if issubclass(one, ThresholdMethod)]
         raise InputError(f"--method must be one of {', '.join(known)}, which have thresholds per matrix, got {method}")
     with progress(f"layer {layer}", "% sparsity") as report:
-        job = SearchJob(open_model(model), histograms, text, layer, kind, greedy)
-        run(job, out, machine, lambda reached, of: report(int(100 * reached), int(100 * of)))
+        job = SearchJob(open_model(model), histograms, text, layer, out, kind, greedy, machine)
+        run(job, lambda reached, of: report(int(100 * reached), int(100 * of)))
     _, table = read_search_table(out)
     click.echo(f"{out}: {len(table.error)} rows, {len(table.worse_than_uniform())} of them worse than uniform")
 
@@ -797,7 +796,7 @@ def quality(model: Path, tables: tuple[Path, ...], text: Path, out: Path, qualit
     from sparsetrace.model.runtime import open_model
 
     with progress("measuring quality", "windows") as report:
-        rows = measure(QualityJob(open_model(model), text, tables, quality), out, machine, report).to_pylist()
+        rows = measure(QualityJob(open_model(model), text, tables, out, quality, machine), report).to_pylist()
     shown = Table("setting", "target", "achieved", "perplexity", "KL (nats)", "top-1 agreement")
     for row in rows:
         target = "-" if row["target_sparsity"] is None else f"{row['target_sparsity']:.4f}"
