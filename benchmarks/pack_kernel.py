@@ -28,7 +28,7 @@ from sparsetrace_kernels.pack import chunk_table, pack, pack_regions
 from sparsetrace_kernels.reference import pack_ref, pack_regions_ref
 from sparsetrace_kernels.silu_mul import silu_mul
 from sparsetrace_kernels.timing import time_in_graph
-from sparsetrace_kernels.tune import threshold_bits_for
+from sparsetrace_kernels.torch_ops import threshold_bits_for
 
 RESULTS = Path(__file__).parent / "results" / "pack_kernel.csv"
 COLUMNS = [

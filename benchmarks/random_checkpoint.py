@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from sparsetrace.core.files import InputError, refuse_strangers, sync, write_folder_beside, write_json
+from sparsetrace.core.files import InputError, refuse_unexpected_files, sync, write_folder_beside, write_json
 from sparsetrace.formats.architecture import ModelConfig, sites_of
 from sparsetrace.formats.sites import layer_sites
 from sparsetrace.model import demo
@@ -169,7 +169,7 @@ def write_checkpoint(
         Bytes of weights.
     """
     config = replace(SHAPES[shape], dtype=dtype)
-    refuse_strangers(out, demo.OUTPUT_FILES, "random_checkpoint")
+    refuse_unexpected_files(out, demo.OUTPUT_FILES, "random_checkpoint")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shards = shards_of(list(tensors(config)), shard_bytes)
     total_bytes = sum(one.nbytes for shard in shards for one in shard)

@@ -1,4 +1,4 @@
-# The embedded model, with its calibration text and prompts; only where config says `embedded`.
+# The embedded model, with its calibration text and prompts; only where the study file says `embedded`.
 rule demo_checkpoint:
     output:
         config=f"{RESULTS}/{{model}}/checkpoint/config.json",

@@ -1,4 +1,4 @@
-# Step 4, once all shards are packed: tables, data card and manifest.
+# Step 4, once all shards are packed: the tables, data card and manifest of the workload.
 rule index:
     input:
         parts=lambda wildcards: expand(

@@ -79,7 +79,7 @@ def device():
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def machine(request):
-    from sparsetrace.study.study import Machine
+    from sparsetrace.core.settings import Machine
 
     return Machine(device=request.param)
 
@@ -185,8 +185,8 @@ class Tiny:
 
     def model(self, folder: Path, rng, **changes):
         """A random converted model."""
+        from sparsetrace.core.settings import Conversion
         from sparsetrace.model.convert import convert
-        from sparsetrace.study.study import Conversion
 
         return convert(self.checkpoint(folder / "checkpoint", rng, **changes), folder / "model", Conversion())
 
@@ -203,8 +203,8 @@ class Tiny:
         """A threshold table calibrated on random text."""
         from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
         from sparsetrace.calibration.derive import derive_thresholds
+        from sparsetrace.core.settings import Calibration, Machine
         from sparsetrace.methods import Teal
-        from sparsetrace.study.study import Calibration, Machine
 
         (folder / "text.txt").write_text(self.words(rng, 2 * tokens))
         calibration = Calibration(tokens=tokens, sequence_length=20)
@@ -234,11 +234,11 @@ class Tiny:
 
     def workload(self, folder: Path, model, rng, lengths, decoding, batching, machine=None, sparsity=0.5) -> Path:
         """The whole way from prompts to a workload folder."""
+        from sparsetrace.core.settings import Machine, PromptSet
         from sparsetrace.generation.generate import generate
         from sparsetrace.generation.job import Job
         from sparsetrace.generation.prompts import split, write_split
         from sparsetrace.packing.pack import index, pack
-        from sparsetrace.study.study import Machine, PromptSet
 
         folder.mkdir(parents=True, exist_ok=True)
         table = self.thresholds(folder, model, rng, sparsity)

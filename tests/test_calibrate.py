@@ -15,13 +15,13 @@ from sparsetrace.calibration.histogram import Histograms
 from sparsetrace.calibration.thresholds import read_thresholds
 from sparsetrace.calibration.windows import calibration_windows
 from sparsetrace.core.files import InputError
+from sparsetrace.core.settings import Calibration, Conversion, Machine
 from sparsetrace.formats.schema import FORMATS, THRESHOLDS
 from sparsetrace.formats.sites import by_leaf, layer_sites
 from sparsetrace.methods import Dense, Teal
 from sparsetrace.model.convert import convert
 from sparsetrace.model.patch import observe
 from sparsetrace.model.runtime import use
-from sparsetrace.study.study import Calibration, Conversion, Machine
 
 CPU = Machine(device="cpu")
 SETTINGS = Calibration(tokens=300, sequence_length=17)

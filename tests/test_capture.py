@@ -14,6 +14,7 @@ import torch
 from safetensors.numpy import load_file
 
 from sparsetrace.core.files import InputError
+from sparsetrace.core.settings import Batching, Capture, Conversion, Decoding
 from sparsetrace.formats.architecture import sites_of
 from sparsetrace.formats.dump import Block
 from sparsetrace.formats.schema import MATRICES
@@ -27,7 +28,6 @@ from sparsetrace.methods import METHODS, Dense, MatrixRule, Teal
 from sparsetrace.model.convert import convert
 from sparsetrace.model.decoder import Projection
 from sparsetrace.model.patch import SparseProjection, install, observe
-from sparsetrace.study.study import Batching, Capture, Conversion, Decoding
 
 TOLERANCE = 1e-5
 MODULES = {matrix: f"self_attn.{matrix}_proj" for matrix in "qkvo"} | {

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsetrace.core.files import InputError
+from sparsetrace.core.settings import Conversion
 from sparsetrace.formats.schema import SITES
 from sparsetrace.model import convert as step
 from sparsetrace.model.convert import convert, read_config
 from sparsetrace.model.runtime import describe, open_model, source_weight
-from sparsetrace.study.study import Conversion
 
 
 def runtime_tensors(model) -> dict[str, torch.Tensor]:

@@ -19,12 +19,12 @@ import pytest
 
 import sparsetrace
 from sparsetrace.core.files import InputError, sha256_file, sha256_json
+from sparsetrace.core.settings import Batching, Decoding, Machine, PromptSet
 from sparsetrace.generation.generate import generate
 from sparsetrace.generation.job import Job
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.packing.card import data_card
 from sparsetrace.packing.pack import index, pack
-from sparsetrace.study.study import Batching, Decoding, Machine, PromptSet
 from sparsetrace.tools.recompute import recompute
 from sparsetrace.workload.stats import statistics
 from sparsetrace.workload.verify import verify

@@ -23,13 +23,13 @@ import sparsetrace.cli.main
 import sparsetrace.generation.selection
 import sparsetrace.model.runtime
 from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
+from sparsetrace.core.settings import Batching, Calibration, Capture, Conversion, Decoding, Machine, PromptSet
 from sparsetrace.generation.engine import Engine
 from sparsetrace.generation.generate import generate
 from sparsetrace.generation.job import Job
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.model.convert import convert
 from sparsetrace.packing.pack import _Shard, index, pack
-from sparsetrace.study.study import Batching, Calibration, Capture, Conversion, Decoding, Machine, PromptSet
 from sparsetrace.tools.recompute import recompute
 
 CALIBRATE = ["--tokens", "200", "--sequence-length", "20", "--device", "cpu"]
@@ -423,8 +423,8 @@ def test_a_model_that_does_not_fit_the_gpu_is_refused(whole, tmp_path, command, 
 def test_interrupt_before_the_program_starts_its_work_is_one_line(tmp_path):
     code = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
     program = (
-        "from sparsetrace.cli import main as cli; "
-        f"cli.check_config.callback = lambda config: exec({code!r}); cli.main()"
+        "from sparsetrace.cli import main as cli, tools; "
+        f"tools.check_config.callback = lambda config: exec({code!r}); cli.main()"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(sparsetrace.cli.main.__file__).parents[2]), *sys.path])}
     run = subprocess.run(

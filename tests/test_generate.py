@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from sparsetrace.calibration.derive import derive_thresholds
 from sparsetrace.calibration.thresholds import read_thresholds
 from sparsetrace.core.files import InputError
+from sparsetrace.core.settings import Batching, Capture, Decoding, PromptSet
 from sparsetrace.formats.schema import MATRICES, TOKENS
 from sparsetrace.generation import selection
 from sparsetrace.generation.backend import EngineSetup
@@ -26,7 +27,6 @@ from sparsetrace.generation.seal import repeated_share
 from sparsetrace.generation.selection import select
 from sparsetrace.methods import Dense, Teal
 from sparsetrace.model.patch import install
-from sparsetrace.study.study import Batching, Capture, Decoding, PromptSet
 
 LENGTHS = [3, 9, 1, 6, 4, 12, 2]
 

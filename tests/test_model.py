@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from sparsetrace.core.settings import Conversion
 from sparsetrace.model.convert import convert
 from sparsetrace.model.decoder import KVCache, RMSNorm
-from sparsetrace.study.study import Conversion
 
 transformers = pytest.importorskip("transformers")
 

@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 
 import sparsetrace
 from sparsetrace.core.files import InputError, sha256_file
+from sparsetrace.core.settings import Batching, Decoding
 from sparsetrace.formats.schema import FORMATS, MATRICES
 from sparsetrace.packing import pack as packing
 from sparsetrace.packing.pack import index, pack
-from sparsetrace.study.study import Batching, Decoding
 
 DTYPES = ["float16", "bfloat16", "float32"]
 # none but one a multiple of eight

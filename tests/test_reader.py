@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import sparsetrace
+from sparsetrace.core.settings import Batching, Decoding
 from sparsetrace.formats.schema import MATRICES
-from sparsetrace.study.study import Batching, Decoding
 
 WIDTHS = {matrix: {"o": 32, "down": 43}.get(matrix, 36) for matrix in MATRICES}
 

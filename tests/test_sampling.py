@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparsetrace.generation.decode_state import uniforms
-from sparsetrace_kernels.reference import sample
+from sparsetrace_kernels.torch_ops import sample
 
 
 def by_hand(logits: list[float], u: float, temperature: float, top_k: int) -> int:

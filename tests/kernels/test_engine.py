@@ -33,7 +33,7 @@ from sparsetrace_kernels import decode_attention
 from sparsetrace_kernels.add_rmsnorm import add_rmsnorm
 from sparsetrace_kernels.list_gemv import list_gemv
 from sparsetrace_kernels.masked_rows import add_rmsnorm_rows
-from sparsetrace_kernels.reference import DENSE, mask_operand
+from sparsetrace_kernels.torch_ops import DENSE, mask_operand
 
 # Triton 3.7's interpreter rounds bf16 by truncation, so there it is tried on the GPU alone
 DTYPES = ["float16"] + (["bfloat16"] if torch.cuda.is_available() else [])

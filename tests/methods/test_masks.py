@@ -8,7 +8,7 @@ import torch
 
 from sparsetrace.formats.sites import Site
 from sparsetrace.methods import METHODS, NM, Cats, ExactZeros, Griffin, MatrixRule, Teal, TopK, Wina
-from sparsetrace_kernels.reference import magnitude_bits
+from sparsetrace_kernels.torch_ops import magnitude_bits
 
 # Of one layer; the head lies in none, and no method decides about it.
 SITES = [

@@ -23,7 +23,8 @@ from sparsetrace.methods import WEIGHT_METHODS, Magnitude, Teal, Wanda
 from sparsetrace.model.patch import observe
 from sparsetrace.model.runtime import open_model
 from sparsetrace.packing.pack import index, pack
-from sparsetrace.study.study import parse_study, parse_weight_method
+from sparsetrace.study.options import parse_weight_method
+from sparsetrace.study.study import parse_study
 
 CPU = Machine(device="cpu")
 EVEN = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8}

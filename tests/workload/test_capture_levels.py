@@ -17,6 +17,7 @@ import sparsetrace
 from sparsetrace.calibration.thresholds import read_thresholds
 from sparsetrace.cli import main as cli
 from sparsetrace.core.files import InputError, sha256_file, sha256_json
+from sparsetrace.core.settings import Batching, Capture, Decoding, Machine, Packing, PromptSet
 from sparsetrace.formats.rows import row_figures
 from sparsetrace.formats.schema import FORMATS, MATRICES
 from sparsetrace.formats.sites import Site, by_leaf
@@ -26,7 +27,7 @@ from sparsetrace.generation.plan import feed_of
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.methods import Teal
 from sparsetrace.packing.pack import index, pack
-from sparsetrace.study.study import Batching, Capture, Decoding, Machine, Packing, PromptSet, parse_study
+from sparsetrace.study.study import parse_study
 from sparsetrace.tools.estimate import Operands, Shape, estimate, feeds, sizes
 from sparsetrace.tools.recompute import recompute
 from sparsetrace.workload.verify import verify

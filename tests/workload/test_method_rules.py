@@ -13,12 +13,12 @@ from test_verify import edited_table, resign, rewrite, said
 
 from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
 from sparsetrace.calibration.derive import derive_thresholds
+from sparsetrace.core.settings import Batching, Calibration, Capture, Decoding, Machine, PromptSet
 from sparsetrace.generation.generate import generate
 from sparsetrace.generation.job import Job
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.methods import NM, Cats, Dense, ExactZeros, Griffin, Teal, TopK, Wina
 from sparsetrace.packing.pack import index, pack
-from sparsetrace.study.study import Batching, Calibration, Capture, Decoding, Machine, PromptSet
 from sparsetrace.tools.recompute import recompute
 
 METHODS = {

@@ -33,7 +33,7 @@ from sparsetrace.formats.schema import WEIGHT_MASKS
 from sparsetrace.methods import WeightMethod
 from sparsetrace.model.decoder import Block, Decoder
 from sparsetrace.model.runtime import RuntimeModel, open_model, use
-from sparsetrace_kernels.reference import pack_bits
+from sparsetrace_kernels.torch_ops import pack_bits
 
 # Shape suffixes: K input features, N output features, M bytes of a mask of N bits.
 

@@ -22,7 +22,7 @@ from sparsetrace.generation.plan import GroupPlan
 from sparsetrace.methods import MatrixRule, Method
 from sparsetrace.model.decoder import Decoder
 from sparsetrace.model.patch import Patch
-from sparsetrace_kernels.reference import sample
+from sparsetrace_kernels.torch_ops import sample
 
 BackendName = Literal["torch", "triton"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsetrace.generation.plan import GroupPlan
-from sparsetrace_kernels.reference import advance_ref
+from sparsetrace_kernels import torch_ops
 
 
 class DecodeState:
@@ -43,7 +43,7 @@ class DecodeState:
         self.uniform_BP = zeros(batch, positions + 1, dtype=torch.float64)
         self._eos = torch.tensor(sorted(eos), dtype=torch.int64, device=device)
         self._flags = zeros(2, dtype=torch.bool)
-        self._advance = advance_ref
+        self._advance = torch_ops.advance
         if device.type == "cuda":
             # imported late: the torch backend also runs where Triton is not installed
             from sparsetrace_kernels.decode_state import advance

@@ -12,7 +12,8 @@ from torch import Tensor
 from sparsetrace.formats.schema import mask_bytes
 from sparsetrace.formats.sites import Leaf, SiteKey, by_leaf
 from sparsetrace.generation.selection import Selection, holders
-from sparsetrace_kernels.reference import pack_bits, place_rows_ref
+from sparsetrace_kernels import torch_ops
+from sparsetrace_kernels.torch_ops import pack_bits
 
 # Columns of the ring's labels.
 LABELS = ("token", "sequence", "position")
@@ -72,7 +73,7 @@ class Ring:
         }
         self.labels = torch.empty(rows + 1, len(LABELS), dtype=torch.int64, device=device)
         self.filled = torch.zeros(1, dtype=torch.int64, device=device)
-        self._place = place_rows_ref
+        self._place = torch_ops.place_rows
         if device.type == "cuda":
             # imported late: the torch backend also runs where Triton is not installed
             from sparsetrace_kernels.decode_state import place_rows

@@ -16,7 +16,7 @@ from sparsetrace.model.decoder import KVCache
 from sparsetrace_kernels.checks import new_arrivals
 from sparsetrace_kernels.configs import active_table
 from sparsetrace_kernels.draw_tokens import draw_tokens
-from sparsetrace_kernels.reference import DENSE
+from sparsetrace_kernels.torch_ops import DENSE
 
 # Decoding steps between two polls, and polls that the device may be behind.
 GPU_POLL_EVERY, GPU_POLLS_BEHIND = 8, 1

@@ -55,7 +55,7 @@ class Cats(Method):
         dense_BT: Tensor | None,
         memory: dict[str, Tensor],
     ) -> Tensor | None:
-        from sparsetrace_kernels.reference import keep_above
+        from sparsetrace_kernels.torch_ops import keep_above
 
         assert rule.threshold_bits is not None
         return keep_above(active_BTN, rule.threshold_bits) if rule.threshold_bits else None

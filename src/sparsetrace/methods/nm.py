@@ -50,7 +50,7 @@ class NM(Method):
 
     def keep(self, x: Tensor, rule: MatrixRule) -> Tensor | None:
         from sparsetrace.methods.select import keep_n_of_m
-        from sparsetrace_kernels.reference import magnitude_bits
+        from sparsetrace_kernels.torch_ops import magnitude_bits
 
         n, m = pattern_numbers(self.pattern)
         return None if n == m else keep_n_of_m(magnitude_bits(x), n, m)

@@ -10,7 +10,7 @@ def keep_largest(score_bits: Tensor, k: int) -> Tensor:
     """Which entries are the k largest of the last dim.
 
     Args:
-        score_bits: [..., K] non-negative integers below 2**31, ordered as the scores are: `reference.magnitude_bits`.
+        score_bits: [..., K] non-negative integers below 2**31, ordered as the scores are: `torch_ops.magnitude_bits`.
         k: 1 <= k <= K.
 
     Returns:

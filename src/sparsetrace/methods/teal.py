@@ -24,7 +24,7 @@ class Teal(ThresholdMethod):
 
     def keep(self, x: Tensor, rule: MatrixRule) -> Tensor | None:
         # imported late: this module is read where torch is not installed
-        from sparsetrace_kernels.reference import keep_above
+        from sparsetrace_kernels.torch_ops import keep_above
 
         assert rule.threshold_bits is not None
         return keep_above(x, rule.threshold_bits)

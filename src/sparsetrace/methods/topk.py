@@ -34,7 +34,7 @@ class TopK(Method):
 
     def keep(self, x: Tensor, rule: MatrixRule) -> Tensor | None:
         from sparsetrace.methods.select import keep_largest
-        from sparsetrace_kernels.reference import magnitude_bits
+        from sparsetrace_kernels.torch_ops import magnitude_bits
 
         k = kept_count(x.shape[-1], self.sparsity)
         return None if k == x.shape[-1] else keep_largest(magnitude_bits(x), k)

@@ -58,7 +58,7 @@ class WeightMethod(BaseModel):
             norms_K: float64 Euclidean norms of the inputs over the calibration text, where the method needs them.
 
         Returns:
-            [K, N] bit patterns, see `sparsetrace_kernels.reference.magnitude_bits`.
+            [K, N] bit patterns, see `sparsetrace_kernels.torch_ops.magnitude_bits`.
         """
         raise NotImplementedError
 

@@ -63,7 +63,7 @@ class Wina(ThresholdMethod):
 
     def keep(self, x: Tensor, rule: MatrixRule) -> Tensor | None:
         from sparsetrace.methods.select import keep_largest
-        from sparsetrace_kernels.reference import keep_above, magnitude_bits
+        from sparsetrace_kernels.torch_ops import keep_above, magnitude_bits
 
         assert rule.scale is not None
         if self.select == "topk":

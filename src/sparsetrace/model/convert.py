@@ -32,7 +32,7 @@ from torch import Tensor
 from sparsetrace.core.files import (
     InputError,
     read_json,
-    refuse_strangers,
+    refuse_unexpected_files,
     sha256_file,
     sha256_json,
     sync,
@@ -118,7 +118,7 @@ def convert(
     source = _Source(checkpoint)
     plan = dict(_plan(config, source))
     source.refuse_unexpected({name for names in plan.values() for name in names}, config)
-    refuse_strangers(out, OUTPUT_FILES, "convert")
+    refuse_unexpected_files(out, OUTPUT_FILES, "convert")
     with write_folder_beside(out) as partial:
         tensors, source_hash = _write_weights(partial, config, source, plan, report)
         for file in (*TOKENIZER_FILES, *COMPANION_FILES):

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparsetrace.core.files import InputError, refuse_strangers, write_folder_beside, write_json
+from sparsetrace.core.files import InputError, refuse_unexpected_files, write_folder_beside, write_json
 from sparsetrace.formats.architecture import ModelConfig
 from sparsetrace.model.decoder import Block, Decoder
 
@@ -188,7 +188,7 @@ def make_checkpoint(
     for name, value in (("steps", steps), ("threads", threads)):
         if value < 1:
             raise InputError(f"demo: {name} must be at least 1, got {value}")
-    refuse_strangers(out, OUTPUT_FILES, "demo")
+    refuse_unexpected_files(out, OUTPUT_FILES, "demo")
 
     started = time.process_time()
     parts = divide(gather(Path(sysconfig.get_path("stdlib"))))

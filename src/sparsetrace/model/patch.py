@@ -13,7 +13,7 @@ from sparsetrace.formats.architecture import ModelConfig
 from sparsetrace.formats.sites import Leaf, Parts, Site, SiteKey, by_leaf, layer_sites
 from sparsetrace.methods import MatrixRule, Method, operand_parts
 from sparsetrace.model.decoder import ACTIVATIONS, Block, Decoder, Projection
-from sparsetrace_kernels.reference import mask_operand
+from sparsetrace_kernels.torch_ops import mask_operand
 
 Record = Callable[[int, str, Tensor], None]
 

@@ -29,7 +29,8 @@ from sparsetrace.generation.prompts import read_shard
 from sparsetrace.generation.selection import captured_matrices, holders
 from sparsetrace.methods import MatrixRule, Method, operand_parts
 from sparsetrace.model.runtime import use
-from sparsetrace.study.study import EMBEDDED, Run, Study
+from sparsetrace.study.sections import EMBEDDED, Run
+from sparsetrace.study.study import Study
 
 # Measured in benchmarks/results/pack.csv: bytes a kept value in its planes, and the index columns of a row.
 VALUE_BYTES = {"float16": 1.62, "bfloat16": 1.35, "float32": 3.6}
