@@ -26,7 +26,7 @@ rule index:
         study=lambda wildcards: STUDY.excerpt(
             wildcards.model, wildcards.run, wildcards.label
         ),
-        source=source_hash("packing.pack"),
+        source=source_hash("packing.index"),
     message:
         "Indexing {wildcards.model}, run {wildcards.run}, under {wildcards.label}"
     shell:

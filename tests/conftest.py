@@ -216,7 +216,7 @@ class Tiny:
 
     def rules(self, model, rng, scale: float = 0.5):
         """Rules whose thresholds differ from matrix to matrix, save that q and k share one in layer 0."""
-        from sparsetrace.formats.schema import MATRICES
+        from sparsetrace.formats.names import MATRICES
         from sparsetrace.methods import MatrixRule
 
         values = {
@@ -238,7 +238,8 @@ class Tiny:
         from sparsetrace.generation.generate import generate
         from sparsetrace.generation.job import Job
         from sparsetrace.generation.prompts import split, write_split
-        from sparsetrace.packing.pack import index, pack
+        from sparsetrace.packing.index import index
+        from sparsetrace.packing.pack import pack
 
         folder.mkdir(parents=True, exist_ok=True)
         table = self.thresholds(folder, model, rng, sparsity)
@@ -267,7 +268,8 @@ class Tiny:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from sparsetrace.formats.schema import DUMP_VERSION, SEQUENCES, TOKENS
+        from sparsetrace.formats.tables import SEQUENCES, TOKENS
+        from sparsetrace.formats.versions import DUMP_VERSION
 
         folder.mkdir(parents=True, exist_ok=True)
         rows = 0
@@ -353,7 +355,7 @@ class Tiny:
         return folder / "manifest.json"
 
     def _matrix(self, layer: int, matrix: str, width: int, dtype: str) -> dict:
-        from sparsetrace.formats.schema import SITE_OF
+        from sparsetrace.formats.names import SITE_OF
 
         return {
             "layer": layer,

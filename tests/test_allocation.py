@@ -23,7 +23,7 @@ from sparsetrace.calibration.thresholds import read_thresholds
 from sparsetrace.calibration.windows import calibration_windows
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Calibration, Greedy, Machine
-from sparsetrace.formats.schema import FORMATS
+from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.formats.sites import Site, by_leaf, layer_sites
 from sparsetrace.methods import MatrixRule, Teal, Wina
 from sparsetrace.model.patch import install, observe

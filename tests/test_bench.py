@@ -9,7 +9,7 @@ import torch
 
 from sparsetrace.core import devices
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import MATRICES, SITE_OF
+from sparsetrace.formats.names import MATRICES, SITE_OF
 from sparsetrace.formats.sites import layer_sites
 from sparsetrace.model.patch import install, observe
 from sparsetrace.tools import bench

@@ -16,8 +16,9 @@ from sparsetrace.calibration.thresholds import read_thresholds
 from sparsetrace.calibration.windows import calibration_windows
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Calibration, Conversion, Machine
-from sparsetrace.formats.schema import FORMATS, THRESHOLDS
+from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.formats.sites import by_leaf, layer_sites
+from sparsetrace.formats.tables import THRESHOLDS
 from sparsetrace.methods import Dense, Teal
 from sparsetrace.model.convert import convert
 from sparsetrace.model.patch import observe

@@ -17,7 +17,7 @@ from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Capture, Conversion, Decoding
 from sparsetrace.formats.architecture import sites_of
 from sparsetrace.formats.dump import Block
-from sparsetrace.formats.schema import MATRICES
+from sparsetrace.formats.names import MATRICES
 from sparsetrace.generation import selection
 from sparsetrace.generation.backend import EngineSetup
 from sparsetrace.generation.capture import Recorder

@@ -454,7 +454,7 @@ PACK, SPLIT, THRESHOLDS = "packing.pack", "generation.prompts", "calibration.der
         ("src/sparsetrace/calibration/counter.py", [CALIBRATE], [THRESHOLDS, GENERATE]),
         ("src/sparsetrace/calibration/allocation.py", [THRESHOLDS], [CALIBRATE, GENERATE]),
         ("src/sparsetrace/calibration/thresholds.py", [THRESHOLDS, GENERATE], [CALIBRATE]),
-        ("src/sparsetrace/formats/schema.py", [PACK, CONVERT, CALIBRATE, GENERATE], []),
+        ("src/sparsetrace/formats/numbers.py", [PACK, CONVERT, CALIBRATE, GENERATE], []),
         ("src/sparsetrace/methods/teal.py", [GENERATE], [PACK]),
         ("kernels/sparsetrace_kernels/torch_ops.py", [GENERATE], [PACK]),
         ("kernels/sparsetrace_kernels/reference.py", [], [CONVERT, CALIBRATE, GENERATE, PACK, SPLIT]),

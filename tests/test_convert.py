@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Conversion
-from sparsetrace.formats.schema import SITES
+from sparsetrace.formats.names import SITES
 from sparsetrace.model import convert as step
 from sparsetrace.model.convert import convert, read_config
 from sparsetrace.model.runtime import describe, open_model, source_weight

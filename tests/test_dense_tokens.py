@@ -24,7 +24,8 @@ from sparsetrace.generation.generate import generate
 from sparsetrace.generation.job import Job
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.packing.card import data_card
-from sparsetrace.packing.pack import index, pack
+from sparsetrace.packing.index import index
+from sparsetrace.packing.pack import pack
 from sparsetrace.tools.recompute import recompute
 from sparsetrace.workload.stats import statistics
 from sparsetrace.workload.verify import verify

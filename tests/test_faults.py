@@ -29,7 +29,8 @@ from sparsetrace.generation.generate import generate
 from sparsetrace.generation.job import Job
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.model.convert import convert
-from sparsetrace.packing.pack import _Shard, index, pack
+from sparsetrace.packing.index import index
+from sparsetrace.packing.pack import _Shard, pack
 from sparsetrace.tools.recompute import recompute
 
 CALIBRATE = ["--tokens", "200", "--sequence-length", "20", "--device", "cpu"]
@@ -287,13 +288,13 @@ def test_dump_that_lost_a_block(whole, tmp_path, command):
 def test_a_journal_cut_off_by_a_full_disk_is_taken_up_twice(whole, tmp_path, monkeypatch):
     plain, calls = _Shard._write_files, []
 
-    def failing(shard, matrices, cut, blocks, order):
-        calls.append(matrices)
+    def failing(shard, job, *rest):
+        calls.append(job.operand.matrices)
         if len(calls) in (4, 7):
             with (tmp_path / "again" / ".00000.json.journal").open("a") as journal:
                 journal.write('{"path": "da')
             raise OSError(28, "No space left on device")
-        return plain(shard, matrices, cut, blocks, order)
+        return plain(shard, job, *rest)
 
     def run(name: str) -> None:
         # the blocks go with the first packing that ends

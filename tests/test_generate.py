@@ -14,7 +14,8 @@ from sparsetrace.calibration.derive import derive_thresholds
 from sparsetrace.calibration.thresholds import read_thresholds
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Capture, Decoding, PromptSet
-from sparsetrace.formats.schema import MATRICES, TOKENS
+from sparsetrace.formats.names import MATRICES
+from sparsetrace.formats.tables import TOKENS
 from sparsetrace.generation import selection
 from sparsetrace.generation.backend import EngineSetup
 from sparsetrace.generation.capture import Recorder

@@ -15,7 +15,7 @@ from sparsetrace.calibration.counter import ActivationCounter
 from sparsetrace.calibration.derive import derive_thresholds
 from sparsetrace.calibration.histogram import Histograms, Provenance
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import FORMATS
+from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.formats.sites import Site
 from sparsetrace.methods import Teal, Wina
 

@@ -1,4 +1,4 @@
-"""Dump to Parquet, decoded here by hand with pyarrow: every bit of every row; and packing again, after whatever."""
+"""From dump to Parquet, decoded by hand with pyarrow: every bit of every row; and packing again after interruptions."""
 
 import json
 import os
@@ -14,18 +14,19 @@ from safetensors.numpy import load_file
 
 import sparsetrace
 from sparsetrace.core.files import InputError, sha256_file
-from sparsetrace.core.settings import Batching, Decoding
-from sparsetrace.formats.schema import FORMATS, MATRICES
-from sparsetrace.packing import pack as packing
-from sparsetrace.packing.pack import index, pack
+from sparsetrace.core.settings import Batching, Capture, Decoding, Machine, PromptSet
+from sparsetrace.formats.numbers import FORMATS
+from sparsetrace.packing import gather
+from sparsetrace.packing.index import index
+from sparsetrace.packing.pack import pack
 
 DTYPES = ["float16", "bfloat16", "float32"]
-# none but one a multiple of eight
+# all but one are no multiples of eight
 WIDTHS = {(0, "q"): 13, (0, "down"): 1, (2, "up"): 64, (11, "o"): 257}
 
 
 def patterns_of(rng, dtype, rows, width) -> np.ndarray:
-    """Dense bit patterns: any finite number but -0.0, denormals among them; rows of none, of all and of one value."""
+    """Dense bit patterns of finite numbers but -0.0, also denormal ones; some rows keep nothing, some all inputs."""
     number = FORMATS[dtype]
     magnitudes = rng.integers(1, number.infinity, (rows, width))
     small = rng.random((rows, width)) < 0.1
@@ -38,7 +39,7 @@ def patterns_of(rng, dtype, rows, width) -> np.ndarray:
 
 
 def hand_made(tiny, folder, rng, dtype, group_rows, widths=WIDTHS):
-    """A dump of several groups and blocks, token numbers with gaps, interleaved and out of order within a group."""
+    """A dump of several groups and blocks; the tokens have gaps and are in no order within a group."""
     groups, token, dense = {}, {}, {key: {} for key in widths}
     for group, block_rows in group_rows.items():
         numbers = rng.permutation(rng.choice(3 * sum(block_rows) + 5, sum(block_rows), replace=False)) + 10_000 * group
@@ -54,7 +55,7 @@ def hand_made(tiny, folder, rng, dtype, group_rows, widths=WIDTHS):
 
 
 def decoded(path, dtype, width) -> dict[int, np.ndarray]:
-    """Dense patterns by token, from a Parquet file, by the recipe of docs/format.md in plain python."""
+    """Dense patterns by token, decoded from a Parquet file as docs/format.md says, in plain Python."""
     found = {}
     for row in pq.read_table(path).to_pylist():
         bits = "".join(f"{byte:08b}"[::-1] for byte in row["mask"])
@@ -94,7 +95,7 @@ def test_every_bit_of_a_hand_made_dump(tiny, tmp_path, rng, dtype, monkeypatch):
         parts.append(tmp_path / "parts" / f"{shard:05d}.json")
         with monkeypatch.context() as patch:
             if shard == 0:
-                patch.setattr(packing, "row_group_rows", lambda features: 512)
+                patch.setattr(gather, "row_group_rows", lambda features: 512)
             pack(manifest, tmp_path / "w", parts[-1])
         for key, rows in dense.items():
             path = tmp_path / "w" / f"data/L{key[0]:02d}/{key[1]}/part-{shard:05d}.parquet"
@@ -118,27 +119,29 @@ def test_every_bit_of_a_hand_made_dump(tiny, tmp_path, rng, dtype, monkeypatch):
     assert ds.manifest["rows"] == len(WIDTHS) * len(ds.tokens)
 
 
+@pytest.fixture
+def blocks(monkeypatch):
+    """Arrays of every block that is packed, by the name of its file."""
+    found = {}
+
+    def keeping(dump_manifest, *args, **kwargs):
+        found.update({file.name: load_file(file) for file in dump_manifest.parent.glob("*.safetensors")})
+        return pack(dump_manifest, *args, **kwargs)
+
+    monkeypatch.setattr("sparsetrace.packing.pack.pack", keeping)
+    return found
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_round_trip_of_a_real_run(tiny, tmp_path, rng, dtype, monkeypatch):
-    """Engine -> dump -> Parquet -> dense: the bits of the blocks come back, and the counts are those of DESIGN."""
-    from sparsetrace.generation import capture, generate
-
-    monkeypatch.setattr(capture, "BLOCK_BYTES", 9_000)
+def test_round_trip_of_a_real_run(tiny, tmp_path, rng, dtype, monkeypatch, blocks):
+    """Engine -> dump -> Parquet -> dense: the bits of the blocks come back, with a row for each matrix and token."""
+    monkeypatch.setattr("sparsetrace.generation.selection.BLOCK_BYTES", 9_000)
     model = tiny.model(tmp_path, rng, torch_dtype=dtype)
-    blocks = {}
-    seal = generate._seal
-
-    def keep_blocks(folder, *args):
-        for file in folder.glob("*.safetensors"):
-            blocks[file.name] = load_file(file)
-        return seal(folder, *args)
-
-    monkeypatch.setattr(generate, "_seal", keep_blocks)
     decoding, batching = Decoding(prefill="half", ignore_eos=True), Batching(max_new_tokens=4, batch_size=3, shards=2)
     lengths = [2, 9, 5, 1, 7, 4, 11]
     workload = tiny.workload(tmp_path / "run", model, rng, lengths, decoding, batching)
     ds = sparsetrace.open(workload)
-    # prompts have a begin token; half of each is captured, and each new token but the last
+    # prompts have a begin token; half of each prompt is captured, and all new tokens but the last
     captured = sum((length + 1) // 2 + 3 for length in lengths)
     assert len(ds.tokens) == ds.manifest["tokens"] == captured
     assert ds.manifest["rows"] == 2 * 7 * captured
@@ -146,13 +149,13 @@ def test_round_trip_of_a_real_run(tiny, tmp_path, rng, dtype, monkeypatch):
     assert len(blocks) > 3
     seen = 0
     for layer in range(2):
-        for matrix in MATRICES:
+        for matrix in ("q", "k", "v", "o", "gate", "up", "down"):
             width = {"o": 32, "down": 43}.get(matrix, 36)
             found = {}
             for part in range(2):
                 found |= decoded(workload / f"data/L{layer:02d}/{matrix}/part-{part:05d}.parquet", dtype, width)
             for arrays in blocks.values():
-                # thresholds of one site and target are equal
+                # the matrices of a site have equal thresholds
                 holder = {"k": "q", "v": "q", "up": "gate"}.get(matrix, matrix)
                 stem = f"L{layer:02d}.{holder}"
                 keep = np.unpackbits(arrays[f"{stem}.mask"], axis=1, count=width, bitorder="little").astype(bool)
@@ -172,6 +175,51 @@ def test_round_trip_of_a_real_run(tiny, tmp_path, rng, dtype, monkeypatch):
         assert row["achieved_sparsity"] == 1 - kept / (captured * row["in_features"])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lm_head_of_a_real_run(tiny, tmp_path, rng, dtype, monkeypatch, blocks):
+    """It has a row for each decoded token and for the last position of each prompt, with the bits of the blocks."""
+    from sparsetrace.generation.generate import generate
+    from sparsetrace.generation.job import Job
+    from sparsetrace.generation.prompts import split, write_split
+    from sparsetrace.packing import pack as packing
+
+    monkeypatch.setattr("sparsetrace.generation.selection.BLOCK_BYTES", 3_000)
+    model = tiny.model(tmp_path, rng, torch_dtype=dtype)
+    decoding, batching = Decoding(prefill="half", ignore_eos=True), Batching(max_new_tokens=4, batch_size=3)
+    prompts = tiny.prompts(tmp_path / "prompts.jsonl", rng, [2, 9, 5, 1, 7])
+    groups, _ = split(prompts, model.tokenizer(), 128, PromptSet(), batching)
+    write_split(groups, 1, tmp_path / "split.parquet")
+    dump, capture = tmp_path / "dump" / "manifest.json", Capture(matrices=["down", "lm_head"])
+    table, on = tiny.thresholds(tmp_path, model, rng, 0.5), Machine(device="cpu")
+    generate(Job(model, tmp_path / "split.parquet", 0, dump, decoding, batching, on, table, capture))
+    packing.pack(dump, tmp_path / "w", tmp_path / "parts" / "00000.json")
+    index([tmp_path / "parts" / "00000.json"], tmp_path / "w")
+    found = decoded(tmp_path / "w" / "data/model/lm_head/part-00000.parquet", dtype, 36)
+    fed = pq.read_table(tmp_path / "w" / "tokens.parquet").to_pylist()
+    last = {row["sequence"]: row["position"] for row in fed if row["phase"] == "prefill"}
+    captured = [row for row in fed if row["captured"]]
+    wanted = [row["token"] for row in captured if row["position"] >= last[row["sequence"]]]
+    assert list(found) == wanted and len(wanted) < len(captured)
+    seen = 0
+    for arrays in blocks.values():
+        keep = np.unpackbits(arrays["model.lm_head.mask"], axis=1, count=36, bitorder="little").astype(bool)
+        dense = np.zeros(keep.shape, FORMATS[dtype].bits)
+        dense[keep] = arrays["model.lm_head.values"]
+        tokens = arrays["rows.token"]
+        tokens = tokens[arrays["model.lm_head.rows"]] if "model.lm_head.rows" in arrays else tokens
+        for token, row in zip(tokens.tolist(), dense, strict=True):
+            assert np.array_equal(found[token], row)
+            seen += 1
+    assert seen == len(wanted) and any("model.lm_head.rows" in arrays for arrays in blocks.values())
+    matrices = pq.read_table(tmp_path / "w" / "matrices.parquet").to_pylist()
+    assert [(row["layer"], row["matrix"], row["method"]) for row in matrices] == [
+        (0, "down", "teal"),
+        (1, "down", "teal"),
+        (None, "lm_head", "dense"),
+    ]
+    assert [row["rows"] for row in matrices] == [len(captured), len(captured), len(wanted)]
+
+
 def test_two_whole_runs_give_identical_data_files(tiny, tmp_path, rng):
     model = tiny.model(tmp_path, rng, torch_dtype="bfloat16")
     decoding, batching = Decoding(prefill="all", temperature=0.8), Batching(max_new_tokens=4, batch_size=2, shards=2)
@@ -185,7 +233,7 @@ def test_two_whole_runs_give_identical_data_files(tiny, tmp_path, rng):
 
 
 def test_shards_cut_the_same_data(tiny, tmp_path, rng):
-    """One shard or three: the rows are the same, since groups are."""
+    """The rows do not depend on the number of shards, since the groups do not."""
     model = tiny.model(tmp_path, rng)
     state = rng.bit_generator.state
     rows = []
@@ -246,7 +294,7 @@ def test_figures_are_those_of_float64(tiny, tmp_path, rng, dtype):
         patterns = dense[0, "q"][row["token"]]
         exact = FORMATS[dtype].to_float(patterns).astype(np.float64)
         assert row["absmax"] == np.float32(np.abs(exact).max())
-        # a norm of the largest float32 numbers is no float32
+        # the norm of the largest float32 numbers exceeds float32
         with np.errstate(over="ignore"):
             norm = float(np.sqrt(np.square(exact).sum()).astype(np.float32))
         assert row["l2"] == norm or abs(row["l2"] - norm) <= 1e-6 * norm
@@ -254,7 +302,7 @@ def test_figures_are_those_of_float64(tiny, tmp_path, rng, dtype):
 
 @pytest.fixture
 def packed(tiny, tmp_path, rng):
-    """One packed shard: manifest of its dump, workload, part, and the dense rows."""
+    """A packed shard: manifest of its dump, workload, manifest of the shard, and the dense rows."""
     manifest, dense = hand_made(tiny, tmp_path / "dump", rng, "bfloat16", {0: [5, 6], 1: [3]})
     workload, part = tmp_path / "w", tmp_path / "parts" / "00000.json"
     pack(manifest, workload, part)
@@ -280,7 +328,7 @@ def test_packing_again_touches_nothing(packed):
 
 
 def test_a_deleted_manifest_of_the_part_is_restored(packed):
-    """As a workflow does after a kill; the blocks are gone by then."""
+    """A workflow deletes it after a kill, when the blocks are gone."""
     manifest, workload, part, _ = packed
     before, data = part.read_bytes(), contents(workload)
     part.unlink()
@@ -296,7 +344,7 @@ def test_a_kill_before_the_blocks_were_removed(tiny, tmp_path, rng):
     part = tmp_path / "x" / "00000.json"
     pack(copy / "manifest.json", tmp_path / "y", part)
     data = contents(tmp_path / "y")
-    # the same dump with its blocks still there
+    # the same dump, whose blocks are still there
     pack(manifest, tmp_path / "y", part)
     assert contents(tmp_path / "y") == data
     assert [file.name for file in manifest.parent.iterdir()] == ["manifest.json"]
@@ -378,8 +426,8 @@ def test_index_refuses_parts_that_do_not_belong_together(tiny, tmp_path, rng):
         index(parts[:2], tmp_path / "w")
 
 
-def test_index_sets_strangers_aside(packed):
-    """Parts that an earlier study with more shards left are no rows of this data set."""
+def test_index_removes_unexpected_files(packed):
+    """Data files that an earlier study with more shards left are no rows of this data set."""
     _, workload, part, _ = packed
     shutil.copy(workload / "data/L00/q/part-00000.parquet", workload / "data/L00/q/part-00001.parquet")
     (workload / "data/L07/q").mkdir(parents=True)

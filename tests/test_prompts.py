@@ -9,7 +9,7 @@ import pytest
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, PromptSet
 from sparsetrace.core.text import read_documents, read_text
-from sparsetrace.formats.schema import PROMPTS
+from sparsetrace.formats.tables import PROMPTS
 from sparsetrace.generation.prompts import Sequence, read_shard, split, write_split
 from sparsetrace.model.tokenizer import Tokenizer, begin_token
 

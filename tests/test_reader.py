@@ -10,8 +10,8 @@ import pytest
 
 import sparsetrace
 from sparsetrace.core.settings import Batching, Decoding
-from sparsetrace.formats.schema import MATRICES
 
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 WIDTHS = {matrix: {"o": 32, "down": 43}.get(matrix, 36) for matrix in MATRICES}
 
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Capture, Decoding
 from sparsetrace.formats.architecture import sites_of
-from sparsetrace.formats.schema import FORMATS
+from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.formats.sites import by_leaf
 from sparsetrace.generation.backend import EngineSetup, choose_backend
 from sparsetrace.generation.blocks import pack_on_host

@@ -284,7 +284,8 @@ def test_out_masks_reach_the_workload(tiny, tmp_path, rng):
     from sparsetrace.generation.generate import generate
     from sparsetrace.generation.job import Job
     from sparsetrace.generation.prompts import split, write_split
-    from sparsetrace.packing.pack import index, pack
+    from sparsetrace.packing.index import index
+    from sparsetrace.packing.pack import pack
 
     model = tiny.model(tmp_path, rng, **EVEN)
     tiny.thresholds(tmp_path, model, rng)

@@ -22,7 +22,8 @@ from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.methods import WEIGHT_METHODS, Magnitude, Teal, Wanda
 from sparsetrace.model.patch import observe
 from sparsetrace.model.runtime import open_model
-from sparsetrace.packing.pack import index, pack
+from sparsetrace.packing.index import index
+from sparsetrace.packing.pack import pack
 from sparsetrace.study.options import parse_weight_method
 from sparsetrace.study.study import parse_study
 

@@ -18,15 +18,16 @@ from sparsetrace.calibration.thresholds import read_thresholds
 from sparsetrace.cli import main as cli
 from sparsetrace.core.files import InputError, sha256_file, sha256_json
 from sparsetrace.core.settings import Batching, Capture, Decoding, Machine, Packing, PromptSet
-from sparsetrace.formats.rows import row_figures
-from sparsetrace.formats.schema import FORMATS, MATRICES
+from sparsetrace.formats.numbers import FORMATS
+from sparsetrace.formats.row_statistics import row_norms
 from sparsetrace.formats.sites import Site, by_leaf
 from sparsetrace.generation.generate import generate
 from sparsetrace.generation.job import Job
 from sparsetrace.generation.plan import feed_of
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.methods import Teal
-from sparsetrace.packing.pack import index, pack
+from sparsetrace.packing.index import index
+from sparsetrace.packing.pack import pack
 from sparsetrace.study.study import parse_study
 from sparsetrace.tools.estimate import Operands, Shape, estimate, feeds, sizes
 from sparsetrace.tools.recompute import recompute
@@ -36,6 +37,7 @@ BATCHING = Batching(max_new_tokens=6, batch_size=3, shards=2)
 DECODING = Decoding(prefill="half", ignore_eos=True)
 CPU = Machine(device="cpu")
 LENGTHS = [3, 9, 4, 5, 7, 2, 6]
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,25 @@ def test_recomputed_sequences_are_bitwise_equal(run):
     assert recompute(run("stats", Capture(level="stats")), run.model.folder, 1, CPU) == []
 
 
+def test_lm_head_gives_the_tokens_that_were_written(run):
+    """The operand of `lm_head` times its weight is what greedy decoding chose the next token by."""
+    folder = run("head", Capture(matrices=(*MATRICES, "lm_head")))
+    assert [str(fault) for fault in verify(folder)] == []
+    assert recompute(folder, run.model.folder, 5, CPU) == []
+    full = sparsetrace.open(run.full)
+    for model in (run.model.folder, run.folder / "checkpoint"):
+        ds = sparsetrace.open(folder, model=model)
+        assert ds.leaves == [*full.leaves, (None, "lm_head")]
+        assert ds.sequence_table.equals(full.sequence_table)
+        for row in ds.sequence_table.to_pylist():
+            first = row["base"] + len(row["prompt_ids"]) - 1
+            tokens = range(first, first + len(row["output_ids"]))
+            written = [int(ds.product(None, "lm_head", token).argmax()) for token in tokens if token in ds.tokens]
+            assert written == row["output_ids"][-len(written) :]
+            assert len(written) >= len(row["output_ids"]) - 1
+    assert np.array_equal(ds.matrix(0, "q").patterns, full.matrix(0, "q").patterns)
+
+
 def unnoticed_flip(table) -> tuple[int, int]:
     """A row and a value in it whose lowest bit changes neither the row's largest magnitude nor its rounded norm."""
     planes = [table[f"values_b{i}"].to_pylist() for i in range(4)]
@@ -120,11 +141,11 @@ def unnoticed_flip(table) -> tuple[int, int]:
         patterns = sum(
             np.frombuffer(plane[row], np.uint8).astype(np.uint32) << (8 * i) for i, plane in enumerate(planes)
         )
-        figures = row_figures(patterns, np.array([0, len(patterns)]), FORMATS["float32"])
+        figures = row_norms(patterns, np.array([0, len(patterns)]), FORMATS["float32"])
         for value in range(len(patterns)):
             flipped = patterns.copy()
             flipped[value] ^= 1
-            if row_figures(flipped, np.array([0, len(patterns)]), FORMATS["float32"]) == figures:
+            if row_norms(flipped, np.array([0, len(patterns)]), FORMATS["float32"]) == figures:
                 return row, value
     raise AssertionError("every value shows in its row's figures")
 

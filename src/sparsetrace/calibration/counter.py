@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsetrace.calibration.histogram import NUM_MAGNITUDES, NUM_PATTERNS, Histograms
-from sparsetrace.formats.schema import FORMATS
+from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.formats.sites import Site
 
 # Shape suffixes: H histograms, P bit patterns, K input features.

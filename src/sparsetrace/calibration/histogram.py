@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from sparsetrace.core.files import InputError, write_beside
-from sparsetrace.formats.schema import FORMATS, NumberFormat
+from sparsetrace.formats.numbers import FORMATS, NumberFormat
 from sparsetrace.formats.sites import Site, layer_sites, sites_from_json
 from sparsetrace.methods import METHODS
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from sparsetrace.calibration.histogram import Histograms
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import THRESHOLDS
 from sparsetrace.formats.sites import Site, by_leaf, layer_sites
+from sparsetrace.formats.tables import THRESHOLDS
 from sparsetrace.methods import Method
 
 

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparsetrace.core.files import InputError, write_beside
-from sparsetrace.formats.schema import THRESHOLDS
 from sparsetrace.formats.sites import by_leaf, layer_sites
+from sparsetrace.formats.tables import THRESHOLDS
 from sparsetrace.methods import METHODS, MatrixRule, Method
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from sparsetrace.calibration.layer_inputs import BlockInputs, block_inputs, obse
 from sparsetrace.calibration.windows import calibration_windows, passes
 from sparsetrace.core.files import InputError, read_json, sha256_json, write_folder_beside, write_json
 from sparsetrace.core.settings import Calibration, Machine
-from sparsetrace.formats.schema import WEIGHT_MASKS
+from sparsetrace.formats.tables import WEIGHT_MASKS
 from sparsetrace.methods import WeightMethod
 from sparsetrace.model.decoder import Block, Decoder
 from sparsetrace.model.runtime import RuntimeModel, open_model, use

@@ -47,7 +47,7 @@ def pack(dump: Path, workload: Path, out: Path, threads: int, packing: Packing) 
 )
 def index(parts: tuple[Path, ...], workload: Path, weight_masks: Path | None, study: str | None) -> None:
     """Merge PARTS, the manifests of all packed shards, into a finished data set."""
-    from sparsetrace.packing.pack import index as run
+    from sparsetrace.packing.index import index as run
     from sparsetrace.workload.reader import open as open_workload
 
     try:

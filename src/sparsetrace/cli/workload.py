@@ -71,7 +71,8 @@ def stats(workload: Path, out: Path | None, seed: int, tiles: tuple[int, ...], s
     Example:
       sparsetrace stats results/demo/default/teal-0.5/workload --phase decode
     """
-    from sparsetrace.workload.stats import TILES, statistics, summary
+    from sparsetrace.workload.stats import statistics, summary
+    from sparsetrace.workload.stats_tables import TILES
 
     ds = selection.open(workload)
     folder = workload / "stats" if out is None else out
@@ -119,8 +120,9 @@ def export(
     Example:
       sparsetrace export results/demo/default/teal-0.5/workload --format smtx --layer 0 --matrix down --out smtx
     """
-    from sparsetrace.workload.export import FORMS, Layout
+    from sparsetrace.workload.export import FORMS
     from sparsetrace.workload.export import export as run
+    from sparsetrace.workload.export_operands import Layout
 
     if form not in FORMS:
         raise InputError(f"export: --format must be one of {', '.join(FORMS)}, got {form}")

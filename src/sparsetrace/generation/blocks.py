@@ -9,9 +9,9 @@ from torch import Tensor
 
 from sparsetrace.core.files import InputError
 from sparsetrace.formats.dump import array_prefix
+from sparsetrace.formats.numbers import FORMATS, NumberFormat
 from sparsetrace.formats.ragged import offsets_of, take
-from sparsetrace.formats.rows import row_figures
-from sparsetrace.formats.schema import FORMATS, NumberFormat
+from sparsetrace.formats.row_statistics import row_norms
 from sparsetrace.formats.sites import Leaf
 from sparsetrace.generation.ring import LABELS
 
@@ -89,7 +89,7 @@ def block_arrays(
         if level == "full":
             arrays |= {f"{name}.offsets": packed.offsets, f"{name}.values": packed.values}
         else:
-            absmax, l2 = row_figures(packed.values, packed.offsets, number)
+            absmax, l2 = row_norms(packed.values, packed.offsets, number)
             arrays |= {f"{name}.absmax": absmax, f"{name}.l2": l2}
         if level == "stats":
             arrays[f"{name}.nnz"] = np.diff(packed.offsets).astype(np.int32)

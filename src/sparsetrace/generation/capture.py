@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsetrace.formats.dump import block_name, write_block
-from sparsetrace.formats.schema import FORMATS
+from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.generation.blocks import HostBlock, block_arrays, pack_on_host
 from sparsetrace.generation.ring import Ring
 from sparsetrace.generation.selection import HEAD, Selection

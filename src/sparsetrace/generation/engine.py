@@ -225,5 +225,6 @@ class _DeviceTokens:
     def captured(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What `Recorder.place` takes of a pass."""
         parts = self._sparsified_BP, self._positions_BP, self._bases_BP, self._numbers_BP
-        chosen_n, positions_n, bases_n, numbers_n = (part_BP[:, start:stop].flatten() for part_BP in parts)
+        # `flatten` leaves one column of several strided
+        chosen_n, positions_n, bases_n, numbers_n = (part_BP[:, start:stop].contiguous().view(-1) for part_BP in parts)
         return chosen_n, positions_n, bases_n, numbers_n

@@ -9,7 +9,7 @@ from sparsetrace.generation.plan import GroupPlan, KnownTokens, sampled
 
 
 class FedTokens:
-    """Columns of `schema.TOKENS`, token and text aside, of one group.
+    """Columns of `tables.TOKENS`, token and text aside, of one group.
 
     Args:
         plan: of the group.

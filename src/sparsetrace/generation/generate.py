@@ -18,7 +18,7 @@ from sparsetrace.core.files import InputError, read_json, sha256_json, write_jso
 from sparsetrace.core.provenance import commit, tuning_table
 from sparsetrace.core.settings import Capture
 from sparsetrace.formats.dump import group_name
-from sparsetrace.formats.schema import DUMP_VERSION
+from sparsetrace.formats.versions import DUMP_VERSION
 from sparsetrace.generation.backend import BackendName, EngineSetup, choose_backend
 from sparsetrace.generation.dense_tokens import read_dense_tokens
 from sparsetrace.generation.job import Job

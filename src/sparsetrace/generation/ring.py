@@ -9,7 +9,7 @@ Rows are placed by number, on the device alone, so that the same code captures i
 import torch
 from torch import Tensor
 
-from sparsetrace.formats.schema import mask_bytes
+from sparsetrace.formats.numbers import mask_bytes
 from sparsetrace.formats.sites import Leaf, SiteKey, by_leaf
 from sparsetrace.generation.selection import Selection, holders
 from sparsetrace_kernels import torch_ops

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from sparsetrace.core.files import read_json, write_beside, write_json
 from sparsetrace.formats.dump import group_name
-from sparsetrace.formats.schema import SEQUENCES, TOKENS
+from sparsetrace.formats.tables import SEQUENCES, TOKENS
 from sparsetrace.generation.runner import FinishedGroup
 from sparsetrace.model.tokenizer import Tokenizer
 

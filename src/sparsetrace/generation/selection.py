@@ -7,7 +7,7 @@ import torch
 
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Capture, Decoding
-from sparsetrace.formats.schema import FORMATS
+from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.formats.sites import Leaf, Parts, Site, by_leaf, layer_sites
 from sparsetrace.methods import operand_parts
 from sparsetrace.model.patch import Patch

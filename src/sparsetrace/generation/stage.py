@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsetrace.formats.schema import mask_bytes
+from sparsetrace.formats.numbers import mask_bytes
 from sparsetrace.formats.sites import Leaf
 from sparsetrace.generation.blocks import HostBlock, PackedRows
 from sparsetrace.generation.ring import LABELS, Ring

@@ -41,8 +41,9 @@ from sparsetrace.core.files import (
 )
 from sparsetrace.core.settings import Conversion
 from sparsetrace.formats.architecture import ModelConfig, RopeScaling, sites_of
-from sparsetrace.formats.schema import FORMATS, MODEL_VERSION
+from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.formats.sites import Site, layer_sites
+from sparsetrace.formats.versions import MODEL_VERSION
 from sparsetrace.model.decoder import ACTIVATIONS
 from sparsetrace.model.runtime import RuntimeModel, open_model
 from sparsetrace.model.tokenizer import COMPANION_FILES, TOKENIZER_FILES, Tokenizer, begin_token

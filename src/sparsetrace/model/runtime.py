@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from sparsetrace.core.files import InputError, read_json
 from sparsetrace.core.settings import Machine
 from sparsetrace.formats.architecture import ModelConfig, RopeScaling
-from sparsetrace.formats.schema import MODEL_VERSION
 from sparsetrace.formats.sites import Leaf, Site, by_leaf, layer_sites, sites_from_json
+from sparsetrace.formats.versions import MODEL_VERSION
 from sparsetrace.model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Capture, Decoding, Machine, Packing
 from sparsetrace.core.text import read_documents
 from sparsetrace.formats.architecture import ModelConfig, sites_of
-from sparsetrace.formats.schema import FORMATS, mask_bytes
+from sparsetrace.formats.numbers import FORMATS, mask_bytes
 from sparsetrace.formats.sites import Leaf, Site, by_leaf, layer_sites
 from sparsetrace.generation.job import Job
 from sparsetrace.generation.plan import Feed, feed_of, new_tokens
