@@ -53,7 +53,7 @@ rule histograms:
         mem_mb=lambda wildcards, attempt: attempt * 2000,
         runtime=lambda wildcards, attempt: attempt * 10,
     params:
-        source=source_hash("calibration.histogram"),
+        source=source_hash("calibration.merge"),
     message:
         "Adding up the histograms of {wildcards.model}"
     shell:

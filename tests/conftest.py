@@ -207,16 +207,17 @@ class Tiny:
 
     def thresholds(self, folder: Path, model, rng, sparsity: float = 0.5, tokens: int = 600):
         """A threshold table calibrated on random text."""
-        from sparsetrace.calibration.calibrate import calibrate
-        from sparsetrace.calibration.thresholds import derive_thresholds
+        from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
+        from sparsetrace.calibration.derive import derive_thresholds
         from sparsetrace.core.settings import Calibration, Machine
         from sparsetrace.methods import Teal
 
         (folder / "text.txt").write_text(self.words(rng, 2 * tokens))
         calibration = Calibration(tokens=tokens, sequence_length=20)
-        calibrate(model, folder / "text.txt", folder / "histograms.safetensors", calibration, Machine(device="cpu"))
+        histograms = folder / "histograms.safetensors"
+        calibrate(CalibrationJob(model, folder / "text.txt", histograms, calibration, Machine(device="cpu")))
         method = Teal(sparsity=sparsity)
-        derive_thresholds(method.label, method, folder / "histograms.safetensors", folder / "thresholds.parquet")
+        derive_thresholds(method.label, method, histograms, folder / "thresholds.parquet")
         return folder / "thresholds.parquet"
 
     def rules(self, model, rng, scale: float = 0.5):

@@ -440,7 +440,7 @@ def test_source_hash_refuses_a_module_that_moved_away(package):
 
 # modules that rules name to `source_hash`
 CONVERT, CALIBRATE, GENERATE = "model.convert", "calibration.calibrate", "generation.generate"
-PACK, SPLIT = "packing.pack", "generation.prompts"
+PACK, SPLIT, THRESHOLDS = "packing.pack", "generation.prompts", "calibration.derive"
 
 
 @pytest.mark.parametrize(
@@ -450,7 +450,10 @@ PACK, SPLIT = "packing.pack", "generation.prompts"
         ("src/sparsetrace/packing/pack.py", [PACK], [CONVERT, CALIBRATE, GENERATE]),
         ("src/sparsetrace/model/convert.py", [CONVERT], [PACK, SPLIT, GENERATE]),
         ("src/sparsetrace/generation/engine.py", [GENERATE], [PACK, CONVERT, CALIBRATE]),
-        ("src/sparsetrace/calibration/histogram.py", [CALIBRATE], [PACK, CONVERT]),
+        ("src/sparsetrace/calibration/histogram.py", [CALIBRATE, THRESHOLDS], [PACK, CONVERT, GENERATE]),
+        ("src/sparsetrace/calibration/counter.py", [CALIBRATE], [THRESHOLDS, GENERATE]),
+        ("src/sparsetrace/calibration/allocation.py", [THRESHOLDS], [CALIBRATE, GENERATE]),
+        ("src/sparsetrace/calibration/thresholds.py", [THRESHOLDS, GENERATE], [CALIBRATE]),
         ("src/sparsetrace/formats/numbers.py", [PACK, CONVERT, CALIBRATE, GENERATE], []),
         ("src/sparsetrace/methods/teal.py", [GENERATE], [PACK]),
         ("kernels/sparsetrace_kernels/torch_ops.py", [GENERATE], [PACK]),

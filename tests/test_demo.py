@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sparsetrace.calibration.calibrate import calibrate
-from sparsetrace.calibration.quality import measure
-from sparsetrace.calibration.thresholds import derive_thresholds
+from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
+from sparsetrace.calibration.derive import derive_thresholds
+from sparsetrace.calibration.quality import QualityJob, measure
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Calibration, Conversion, Machine, Quality
 from sparsetrace.core.text import read_documents
@@ -262,13 +262,14 @@ def test_quality_of_the_demo_model_falls_with_sparsity(tmp_path, divided, monkey
     checkpoint.make_checkpoint(folder / "checkpoint", Training(steps=25, threads=1))
     model = convert(folder / "checkpoint", folder / "model", Conversion())
     settings = Calibration(tokens=1024, sequence_length=128)
-    calibrate(model, folder / "checkpoint" / "calibration.txt", folder / "h", settings, cpu)
+    calibrate(CalibrationJob(model, folder / "checkpoint" / "calibration.txt", folder / "h", settings, cpu))
     paths = [folder / f"teal-{sparsity}" for sparsity in (0, 0.25, 0.5, 0.65, 0.9)]
     for path in paths:
         sparsity = float(path.name.removeprefix("teal-"))
         derive_thresholds(path.name, Teal(sparsity=sparsity), folder / "h", path)
     quality = Quality(context=96, stride=32, windows=20)
-    rows = measure(model, folder / "checkpoint" / "quality.txt", paths, folder / "q", quality, cpu).to_pylist()
+    job = QualityJob(model, folder / "checkpoint" / "quality.txt", paths, folder / "q", quality, cpu)
+    rows = measure(job).to_pylist()
     perplexity, kl, agreement = (
         [row[name] for row in rows[1:]] for name in ("perplexity", "kl_divergence", "top1_agreement")
     )

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 import sparsetrace.cli.main
 import sparsetrace.generation.selection
 import sparsetrace.model.runtime
-from sparsetrace.calibration.calibrate import calibrate
+from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
 from sparsetrace.core.settings import Batching, Calibration, Capture, Conversion, Decoding, Machine, PromptSet
 from sparsetrace.generation.engine import Engine
 from sparsetrace.generation.generate import generate
@@ -255,7 +255,7 @@ def test_histograms_of_another_model(other, others, whole, tmp_path, command, un
     # nor are they added to those of another
     model = sparsetrace.model.runtime.open_model(others[other])
     settings = Calibration(tokens=200, sequence_length=20)
-    calibrate(model, whole / "text.txt", histograms, settings, Machine(device="cpu"))
+    calibrate(CalibrationJob(model, whole / "text.txt", histograms, settings, Machine(device="cpu")))
     line = command("calibrate", "--merge", mine, histograms, "--out", tmp_path / "new" / "h.safetensors")
     assert "must be" in line and str(histograms) in line
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.calibration.derive import derive_thresholds
+from sparsetrace.calibration.thresholds import read_thresholds
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Capture, Decoding, PromptSet
 from sparsetrace.formats.names import MATRICES

@@ -9,7 +9,8 @@ import torch
 
 from sparsetrace import methods
 from sparsetrace.calibration import thresholds
-from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.calibration.derive import derive_thresholds
+from sparsetrace.calibration.thresholds import read_thresholds
 from sparsetrace.core.files import InputError
 from sparsetrace.methods import MatrixRule
 from sparsetrace.study import sections

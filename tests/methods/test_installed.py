@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from sparsetrace.calibration.calibrate import calibrate, calibration_windows
-from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
+from sparsetrace.calibration.derive import derive_thresholds
+from sparsetrace.calibration.thresholds import read_thresholds
+from sparsetrace.calibration.windows import calibration_windows
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Calibration, Capture, Decoding, Machine, PromptSet
-from sparsetrace.formats.names import MATRICES, SITE_OF
+from sparsetrace.formats.sites import by_leaf, layer_sites
 from sparsetrace.generation.backend import EngineSetup
 from sparsetrace.generation.capture import Recorder
 from sparsetrace.generation.engine import Engine
@@ -46,7 +48,8 @@ def group_of(rng, lengths):
 def run(folder, model, method, group, bits=0, prefill="none", new_tokens=4, rows=None):
     """Tokens and dump blocks of one group."""
     decoder = model.load(torch.device("cpu"))
-    rules = [MatrixRule(la, m, bits if method.needs_threshold(m) else None) for la in range(2) for m in MATRICES]
+    leaves = by_leaf(layer_sites(model.sites))
+    rules = [MatrixRule(*leaf, bits if method.needs_threshold(leaf[1]) else None) for leaf in leaves]
     patch = install(decoder, method, rules)
     batching = Batching(max_new_tokens=new_tokens, batch_size=len(group))
     engine = Engine(EngineSetup(decoder, patch, Decoding(prefill=prefill), batching, frozenset()))
@@ -173,8 +176,8 @@ def test_exact_counts_in_the_dump(tiny, tmp_path, rng, name):
     method = {"topk": TopK(sparsity=0.35), "nm": NM(pattern="2:4"), "wina": Wina(sparsity=0.35)}[name]
     _, blocks = run(tmp_path / "dump", model, method, group_of(rng, [5, 3]), prefill="all")
     for layer in range(2):
-        for matrix in MATRICES:
-            D = model.config.in_features(SITE_OF[matrix])
+        for matrix in (matrix for at, matrix in by_leaf(model.sites) if at == layer):
+            D = by_leaf(model.sites)[layer, matrix].in_features
             k = D // 2 if name == "nm" else D - int(0.35 * D)
             for arrays in blocks:
                 assert (np.diff(arrays[f"L{layer:02d}.{matrix}.offsets"]) == k).all()
@@ -187,7 +190,7 @@ def counted(tiny, tmp_path, rng, request):
     text = tmp_path / "text.txt"
     text.write_text(tiny.words(rng, 500))
     path = tmp_path / "h.safetensors"
-    calibrate(model, text, path, SETTINGS, CPU, scores=["wina", "cats"])
+    calibrate(CalibrationJob(model, text, path, SETTINGS, CPU, scores=["wina", "cats"]))
     decoder, seen = model.load(torch.device("cpu")), {}
 
     def see_output(layer, site, y):
@@ -205,6 +208,7 @@ def counted(tiny, tmp_path, rng, request):
 def test_thresholds_drop_what_was_predicted(counted, tmp_path, sparsity):
     """Every threshold method, through its own masks, on the counted text: equal as integers."""
     model, path, seen = counted
+    sites = by_leaf(model.sites)
     result = derive_thresholds("x", Cats(sparsity=sparsity), path, tmp_path / "cats.parquet")
     for row, rule in zip(result.rows, result.rules, strict=True):
         if rule.matrix not in ("up", "down"):
@@ -221,7 +225,7 @@ def test_thresholds_drop_what_was_predicted(counted, tmp_path, sparsity):
         result = derive_thresholds("x", method, path, tmp_path / "t.parquet")
         patch = install(model.load(torch.device("cpu")), method, result.rules)
         for row in result.rows:
-            place = row["layer"], SITE_OF[row["matrix"]]
+            place = sites[row["layer"], row["matrix"]].key
             rule = patch.modules[place].rules[row["matrix"]]
             x = seen[place]
             keep = method.keep(x, rule)
@@ -241,14 +245,14 @@ def test_refuses_to_start_without_what_it_needs(tiny, tmp_path, rng, method):
         InputError, match=f"method {method.name} needs, got none of .*: calibrate with --score {method.name}"
     ):
         derive_thresholds("x", method, tmp_path / "histograms.safetensors", tmp_path / "t.parquet")
-    bare = [MatrixRule(layer, matrix, None) for layer in range(2) for matrix in MATRICES]
+    bare = [MatrixRule(*leaf, None) for leaf in by_leaf(layer_sites(model.sites))]
     with pytest.raises(InputError, match=f"method {method.name} needs a threshold, got none for layer 0"):
         install(model.load(torch.device("cpu")), method, bare)
 
 
 def test_refuses_models_that_do_not_fit(tiny, tmp_path, rng):
     model = tiny.model(tmp_path, rng)
-    rules = [MatrixRule(layer, matrix, None) for layer in range(2) for matrix in MATRICES]
+    rules = [MatrixRule(*leaf, None) for leaf in by_leaf(layer_sites(model.sites))]
     with pytest.raises(InputError, match="inputs of every matrix must be a multiple of 8 for 4:8, got 36 at attn_in"):
         install(model.load(torch.device("cpu")), NM(pattern="4:8"), rules)
     with pytest.raises(InputError, match="hidden_act of the model must be relu, got silu"):

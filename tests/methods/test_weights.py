@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import sparsetrace
-from sparsetrace.calibration.calibrate import calibrate, calibration_windows
-from sparsetrace.calibration.thresholds import derive_thresholds
-from sparsetrace.calibration.weight_masks import prune
+from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
+from sparsetrace.calibration.derive import derive_thresholds
+from sparsetrace.calibration.weight_masks import PruneJob, prune
+from sparsetrace.calibration.windows import calibration_windows
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Calibration, Decoding, Machine, PromptSet
-from sparsetrace.formats.names import MATRICES, SITE_OF
+from sparsetrace.formats.sites import by_leaf
 from sparsetrace.generation.generate import generate
 from sparsetrace.generation.job import Job
 from sparsetrace.generation.prompts import split, write_split
@@ -71,7 +72,7 @@ def made(tiny, tmp_path, rng):
 def test_masks_are_those_of_numpy(made, tmp_path, name):
     """Layer by layer: norms of what enters the unpruned layer behind the pruned ones before it."""
     model, text = made
-    pruned = prune(model, text, tmp_path / "pruned", CASES[name], SETTINGS, CPU)
+    pruned = prune(PruneJob(model, text, tmp_path / "pruned", CASES[name], SETTINGS, CPU))
     found = pruned.load(torch.device("cpu"))
     decoder = model.load(torch.device("cpu"))
     windows = torch.from_numpy(calibration_windows(model.tokenizer(), text, SETTINGS, 128))
@@ -85,8 +86,9 @@ def test_masks_are_those_of_numpy(made, tmp_path, name):
 
         with torch.inference_mode(), observe(decoder, see):
             decoder(windows, torch.arange(17).expand_as(windows))
-        for matrix in MATRICES:
-            site = SITE_OF[matrix]
+        matrices = [(matrix, site.name) for (at, matrix), site in by_leaf(model.sites).items() if at == layer]
+        assert len(matrices) == 7
+        for matrix, site in matrices:
             projection, other = (getattr(m.layers[layer], site) for m in (decoder, found))
             weight = projection.weight[:, projection.columns[matrix]]
             mask = expected_mask(name, weight.double().numpy(), np.linalg.norm(seen[site], axis=0))
@@ -105,14 +107,15 @@ def test_masks_are_those_of_numpy(made, tmp_path, name):
 def test_counts_are_exact(made, tmp_path):
     model, text = made
     for name, method in CASES.items():
-        prune(model, text, tmp_path / name, method, SETTINGS, CPU)
+        prune(PruneJob(model, text, tmp_path / name, method, SETTINGS, CPU))
         for row in (
             pq.read_table(tmp_path / name / "weight_masks.parquet")
             .group_by(["layer", "matrix"])
             .aggregate([("nnz", "sum")])
             .to_pylist()
         ):
-            K, N = model.config.in_features(SITE_OF[row["matrix"]]), model.config.out_features(row["matrix"])
+            site = by_leaf(model.sites)[row["layer"], row["matrix"]]
+            K, N = site.in_features, site.outputs(row["matrix"])
             expected = K * N // 2 if ":" in name else (K - int(0.35 * K)) * N
             if name == "magnitude":
                 expected = K * N - int(0.35 * K * N)
@@ -122,20 +125,21 @@ def test_counts_are_exact(made, tmp_path):
 def test_zero_sparsity_is_the_dense_model(made, tmp_path):
     model, text = made
     for method in (Magnitude(sparsity=0), Wanda(sparsity=0), Magnitude(pattern="4:4")):
-        assert prune(model, text, tmp_path / "pruned", method, SETTINGS, CPU).model_hash == model.model_hash
+        job = PruneJob(model, text, tmp_path / "pruned", method, SETTINGS, CPU)
+        assert prune(job).model_hash == model.model_hash
 
 
 def test_goes_with_an_activation_method_into_a_workload(made, tiny, tmp_path, rng):
     """The pruned model is used like any other; the masks lie in the data set, and the operands are its own."""
     model, text = made
-    pruned = prune(model, text, tmp_path / "pruned", Wanda(pattern="2:4"), SETTINGS, CPU)
+    pruned = prune(PruneJob(model, text, tmp_path / "pruned", Wanda(pattern="2:4"), SETTINGS, CPU))
     assert pruned.model_hash != model.model_hash
     assert open_model(tmp_path / "pruned" / "config.json").model_hash == pruned.model_hash
     with pytest.raises(InputError, match="must be calibrated on this model"):
-        calibrate(model, text, tmp_path / "h", SETTINGS, CPU)
+        calibrate(CalibrationJob(model, text, tmp_path / "h", SETTINGS, CPU))
         derive_thresholds("x", Teal(sparsity=0.5), tmp_path / "h", tmp_path / "x.parquet")
         generate(Job(pruned, tmp_path, 0, tmp_path / "d/m", Decoding(), Batching(), CPU, tmp_path / "x.parquet"))
-    calibrate(pruned, text, tmp_path / "h", SETTINGS, CPU)
+    calibrate(CalibrationJob(pruned, text, tmp_path / "h", SETTINGS, CPU))
     derive_thresholds("teal-0.5", Teal(sparsity=0.5), tmp_path / "h", tmp_path / "t.parquet")
     batching = Batching(max_new_tokens=4, batch_size=2)
     groups, _ = split(tiny.prompts(tmp_path / "p.jsonl", rng, [4, 6]), model.tokenizer(), 128, PromptSet(), batching)
@@ -166,14 +170,14 @@ def test_goes_with_an_activation_method_into_a_workload(made, tiny, tmp_path, rn
 def test_refuses(made, tiny, tmp_path, rng):
     model, text = made
     with pytest.raises(InputError, match="--text must be given for method wanda, which reads activations"):
-        prune(model, None, tmp_path / "x", Wanda(sparsity=0.5), SETTINGS, CPU)
+        prune(PruneJob(model, None, tmp_path / "x", Wanda(sparsity=0.5), SETTINGS, CPU))
     with pytest.raises(InputError, match="must be a pruned model or not exist"):
-        prune(model, text, tmp_path / "model", Wanda(sparsity=0.5), SETTINGS, CPU)
+        prune(PruneJob(model, text, tmp_path / "model", Wanda(sparsity=0.5), SETTINGS, CPU))
     with pytest.raises(
         InputError, match="inputs of every matrix must be a multiple of 32 for 16:32, got 48 at mlp_mid"
     ):
-        prune(model, text, tmp_path / "x", Magnitude(pattern="16:32"), SETTINGS, CPU)
-    prune(model, None, tmp_path / "no-text", Magnitude(sparsity=0.5), SETTINGS, CPU)
+        prune(PruneJob(model, text, tmp_path / "x", Magnitude(pattern="16:32"), SETTINGS, CPU))
+    prune(PruneJob(model, None, tmp_path / "no-text", Magnitude(sparsity=0.5), SETTINGS, CPU))
     assert not (tmp_path / "x").exists()
     for entry, message in (
         ({"name": "wonder"}, "name must be one of magnitude, wanda, got 'wonder'"),

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from test_verify import edited_table, resign, rewrite, said
 
-from sparsetrace.calibration.calibrate import calibrate
-from sparsetrace.calibration.thresholds import derive_thresholds
+from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
+from sparsetrace.calibration.derive import derive_thresholds
 from sparsetrace.core.settings import Batching, Calibration, Capture, Decoding, Machine, PromptSet
 from sparsetrace.generation.generate import generate
 from sparsetrace.generation.job import Job
@@ -58,7 +58,7 @@ def run(tiny, tmp_path_factory):
             counts, table = here / "histograms.safetensors", here / "thresholds.parquet"
             scores = [method.name] if method.score in ("scaled", "gate") else []
             settings = Calibration(tokens=600, sequence_length=20)
-            calibrate(model, folder / "text.txt", counts, settings, CPU, scores=scores)
+            calibrate(CalibrationJob(model, folder / "text.txt", counts, settings, CPU, scores=scores))
             derive_thresholds(method.label, method, counts, table)
             groups, _ = split(prompts, model.tokenizer(), 128, PromptSet(), BATCHING)
             write_split(groups, 1, here / "split.parquet")

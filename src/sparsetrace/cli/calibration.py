@@ -41,13 +41,14 @@ def prune(
     Example:
       sparsetrace prune results/llama/model --method wanda --set 'pattern="2:4"' --text wiki.txt --out pruned
     """
+    from sparsetrace.calibration.weight_masks import PruneJob
     from sparsetrace.calibration.weight_masks import prune as run
     from sparsetrace.model.runtime import open_model
     from sparsetrace.study.options import parse_weight_method
 
     weights = parse_weight_method(method, parameters)
     with progress("pruning", "layers") as report:
-        pruned = run(open_model(model), text, out, weights, calibration, machine, report)
+        pruned = run(PruneJob(open_model(model), text, out, weights, calibration, machine), report)
     click.echo(f"{out}: model hash {pruned.model_hash}")
 
 
@@ -89,7 +90,7 @@ def calibrate(
     if unknown := [name for name in job.scores if name not in known]:
         raise InputError(f"--score must be a method with scores of its own, such as cats or wina, got {unknown[0]}")
     if merge:
-        from sparsetrace.calibration.histogram import merge as add_up
+        from sparsetrace.calibration.merge import merge as add_up
 
         merged = add_up(paths, out)
         click.echo(f"{out}: {merged.tokens:,} tokens")
@@ -97,11 +98,12 @@ def calibrate(
     if len(paths) != 1 or job.text is None:
         raise InputError(f"calibrate: one model and --text must be given unless --merge is, got {len(paths)} paths")
     with own_gpu(machine), progress("calibrating", "tokens") as report:
+        from sparsetrace.calibration.calibrate import CalibrationJob
         from sparsetrace.calibration.calibrate import calibrate as run
         from sparsetrace.model.runtime import open_model
 
         model = open_model(paths[0])
-        histograms = run(model, job.text, out, calibration, machine, report, shard=job.shard, scores=job.scores)
+        histograms = run(CalibrationJob(model, job.text, out, calibration, machine, job.shard, job.scores), report)
     click.echo(f"{out}: {len(histograms.counts)} histograms")
 
 
@@ -133,8 +135,9 @@ def allocate(model: Path, search: LayerSearch, out: Path, greedy: Greedy, machin
     TEAL's rule: each step goes to the matrix where it raises the error of the layer's output least. Targets up to 0.9
     are looked up in the resulting table. The same command resumes an interrupted search.
     """
-    from sparsetrace.calibration.allocation import read_greedy
+    from sparsetrace.calibration.greedy import SearchJob
     from sparsetrace.calibration.greedy import allocate as run
+    from sparsetrace.calibration.search_table import read_search_table
     from sparsetrace.methods import METHODS, ThresholdMethod
     from sparsetrace.model.runtime import open_model
 
@@ -145,12 +148,10 @@ def allocate(model: Path, search: LayerSearch, out: Path, greedy: Greedy, machin
         )
     method = known[search.method]
     with progress(f"layer {search.layer}", "% sparsity") as report:
-        run(
-            *(open_model(model), search.histograms, search.text, search.layer, out, method, greedy, machine),
-            lambda reached, of: report(int(100 * reached), int(100 * of)),
-        )
-    _, table = read_greedy(out)
-    click.echo(f"{out}: {len(table.error)} rows, {len(table.losses())} of them worse than uniform")
+        job = SearchJob(open_model(model), search.histograms, search.text, search.layer, out, method, greedy, machine)
+        run(job, lambda reached, of: report(int(100 * reached), int(100 * of)))
+    _, table = read_search_table(out)
+    click.echo(f"{out}: {len(table.error)} rows, {len(table.worse_than_uniform())} of them worse than uniform")
 
 
 @click.command()
@@ -176,11 +177,11 @@ def thresholds(
     Example:
       sparsetrace thresholds histograms.safetensors --method teal --set sparsity=0.5 --out thresholds.parquet
     """
-    from sparsetrace.calibration.thresholds import derive_thresholds
+    from sparsetrace.calibration.derive import derive_thresholds
     from sparsetrace.study.options import parse_method
 
     setting = parse_method(method, parameters, label)
-    result = derive_thresholds(setting.label, setting.method, histograms, out, list(tables))
+    result = derive_thresholds(setting.label, setting.method, histograms, out, tables)
     for note in result.notes:
         click.echo(note)
     target, achieved = result.overall()
@@ -208,11 +209,11 @@ def quality(model: Path, tables: tuple[Path, ...], text: Path, out: Path, qualit
     Perplexity, KL divergence of the next token from the dense model's, and share of predictions that agree on the
     likeliest token, over windows as in TEAL's evaluation.
     """
-    from sparsetrace.calibration.quality import measure
+    from sparsetrace.calibration.quality import QualityJob, measure
     from sparsetrace.model.runtime import open_model
 
     with progress("measuring quality", "windows") as report:
-        rows = measure(open_model(model), text, tables, out, quality, machine, report).to_pylist()
+        rows = measure(QualityJob(open_model(model), text, tables, out, quality, machine), report).to_pylist()
     shown = Table("setting", "target", "achieved", "perplexity", "KL (nats)", "top-1 agreement")
     for row in rows:
         target = "-" if row["target_sparsity"] is None else f"{row['target_sparsity']:.4f}"
@@ -267,9 +268,10 @@ def import_teal(
     table = _table_of_shares(title, rows, "implied_sparsity")
     Console().print(table)
     if lookup is not None:
-        losses = {layer: len(found.losses()) for layer, found in read_lookup(lookup, table.row_count).items()}
-        lost_in = [layer for layer, count in losses.items() if count]
-        click.echo(f"the published search loses to uniform in {sum(losses.values())} rows; layers: {lost_in}")
+        tables = read_lookup(lookup, table.row_count)
+        worse = {layer: len(found.worse_than_uniform()) for layer, found in tables.items()}
+        layers = [layer for layer, count in worse.items() if count]
+        click.echo(f"the published search loses to uniform in {sum(worse.values())} rows; layers: {layers}")
     click.echo(f"{out}: {len(rows)} thresholds")
 
 

@@ -1,8 +1,8 @@
-"""Only the zeros that the model makes itself: for ReLU models.
+"""No zeros but those that the model itself makes: for ReLU models.
 
 Nothing is dropped and nothing approximated. `down` reads relu(gate) * up, most of which is zero in a model trained with
-ReLU; that sparsity is exact. Source: Mirzadeh et al., ReLU Strikes Back, arXiv:2310.04564. Choice: no `out_mask` for
-`up`, although its outputs under a zero gate need not be computed; CATS at sparsity 0 says the same of any model.
+ReLU; that sparsity is exact. Source: Mirzadeh et al., ReLU Strikes Back, arXiv:2310.04564. Choice: `up` has no
+`out_mask`, although its outputs under a zero gate need not be computed.
 """
 
 from __future__ import annotations

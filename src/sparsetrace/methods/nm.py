@@ -1,19 +1,17 @@
 """N:M along the input: of each M neighbouring inputs, the N of largest magnitude.
 
-What sparse tensor cores read (2:4), applied to activations. Choice: equal magnitudes are kept from the lower index on;
-inputs whose number is no multiple of M are refused rather than padded.
+The structure that sparse tensor cores read (2:4), applied to activations. Choices: equal magnitudes are kept from the
+lower index on; a matrix whose inputs are no multiple of M is refused rather than padded.
 """
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from sparsetrace.core.files import InputError
-from sparsetrace.formats.sites import layer_sites
 from sparsetrace.methods.base import MatrixRule, Method
+from sparsetrace.methods.pattern import parse_pattern, pattern_numbers, refuse_indivisible
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,42 +20,6 @@ if TYPE_CHECKING:
 
     from sparsetrace.formats.architecture import ModelConfig
     from sparsetrace.formats.sites import Site
-
-
-def parse_pattern(value: Any) -> str:
-    """Check an N:M pattern.
-
-    Raises:
-        ValueError: it is not N:M with 1 <= N <= M.
-    """
-    found = re.fullmatch(r"(\d+):(\d+)", value) if isinstance(value, str) else None
-    if found is None:
-        # YAML 1.1 reads an unquoted 2:4 as the number 124, in base 60
-        raise ValueError(f'pattern must be N:M in quotes, such as "2:4", got {value!r}')
-    if not 1 <= int(found[1]) <= int(found[2]):
-        raise ValueError(f"pattern must be N:M with 1 <= N <= M, got {value}")
-    return str(value)
-
-
-def pattern_numbers(pattern: str) -> tuple[int, int]:
-    """N and M."""
-    n, m = pattern.split(":")
-    return int(n), int(m)
-
-
-def refuse_indivisible(method: str, pattern: str, sites: Iterable[Site]) -> None:
-    """Refuse a model with a site whose width M does not divide.
-
-    Raises:
-        InputError: names the first such site.
-    """
-    _, m = pattern_numbers(pattern)
-    for site in layer_sites(sites):
-        if site.in_features % m:
-            raise InputError(
-                f"method {method}: inputs of every matrix must be a multiple of {m} for {pattern}, got "
-                f"{site.in_features} at {site.name}"
-            )
 
 
 class NM(Method):

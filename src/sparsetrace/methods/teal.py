@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from sparsetrace.methods.base import MatrixRule, Score, ThresholdMethod
+from sparsetrace.methods.base import MatrixRule, Score
+from sparsetrace.methods.threshold_base import ThresholdMethod
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,6 +1,6 @@
 """Top-k: keep the k = D - floor(s D) inputs of largest magnitude, for each token and matrix.
 
-The exact-sparsity counterpart of TEAL's threshold. Choice: equal magnitudes are kept from the lower index on.
+The counterpart of TEAL's threshold with exact sparsity. Choice: equal magnitudes are kept from the lower index on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every weight-side method is: parameters that config can check, and a function from a matrix to a mask."""
+"""Base class of the weight-side methods: parameters that config checks, and a function from a matrix to a mask."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sparsetrace.methods.base import Sparsity, kept_count
-from sparsetrace.methods.nm import parse_pattern, pattern_numbers, refuse_indivisible
+from sparsetrace.methods.pattern import parse_pattern, pattern_numbers, refuse_indivisible
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from sparsetrace.formats.sites import Site
 
-# Outputs whose masks are decided at a time; bounds the memory of the keys that are ranked.
+# Outputs whose masks are decided at a time; bounds the memory of the ranking.
 OUTPUTS = 512
 
 
@@ -28,7 +28,7 @@ class WeightMethod(BaseModel):
     name: ClassVar[str]
     # Whether `score` reads the norms of the inputs over a calibration text.
     needs_norms: ClassVar[bool] = False
-    # Whether unstructured weights are compared within each output; else within the whole matrix.
+    # Whether unstructured weights are ranked within each output, or within the whole matrix.
     per_output: ClassVar[bool]
 
     sparsity: Sparsity | None = Field(None, description="fraction of weights dropped, unstructured, 0 <= s < 1")
@@ -46,12 +46,12 @@ class WeightMethod(BaseModel):
         return self
 
     def refuse_model(self, sites: Iterable[Site]) -> None:
-        """Refuse a model whose widths the pattern does not divide."""
+        """Refuse a model with a width that is no multiple of the pattern's M."""
         if self.pattern is not None:
             refuse_indivisible(self.name, self.pattern, sites)
 
     def score(self, weight_KN: Tensor, norms_K: Tensor | None) -> Tensor:
-        """What weights are compared by, as integers that are ordered as the scores are.
+        """What weights are ranked by, as integers that are ordered as the scores are.
 
         Args:
             weight_KN: one matrix, input-major, in the model's dtype.

@@ -9,11 +9,12 @@ prompt by `topk` and by default; here it is D - floor(s D), and `decoding.prefil
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from sparsetrace.methods.base import MatrixRule, Score, ThresholdMethod, kept_count
+from sparsetrace.methods.base import MatrixRule, Score, kept_count
+from sparsetrace.methods.threshold_base import ThresholdMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +37,10 @@ class Wina(ThresholdMethod):
         if topk and values.get("allocation", "uniform") != "uniform":
             raise ValueError(f"allocation must be uniform with select topk, got {values['allocation']!r}")
         return values
+
+    @classmethod
+    def with_thresholds(cls, sparsity: float) -> Self:
+        return cls(sparsity=sparsity, select="threshold")
 
     @property
     def label(self) -> str:
