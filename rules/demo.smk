@@ -17,7 +17,7 @@ rule demo_checkpoint:
         runtime=10,
     params:
         out=subpath(output.config, parent=True),
-        source=source_hash("model.demo"),
+        source=source_hash("model.demo.checkpoint"),
     message:
         "Training the embedded model"
     shell:

@@ -18,7 +18,7 @@ from sparsetrace.formats.tables import THRESHOLDS
 from sparsetrace.methods import Dense, Teal
 from sparsetrace.model.convert import convert
 from sparsetrace.model.patch import observe
-from sparsetrace.model.runtime import use
+from sparsetrace.model.runtime import set_up_torch
 
 CPU = Machine(device="cpu")
 SETTINGS = Calibration(tokens=300, sequence_length=17)
@@ -215,5 +215,5 @@ def test_matrices_of_one_site_share_a_threshold(tiny, tmp_path, rng):
 def test_refuses_a_gpu_that_is_not_there(tiny, tmp_path, rng, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="device must be cpu or auto where torch sees no GPU, got cuda"):
-        use(Machine(device="cuda"))
-    assert use(Machine(device="auto")) == torch.device("cpu")
+        set_up_torch(Machine(device="cuda"))
+    assert set_up_torch(Machine(device="auto")) == torch.device("cpu")

@@ -183,7 +183,7 @@ def test_system_errors_name_the_file_and_the_remedy(run, tiny, tmp_path, rng, mo
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", "/results/weights")
 
-    monkeypatch.setattr("sparsetrace.model.convert._write_at", full)
+    monkeypatch.setattr("sparsetrace.model.write_weights._write_at", full)
     status, _, err = run("convert", checkpoint, "--out", tmp_path / "m")
     assert status == 1
     # after the lines of progress
@@ -198,7 +198,7 @@ def test_an_interrupt_leaves_nothing(run, tiny, tmp_path, rng, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sparsetrace.model.convert._write_at", interrupt)
+    monkeypatch.setattr("sparsetrace.model.write_weights._write_at", interrupt)
     status, _, err = run("convert", checkpoint, "--out", tmp_path / "m")
     assert status == 130
     assert "interrupted" in err

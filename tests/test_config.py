@@ -474,7 +474,7 @@ def test_configuration_loads_no_torch():
 
 
 def test_the_embedded_model_has_the_layers_that_config_counts_on():
-    from sparsetrace.model.demo import CONFIG
+    from sparsetrace.model.demo.shape import CONFIG
     from sparsetrace.study.study import EMBEDDED_LAYERS
 
     assert CONFIG.num_hidden_layers == EMBEDDED_LAYERS

@@ -18,7 +18,8 @@ from sparsetrace.core.settings import Batching, Capture, Decoding
 from sparsetrace.formats.architecture import sites_of
 from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.formats.sites import by_leaf
-from sparsetrace.generation.backend import EngineSetup, choose_backend
+from sparsetrace.generation.backend import EngineSetup
+from sparsetrace.generation.backends import choose_backend
 from sparsetrace.generation.blocks import pack_on_host
 from sparsetrace.generation.capture import Recorder
 from sparsetrace.generation.engine import Engine

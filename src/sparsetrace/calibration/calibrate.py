@@ -19,7 +19,7 @@ from sparsetrace.core.text import read_text
 from sparsetrace.methods import METHODS
 from sparsetrace.model.decoder import ACTIVATIONS, Decoder
 from sparsetrace.model.patch import observe, projections
-from sparsetrace.model.runtime import RuntimeModel, use
+from sparsetrace.model.runtime import RuntimeModel, set_up_torch
 from sparsetrace.model.tokenizer import Tokenizer
 
 # Tokens of one forward pass; bounds the memory of the step.
@@ -58,7 +58,7 @@ def calibrate(
     """
     if shard >= calibration.shards:
         raise InputError(f"calibrate: shard must be below the number of shards, {calibration.shards}, got {shard}")
-    device = use(machine)
+    device = set_up_torch(machine)
     windows_WT = calibration_windows(model.tokenizer(), text, calibration, model.config.max_position_embeddings)
     T = windows_WT.shape[1]
     batch = max(1, PASS_TOKENS // T)

@@ -38,7 +38,7 @@ from sparsetrace.core.settings import Calibration, Greedy, Machine
 from sparsetrace.methods import MatrixRule, ThresholdMethod
 from sparsetrace.model.decoder import Block, Decoder
 from sparsetrace.model.patch import Patch, install_block
-from sparsetrace.model.runtime import RuntimeModel, use
+from sparsetrace.model.runtime import RuntimeModel, set_up_torch
 
 # Where a table ends, and the largest target of one matrix.
 UP_TO = 0.9
@@ -87,7 +87,7 @@ def allocate(
     setting = _threshold_form(method)
     refuse_uncounted(setting, histograms, histograms_path)
 
-    device = use(machine)
+    device = set_up_torch(machine)
     calibration = Calibration(**greedy.model_dump(exclude={"step"}))
     windows_WT = calibration_windows(model.tokenizer(), text, calibration, model.config.max_position_embeddings)
     identity = {
@@ -170,7 +170,7 @@ class _Trial:
 
     def error(self, sparsities: dict[str, float]) -> float:
         """Mean over sequences and channels of the output error's norm over positions."""
-        self.patch.use(self._rules(sparsities))
+        self.patch.set_rules(self._rules(sparsities))
         total, count = 0.0, 0
         for inputs, dense_BTC in zip(self.inputs, self.outputs, strict=True):
             x_BTC = inputs[0]

@@ -36,7 +36,7 @@ from sparsetrace.core.text import read_text
 from sparsetrace.methods import Dense
 from sparsetrace.model.decoder import Decoder
 from sparsetrace.model.patch import Patch, install
-from sparsetrace.model.runtime import RuntimeModel, use
+from sparsetrace.model.runtime import RuntimeModel, set_up_torch
 from sparsetrace.model.tokenizer import Tokenizer
 
 # Shape suffixes: W windows, B windows of one pass, T tokens of a window, S scored tokens, V vocabulary.
@@ -105,7 +105,7 @@ def measure(
     for setting in settings:
         if setting.method.needs_dense_prefill and quality.prefill == "all":
             raise InputError(f"quality: prefill must be half with method {setting.method.name}, got all")
-    device = use(machine)
+    device = set_up_torch(machine)
     windows_WT = quality_windows(model.tokenizer(), text, quality, model.config.max_position_embeddings)
     decoder = model.load(device)
     patches = []

@@ -30,7 +30,7 @@ from sparsetrace.core.settings import Calibration, Machine
 from sparsetrace.formats.tables import WEIGHT_MASKS
 from sparsetrace.methods import WeightMethod
 from sparsetrace.model.decoder import Block, Decoder
-from sparsetrace.model.runtime import RuntimeModel, open_model, use
+from sparsetrace.model.runtime import RuntimeModel, open_model, set_up_torch
 from sparsetrace_kernels.torch_ops import pack_bits
 
 MASK_FILE = "weight_masks.parquet"
@@ -64,7 +64,7 @@ def prune(
         raise InputError(f"prune: --text must be given for method {method.name}, which reads activations, got none")
     if out.exists() and not (out / MASK_FILE).is_file() and any(out.iterdir()):
         raise InputError(f"prune: {out} must be a pruned model or not exist, got another folder: choose another --out")
-    device = use(machine)
+    device = set_up_torch(machine)
     decoder = model.load(device)
     inputs: list[tuple[Any, ...]] = []
     if method.needs_norms:

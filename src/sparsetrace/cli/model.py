@@ -22,10 +22,11 @@ def demo_checkpoint(out: Path, seed: int, threads: int) -> None:
     checkpoint, with a calibration text and prompts that are held out of the training. Takes about a minute on two
     cores.
     """
-    from sparsetrace.model.demo import make_checkpoint
+    from sparsetrace.model.demo.checkpoint import make_checkpoint
+    from sparsetrace.model.demo.training import Training
 
     with progress("training", "steps") as report:
-        result = make_checkpoint(out, seed=seed, threads=threads, report=report)
+        result = make_checkpoint(out, Training(seed=seed, threads=threads), report)
     click.echo(
         f"{out}: {result.parameters / 1e6:.2f} M parameters, {result.steps} steps in {result.seconds:.0f} s\n"
         f"validation loss {result.validation_loss:.3f} nats a token, unigram model {result.unigram_loss:.3f}: "

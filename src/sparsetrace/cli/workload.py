@@ -120,7 +120,7 @@ def export(
     Example:
       sparsetrace export results/demo/default/teal-0.5/workload --format smtx --layer 0 --matrix down --out smtx
     """
-    from sparsetrace.workload.export import FORMS
+    from sparsetrace.workload.export import FORMS, file_name
     from sparsetrace.workload.export import export as run
     from sparsetrace.workload.export_operands import Layout
 
@@ -133,6 +133,6 @@ def export(
     # --base, --stride, --line, --bundle and --cycles
     traced = Layout(**layout)
     for layer, matrix in ds.leaves:
-        path = out / f"L{layer:02d}.{matrix}{FORMS[form].suffix}"
+        path = out / file_name(layer, matrix, form)
         run(ds, layer, matrix, form, path, traced, tile)
         click.echo(path)

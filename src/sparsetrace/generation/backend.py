@@ -13,13 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Decoding
-from sparsetrace.formats.architecture import ModelConfig
 from sparsetrace.generation.capture import Recorder
 from sparsetrace.generation.decode_state import DecodeState
 from sparsetrace.generation.plan import GroupPlan
-from sparsetrace.methods import MatrixRule, Method
 from sparsetrace.model.decoder import Decoder
 from sparsetrace.model.patch import Patch
 from sparsetrace_kernels.torch_ops import sample
@@ -168,46 +165,3 @@ class Backend(ABC):
         hidden_BTC = self._decode(state.token_B[:, None], state.position_B[:, None], rows_B)
         state.position_B += 1
         self.choose(hidden_BTC[:, 0], rows_B)
-
-
-def choose_backend(
-    wanted: Literal["auto", "torch", "triton"],
-    device: torch.device,
-    config: ModelConfig,
-    method: Method,
-    rules: list[MatrixRule],
-) -> BackendName:
-    """The backend that a study means.
-
-    Raises:
-        InputError: `triton` is wanted and cannot be had.
-    """
-    if wanted == "torch":
-        return "torch"
-    if device.type != "cuda":
-        if wanted == "triton":
-            raise InputError("machine: engine must be torch or auto without a GPU, got triton")
-        return "torch"
-    # imported late: the torch backend also runs where Triton is not installed
-    from sparsetrace.generation.fused import unsupported
-
-    reason = unsupported(config, method, rules)
-    if reason is not None and wanted == "triton":
-        raise InputError(f"machine: engine must be torch or auto here, got triton: {reason}")
-    return "torch" if reason is not None else "triton"
-
-
-def new_backend(setup: EngineSetup, block_rows: int) -> Backend:
-    """The backend that a setup names.
-
-    Raises:
-        InputError: it cannot run the model under the method.
-    """
-    if setup.backend == "triton":
-        # imported late: the torch backend also runs where Triton is not installed
-        from sparsetrace.generation.triton_backend import TritonBackend
-
-        return TritonBackend(setup, block_rows)
-    from sparsetrace.generation.torch_backend import TorchBackend
-
-    return TorchBackend(setup, block_rows)

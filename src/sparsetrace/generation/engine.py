@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sparsetrace.core.files import InputError
-from sparsetrace.generation.backend import Backend, Chunk, EngineSetup, new_backend
+from sparsetrace.generation.backend import Backend, Chunk, EngineSetup
+from sparsetrace.generation.backends import new_backend
 from sparsetrace.generation.capture import Recorder
 from sparsetrace.generation.fed import FedTokens
 from sparsetrace.generation.plan import GroupPlan, KnownTokens, known_tokens, plan_group, sampled

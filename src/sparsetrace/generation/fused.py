@@ -45,6 +45,8 @@ def unsupported(config: ModelConfig, method: Method, rules: list[MatrixRule]) ->
         return "the kernels are for 16-bit types, and the model is float32"
     if config.hidden_act != "silu":
         return f"the kernels compute silu, and the model uses {config.hidden_act}"
+    if config.qk_norm:
+        return "the kernels have no norms of queries and keys, and the model has them"
     if config.num_attention_heads > MAX_SECTIONS:
         return f"the kernels take {MAX_SECTIONS} heads at most, and the model has {config.num_attention_heads}"
     if any(method.exceeds(rule) is None for rule in rules):

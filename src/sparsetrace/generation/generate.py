@@ -19,7 +19,8 @@ from sparsetrace.core.provenance import commit, tuning_table
 from sparsetrace.core.settings import Capture
 from sparsetrace.formats.dump import group_name
 from sparsetrace.formats.versions import DUMP_VERSION
-from sparsetrace.generation.backend import BackendName, EngineSetup, choose_backend
+from sparsetrace.generation.backend import BackendName, EngineSetup
+from sparsetrace.generation.backends import choose_backend
 from sparsetrace.generation.dense_tokens import read_dense_tokens
 from sparsetrace.generation.job import Job
 from sparsetrace.generation.matrix_table import matrix_table
@@ -28,7 +29,7 @@ from sparsetrace.generation.prompts import Sequence, read_shard
 from sparsetrace.generation.runner import Runner
 from sparsetrace.generation.seal import discard_other_runs, write_seal
 from sparsetrace.model.patch import install
-from sparsetrace.model.runtime import use
+from sparsetrace.model.runtime import set_up_torch
 from sparsetrace_kernels.configs import table_path
 
 # Called with (groups done, groups in all, tokens captured), from another thread too.
@@ -44,7 +45,7 @@ def generate(job: Job, report: Report | None = None) -> dict[str, Any]:
     thresholds = dense_thresholds(job.model) if job.thresholds is None else read_thresholds(job.thresholds, job.model)
     groups = _groups(job)
     given = _given(job, groups)
-    device = use(job.machine)
+    device = set_up_torch(job.machine)
     backend = choose_backend(job.machine.engine, device, job.model.config, thresholds.method, thresholds.rules)
     identity = _identity(job, thresholds, groups, given, (backend, device))
     key = sha256_json(identity)

@@ -20,7 +20,8 @@ from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Capture, Decoding
 from sparsetrace.formats.architecture import ModelConfig
 from sparsetrace.generation import prompts
-from sparsetrace.generation.backend import EngineSetup, choose_backend
+from sparsetrace.generation.backend import EngineSetup
+from sparsetrace.generation.backends import choose_backend
 from sparsetrace.generation.capture import Recorder
 from sparsetrace.generation.engine import Engine
 from sparsetrace.generation.selection import select

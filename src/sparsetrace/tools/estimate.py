@@ -28,7 +28,7 @@ from sparsetrace.generation.plan import Feed, feed_of, new_tokens
 from sparsetrace.generation.prompts import read_shard
 from sparsetrace.generation.selection import captured_matrices, holders
 from sparsetrace.methods import MatrixRule, Method, operand_parts
-from sparsetrace.model.runtime import use
+from sparsetrace.model.runtime import set_up_torch
 from sparsetrace.study.sections import EMBEDDED, Run
 from sparsetrace.study.study import Study
 
@@ -157,7 +157,7 @@ def _targets(method: Method) -> Callable[[Leaf], float | None]:
 def read_shape(checkpoint: str, dtype: str) -> Shape:
     """A model's shape from its checkpoint's config.json."""
     if checkpoint == EMBEDDED:
-        from sparsetrace.model.demo import CONFIG
+        from sparsetrace.model.demo.shape import CONFIG
 
         return Shape(sites_of(CONFIG), "bfloat16" if dtype == "auto" else dtype)
     path = Path(checkpoint) / "config.json"
@@ -292,7 +292,7 @@ def _round(length: int) -> int:
 def _model_pass_seconds(shape: Shape, rows: int, machine: Machine) -> float:
     """Median time of all layers' multiplies for some rows: one layer is timed, and many rows in part, and scaled."""
     layers = len({site.layer for site in layer_sites(shape.sites)})
-    device = use(machine)
+    device = set_up_torch(machine)
     timed = min(rows, 256)
     dtype = getattr(torch, shape.dtype)
     first = [site for site in layer_sites(shape.sites) if site.layer == 0]

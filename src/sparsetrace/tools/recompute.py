@@ -25,7 +25,7 @@ from sparsetrace.generation.runner import FinishedGroup, Runner
 from sparsetrace.generation.selection import holders
 from sparsetrace.methods import METHODS, MatrixRule
 from sparsetrace.model.patch import install
-from sparsetrace.model.runtime import open_model, use
+from sparsetrace.model.runtime import open_model, set_up_torch
 from sparsetrace.workload.reader import Workload
 from sparsetrace.workload.verify_faults import Fault
 
@@ -53,7 +53,7 @@ def recompute(
             f"verify: {model} must be the workload's model ({manifest['model_hash'][:12]}), "
             f"got {opened.model_hash[:12]}"
         )
-    device = use(machine)
+    device = set_up_torch(machine)
     method = METHODS[manifest["method"]](**manifest["parameters"])
     rules = [
         MatrixRule(row["layer"], row["matrix"], row["threshold_bits"], expected=row["target_sparsity"])
