@@ -9,8 +9,9 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from workload_testing import HEAD, LAYERS, SHARDS, SITES, has_logits, pack_all, plain_rows, write_dump
+from workload_testing import HEAD, LAYERS, SHARDS, SITES, has_logits, pack_all, plain_rows, tree, write_dump
 
+import sparsetrace
 from sparsetrace.core.files import InputError
 from sparsetrace.formats.dump import Block, write_block
 from sparsetrace.formats.numbers import FORMATS
@@ -18,6 +19,7 @@ from sparsetrace.formats.schema import ENCODINGS, LEVELS, data_schema, leaf
 from sparsetrace.packing import gather, order
 from sparsetrace.packing import pack as packing
 from sparsetrace.packing.index import index
+from sparsetrace.workload.verify import verify
 
 # One layer is enough. In it `mlp_in` has the rows of odd positions, and `mlp_mid` those of a sequence that the second
 # shard lacks.
@@ -106,10 +108,6 @@ def check(built, workload, encoding="split", level="full", shared=False):
     assert files == expected_files == {file["path"] for file in manifest["files"] if "matrix" in file}
 
 
-def tree(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_the_made_up_dump_is_what_the_tests_need(tmp_path):
     """Blocks with all rows of a matrix, with some and with none."""
     built = dump(tmp_path)
@@ -162,6 +160,17 @@ def test_a_matrix_without_any_row(tmp_path):
     assert (row["matrix"], row["rows"], row["nnz"], row["achieved_sparsity"]) == ("lm_head", 0, 0, None)
     assert [pq.read_metadata(path).num_rows for path in data_files(workload, None, "lm_head")] == [0] * len(SHARDS)
     assert "| lm_head | - | - | - |" in (workload / "README.md").read_text()
+
+
+@pytest.mark.parametrize("settings", [{}, {"encoding": "open"}, {"share_inputs": True}], ids=str)
+def test_the_reader_and_verify_agree(tmp_path, settings):
+    built = write_dump(tmp_path, "bfloat16", sites=MODEL, some={HEAD.key: has_logits})
+    workload = pack_all(built, **settings)
+    assert [str(fault) for fault in verify(workload)] == []
+    ds = sparsetrace.open(workload)
+    assert ds.leaves == list(built.dense)
+    for key, x in built.dense.items():
+        assert np.array_equal(FORMATS["bfloat16"].from_float(ds.matrix(*key).dense()), x)
 
 
 def test_bytes_do_not_depend_on_what_is_held_at_a_time(tmp_path, monkeypatch):

@@ -319,6 +319,11 @@ def build(folder, dtype, level="full", name="workload", once=False, **settings):
     return built
 
 
+def tree(folder):
+    """Bytes of every file below a folder, by its path."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def plain_rows(path, dtype):
     """Rows of a data file by token, decoded as docs/format.md says in plain Python.
 
@@ -329,7 +334,7 @@ def plain_rows(path, dtype):
     for row in pq.ParquetFile(path).read().to_pylist():
         kept = values = None
         if "mask" in row:
-            bits = "".join(f"{byte:08b}"[::-1] for byte in row.pop("mask"))
+            bits = "".join(f"{byte:08b}"[::-1] for byte in row["mask"])
             kept = [i for i, bit in enumerate(bits) if bit == "1"]
         elif "indices" in row:
             kept = row.pop("indices")
@@ -340,4 +345,17 @@ def plain_rows(path, dtype):
         elif "values" in row:
             values = round_to(np.array(row.pop("values"), np.float64), dtype).tolist()
         found[row["token"]] = row | {"kept": kept, "values": values}
+    return found
+
+
+def dense_rows(path, dtype, width):
+    """Dense bit patterns [D] by token of a data file in the encoding `split`, decoded as in `plain_rows`."""
+    found = {}
+    for token, row in plain_rows(path, dtype).items():
+        assert len(row["mask"]) == -(-width // 8)
+        assert all(i < width for i in row["kept"])
+        assert row["nnz"] == len(row["kept"]) == len(row["values"])
+        dense = np.zeros(width, FORMATS[dtype].bits)
+        dense[row["kept"]] = row["values"]
+        found[token] = dense
     return found

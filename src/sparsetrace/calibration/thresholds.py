@@ -37,7 +37,7 @@ class Thresholds:
         label: of the setting.
         method: with its parameters.
         calibration: hashes of the model and text, and the tokens counted.
-        rows: `schema.THRESHOLDS` as a list of rows.
+        rows: `tables.THRESHOLDS` as a list of rows.
         notes: what a person should know of the allocation, a sentence each.
     """
 

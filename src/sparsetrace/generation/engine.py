@@ -35,7 +35,7 @@ class GroupResult:
     Args:
         output_ids: ids that follow each prompt, sampled or given; the last was never fed.
         stopped: whether each ended with an end-of-sequence token.
-        fed: columns of `schema.TOKENS` but for token and text, in the order of execution.
+        fed: columns of `tables.TOKENS` but for token and text, in the order of execution.
     """
 
     output_ids: list[list[int]]

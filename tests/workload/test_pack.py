@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from safetensors.numpy import load_file
+from workload_testing import dense_rows, tree
 
 import sparsetrace
-from sparsetrace.core.files import InputError, sha256_file
-from sparsetrace.core.settings import Batching, Capture, Decoding, Machine, PromptSet
+from sparsetrace.core.files import InputError
 from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.packing import gather
 from sparsetrace.packing.index import index
@@ -54,31 +53,8 @@ def hand_made(tiny, folder, rng, dtype, group_rows, widths=WIDTHS):
     return tiny.dump(folder, dtype, groups, token), dense
 
 
-def decoded(path, dtype, width) -> dict[int, np.ndarray]:
-    """Dense patterns by token, decoded from a Parquet file as docs/format.md says, in plain Python."""
-    found = {}
-    for row in pq.read_table(path).to_pylist():
-        bits = "".join(f"{byte:08b}"[::-1] for byte in row["mask"])
-        assert len(row["mask"]) == -(-width // 8)
-        assert "1" not in bits[width:]
-        planes = ["values_lo", "values_hi"] if dtype != "float32" else [f"values_b{i}" for i in range(4)]
-        values = [int.from_bytes(bytes(parts), "little") for parts in zip(*(row[p] for p in planes), strict=True)]
-        if dtype == "bfloat16":
-            values = [(value >> 1) | ((value & 1) << 15) for value in values]
-        places = [i for i, bit in enumerate(bits) if bit == "1"]
-        assert row["nnz"] == len(places) == len(values)
-        dense = np.zeros(width, FORMATS[dtype].bits)
-        dense[places] = values
-        found[row["token"]] = dense
-    return found
-
-
 def equal(found, expected) -> bool:
     return found.keys() == expected.keys() and all(np.array_equal(found[key], expected[key]) for key in expected)
-
-
-def contents(folder) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
@@ -99,7 +75,7 @@ def test_every_bit_of_a_hand_made_dump(tiny, tmp_path, rng, dtype, monkeypatch):
             pack(manifest, tmp_path / "w", parts[-1])
         for key, rows in dense.items():
             path = tmp_path / "w" / f"data/L{key[0]:02d}/{key[1]}/part-{shard:05d}.parquet"
-            assert equal(decoded(path, dtype, WIDTHS[key]), rows)
+            assert equal(dense_rows(path, dtype, WIDTHS[key]), rows)
             tokens = pq.read_table(path, columns=["token"])["token"].to_pylist()
             assert tokens == sorted(rows)
             metadata = pq.read_metadata(path)
@@ -117,133 +93,6 @@ def test_every_bit_of_a_hand_made_dump(tiny, tmp_path, rng, dtype, monkeypatch):
     nnz = sum(int((row != 0).sum()) for rows in expected.values() for row in rows.values())
     assert ds.manifest["nnz"] == nnz
     assert ds.manifest["rows"] == len(WIDTHS) * len(ds.tokens)
-
-
-@pytest.fixture
-def blocks(monkeypatch):
-    """Arrays of every block that is packed, by the name of its file."""
-    found = {}
-
-    def keeping(dump_manifest, *args, **kwargs):
-        found.update({file.name: load_file(file) for file in dump_manifest.parent.glob("*.safetensors")})
-        return pack(dump_manifest, *args, **kwargs)
-
-    monkeypatch.setattr("sparsetrace.packing.pack.pack", keeping)
-    return found
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_round_trip_of_a_real_run(tiny, tmp_path, rng, dtype, monkeypatch, blocks):
-    """Engine -> dump -> Parquet -> dense: the bits of the blocks come back, with a row for each matrix and token."""
-    monkeypatch.setattr("sparsetrace.generation.selection.BLOCK_BYTES", 9_000)
-    model = tiny.model(tmp_path, rng, torch_dtype=dtype)
-    decoding, batching = Decoding(prefill="half", ignore_eos=True), Batching(max_new_tokens=4, batch_size=3, shards=2)
-    lengths = [2, 9, 5, 1, 7, 4, 11]
-    workload = tiny.workload(tmp_path / "run", model, rng, lengths, decoding, batching)
-    ds = sparsetrace.open(workload)
-    # prompts have a begin token; half of each prompt is captured, and all new tokens but the last
-    captured = sum((length + 1) // 2 + 3 for length in lengths)
-    assert len(ds.tokens) == ds.manifest["tokens"] == captured
-    assert ds.manifest["rows"] == 2 * 7 * captured
-    assert sum(pq.read_metadata(file).num_rows for file in (workload / "data").rglob("*.parquet")) == 2 * 7 * captured
-    assert len(blocks) > 3
-    seen = 0
-    for layer in range(2):
-        for matrix in ("q", "k", "v", "o", "gate", "up", "down"):
-            width = {"o": 32, "down": 43}.get(matrix, 36)
-            found = {}
-            for part in range(2):
-                found |= decoded(workload / f"data/L{layer:02d}/{matrix}/part-{part:05d}.parquet", dtype, width)
-            for arrays in blocks.values():
-                # the matrices of a site have equal thresholds
-                holder = {"k": "q", "v": "q", "up": "gate"}.get(matrix, matrix)
-                stem = f"L{layer:02d}.{holder}"
-                keep = np.unpackbits(arrays[f"{stem}.mask"], axis=1, count=width, bitorder="little").astype(bool)
-                dense = np.zeros(keep.shape, FORMATS[dtype].bits)
-                dense[keep] = arrays[f"{stem}.values"]
-                for token, row in zip(arrays["rows.token"].tolist(), dense, strict=True):
-                    assert np.array_equal(found[token], row)
-                    assert np.array_equal(FORMATS[dtype].from_float(ds[layer, matrix, token]), row)
-                    seen += 1
-    assert seen == 2 * 7 * captured
-    for file in ds.manifest["files"]:
-        assert sha256_file(workload / file["path"]) == file["sha256"]
-        assert (workload / file["path"]).stat().st_size == file["bytes"]
-    for row in ds.matrix_table.to_pylist():
-        kept = int((ds.matrix(row["layer"], row["matrix"]).nnz).sum())
-        assert (row["rows"], row["nnz"]) == (captured, kept)
-        assert row["achieved_sparsity"] == 1 - kept / (captured * row["in_features"])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_lm_head_of_a_real_run(tiny, tmp_path, rng, dtype, monkeypatch, blocks):
-    """It has a row for each decoded token and for the last position of each prompt, with the bits of the blocks."""
-    from sparsetrace.generation.generate import generate
-    from sparsetrace.generation.job import Job
-    from sparsetrace.generation.prompts import split, write_split
-    from sparsetrace.packing import pack as packing
-
-    monkeypatch.setattr("sparsetrace.generation.selection.BLOCK_BYTES", 3_000)
-    model = tiny.model(tmp_path, rng, torch_dtype=dtype)
-    decoding, batching = Decoding(prefill="half", ignore_eos=True), Batching(max_new_tokens=4, batch_size=3)
-    prompts = tiny.prompts(tmp_path / "prompts.jsonl", rng, [2, 9, 5, 1, 7])
-    groups, _ = split(prompts, model.tokenizer(), 128, PromptSet(), batching)
-    write_split(groups, 1, tmp_path / "split.parquet")
-    dump, capture = tmp_path / "dump" / "manifest.json", Capture(matrices=["down", "lm_head"])
-    table, on = tiny.thresholds(tmp_path, model, rng, 0.5), Machine(device="cpu")
-    generate(Job(model, tmp_path / "split.parquet", 0, dump, decoding, batching, on, table, capture))
-    packing.pack(dump, tmp_path / "w", tmp_path / "parts" / "00000.json")
-    index([tmp_path / "parts" / "00000.json"], tmp_path / "w")
-    found = decoded(tmp_path / "w" / "data/model/lm_head/part-00000.parquet", dtype, 36)
-    fed = pq.read_table(tmp_path / "w" / "tokens.parquet").to_pylist()
-    last = {row["sequence"]: row["position"] for row in fed if row["phase"] == "prefill"}
-    captured = [row for row in fed if row["captured"]]
-    wanted = [row["token"] for row in captured if row["position"] >= last[row["sequence"]]]
-    assert list(found) == wanted and len(wanted) < len(captured)
-    seen = 0
-    for arrays in blocks.values():
-        keep = np.unpackbits(arrays["model.lm_head.mask"], axis=1, count=36, bitorder="little").astype(bool)
-        dense = np.zeros(keep.shape, FORMATS[dtype].bits)
-        dense[keep] = arrays["model.lm_head.values"]
-        tokens = arrays["rows.token"]
-        tokens = tokens[arrays["model.lm_head.rows"]] if "model.lm_head.rows" in arrays else tokens
-        for token, row in zip(tokens.tolist(), dense, strict=True):
-            assert np.array_equal(found[token], row)
-            seen += 1
-    assert seen == len(wanted) and any("model.lm_head.rows" in arrays for arrays in blocks.values())
-    matrices = pq.read_table(tmp_path / "w" / "matrices.parquet").to_pylist()
-    assert [(row["layer"], row["matrix"], row["method"]) for row in matrices] == [
-        (0, "down", "teal"),
-        (1, "down", "teal"),
-        (None, "lm_head", "dense"),
-    ]
-    assert [row["rows"] for row in matrices] == [len(captured), len(captured), len(wanted)]
-
-
-def test_two_whole_runs_give_identical_data_files(tiny, tmp_path, rng):
-    model = tiny.model(tmp_path, rng, torch_dtype="bfloat16")
-    decoding, batching = Decoding(prefill="all", temperature=0.8), Batching(max_new_tokens=4, batch_size=2, shards=2)
-    state = rng.bit_generator.state
-    found = []
-    for name in ("a", "b"):
-        rng.bit_generator.state = state
-        found.append(contents(tiny.workload(tmp_path / name, model, rng, [3, 5, 1, 4], decoding, batching)))
-    assert found[0] == found[1]
-    assert {"manifest.json", "README.md", "views.sql", "tokens.parquet"} <= found[0].keys()
-
-
-def test_shards_cut_the_same_data(tiny, tmp_path, rng):
-    """The rows do not depend on the number of shards, since the groups do not."""
-    model = tiny.model(tmp_path, rng)
-    state = rng.bit_generator.state
-    rows = []
-    for shards in (1, 3):
-        rng.bit_generator.state = state
-        batching = Batching(max_new_tokens=4, batch_size=2, shards=shards)
-        ds = sparsetrace.open(tiny.workload(tmp_path / str(shards), model, rng, [3, 5, 1, 4, 6], Decoding(), batching))
-        rows.append([ds.matrix(*key).dense().tobytes() for key in ds.leaves])
-        assert ds.token_table.to_pylist() == sorted(ds.token_table.to_pylist(), key=lambda row: row["token"])
-    assert rows[0] == rows[1]
 
 
 # 1.0, -2.5 and the smallest positive number in inputs 0, 3 and 8 of nine
@@ -317,12 +166,12 @@ def test_blocks_are_removed_and_the_manifest_stays(packed):
 
 def test_packing_again_touches_nothing(packed):
     manifest, workload, part, _ = packed
-    before = contents(workload)
+    before = tree(workload)
     times = {file: file.stat().st_mtime_ns for file in workload.rglob("*") if file.is_file()}
     told = []
     first = json.loads(part.read_text())
     assert pack(manifest, workload, part, lambda *args: told.append(args)) == first
-    assert contents(workload) == before
+    assert tree(workload) == before
     assert {file: file.stat().st_mtime_ns for file in times} == times
     assert told == []
 
@@ -330,11 +179,11 @@ def test_packing_again_touches_nothing(packed):
 def test_a_deleted_manifest_of_the_part_is_restored(packed):
     """A workflow deletes it after a kill, when the blocks are gone."""
     manifest, workload, part, _ = packed
-    before, data = part.read_bytes(), contents(workload)
+    before, data = part.read_bytes(), tree(workload)
     part.unlink()
     pack(manifest, workload, part)
     assert part.read_bytes() == before
-    assert contents(workload) == data
+    assert tree(workload) == data
 
 
 def test_a_kill_before_the_blocks_were_removed(tiny, tmp_path, rng):
@@ -343,10 +192,10 @@ def test_a_kill_before_the_blocks_were_removed(tiny, tmp_path, rng):
     shutil.copytree(manifest.parent, copy)
     part = tmp_path / "x" / "00000.json"
     pack(copy / "manifest.json", tmp_path / "y", part)
-    data = contents(tmp_path / "y")
+    data = tree(tmp_path / "y")
     # the same dump, whose blocks are still there
     pack(manifest, tmp_path / "y", part)
-    assert contents(tmp_path / "y") == data
+    assert tree(tmp_path / "y") == data
     assert [file.name for file in manifest.parent.iterdir()] == ["manifest.json"]
 
 
@@ -367,7 +216,7 @@ def test_another_dump_replaces_the_part(packed, tiny, tmp_path, rng):
     index([part], workload)
     ds = sparsetrace.open(workload)
     assert ds.tokens.tolist() == sorted(dense[0, "q"])
-    assert equal(decoded(workload / "data/L11/o/part-00000.parquet", "bfloat16", 257), dense[11, "o"])
+    assert equal(dense_rows(workload / "data/L11/o/part-00000.parquet", "bfloat16", 257), dense[11, "o"])
 
 
 @pytest.mark.parametrize("cut", [0, 5, 100, -1])
