@@ -1,9 +1,9 @@
 """Captured operands against forward pre-hooks on the transformers model, patched with the same thresholds.
 
 The hook compares what transformers feeds each matrix with the captured operand: masks agree wherever the input is not
-within 1e-5 max|x| of the threshold, values within that (DESIGN, contract 6). Then the matrix is fed the captured
-operand, so that an input on the threshold does not carry over into the next comparison. Dump blocks are read with the
-safetensors library.
+within 1e-5 max|x| of the threshold, values within that (docs/architecture.md, Numbers). Then the matrix is fed the
+captured operand, so that an input on the threshold does not carry over into the next comparison. Dump blocks are read
+with the safetensors library.
 """
 
 from itertools import pairwise

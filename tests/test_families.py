@@ -1,7 +1,8 @@
 """A family beyond Llama's, from checkpoint to verified data set; transformers' own model of it is the oracle.
 
 What is captured is compared with what enters each of transformers' multiplies when its inputs are masked alike
-(DESIGN, contract 6). How config.json is read is tested in test_convert.py, the decoder alone in test_model.py.
+(docs/architecture.md, Numbers). How config.json is read is tested in test_convert.py, the decoder alone in
+test_model.py.
 """
 
 import json

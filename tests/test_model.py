@@ -1,6 +1,7 @@
 """The decoder against Hugging Face transformers, on random checkpoints written by `save_pretrained`.
 
-Logits agree within 1e-5 of the largest in float32 (DESIGN, contract 6), at prefill and at each cached decode step.
+Logits agree within 1e-5 of the largest in float32 (docs/architecture.md, Numbers), at prefill and at each cached
+decode step.
 """
 
 import dataclasses
