@@ -9,7 +9,6 @@ import torch
 
 from sparsetrace.core import devices
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.names import MATRICES, SITE_OF
 from sparsetrace.formats.sites import layer_sites
 from sparsetrace.model.patch import install, observe
 from sparsetrace.tools import bench
@@ -83,12 +82,16 @@ def test_observed_thresholds_drop_the_target(tiny, tmp_path, rng, dtype):
     model = tiny.model(tmp_path, rng, torch_dtype=dtype)
     decoder = model.load(torch.device("cpu"))
     rules = bench.observed_rules(decoder, 0.5)
-    assert {(rule.layer, rule.matrix) for rule in rules} == {(i, matrix) for i in range(2) for matrix in MATRICES}
+    sites = {site.key: site.matrices for site in layer_sites(model.sites)}
+    leaves = [(layer, matrix) for (layer, _), matrices in sites.items() for matrix in matrices]
+    assert [(rule.layer, rule.matrix) for rule in rules] == leaves
+    # what chooses kernel configurations
+    assert {rule.expected for rule in rules} == {0.5}
     by_matrix = {(rule.layer, rule.matrix): rule for rule in rules}
     method, shares = bench.Teal(sparsity=0.5), {}
 
     def see(layer, site, x_BTK):
-        for matrix in (matrix for matrix in MATRICES if SITE_OF[matrix] == site):
+        for matrix in sites[layer, site]:
             shares[layer, matrix] = 1 - method.keep(x_BTK, by_matrix[layer, matrix]).float().mean().item()
 
     T = model.config.max_position_embeddings

@@ -17,7 +17,6 @@ from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Capture, Conversion, Decoding
 from sparsetrace.formats.architecture import sites_of
 from sparsetrace.formats.dump import Block
-from sparsetrace.formats.names import MATRICES
 from sparsetrace.generation import selection
 from sparsetrace.generation.backend import EngineSetup
 from sparsetrace.generation.capture import Recorder
@@ -29,6 +28,7 @@ from sparsetrace.model.convert import convert
 from sparsetrace.model.decoder import Projection
 from sparsetrace.model.patch import SparseProjection, install, observe
 
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 TOLERANCE = 1e-5
 MODULES = {matrix: f"self_attn.{matrix}_proj" for matrix in "qkvo"} | {
     matrix: f"mlp.{matrix}_proj" for matrix in ("gate", "up", "down")

@@ -14,7 +14,6 @@ from sparsetrace.calibration.derive import derive_thresholds
 from sparsetrace.calibration.thresholds import read_thresholds
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Capture, Decoding, PromptSet
-from sparsetrace.formats.names import MATRICES
 from sparsetrace.formats.tables import TOKENS
 from sparsetrace.generation import selection
 from sparsetrace.generation.backend import EngineSetup
@@ -29,6 +28,7 @@ from sparsetrace.generation.selection import select
 from sparsetrace.methods import Dense, Teal
 from sparsetrace.model.patch import install
 
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 LENGTHS = [3, 9, 1, 6, 4, 12, 2]
 
 

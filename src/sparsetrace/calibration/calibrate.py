@@ -20,6 +20,7 @@ from sparsetrace.core.settings import Calibration, Machine
 from sparsetrace.methods import METHODS
 from sparsetrace.methods.gated import refuse_without_gate
 from sparsetrace.model.decoder import ACTIVATIONS, Decoder
+from sparsetrace.model.finite import not_finite
 from sparsetrace.model.patch import observe, projections
 from sparsetrace.model.runtime import RuntimeModel, set_up_torch
 
@@ -171,10 +172,7 @@ def _name_not_finite(decoder: Decoder, tokens_BT: Tensor, positions_BT: Tensor, 
         bad_BT = ~x_BTK.isfinite().all(-1)
         if bad_BT.any():
             token = first_token + int(bad_BT.flatten().int().argmax())
-            raise InputError(
-                f"calibrate: activations must be finite, got Inf or NaN in layer {layer}, site {site}, token {token} "
-                "of the calibration text: the checkpoint may need a dtype of wider range"
-            )
+            raise not_finite("calibrate", f"layer {layer}, site {site}, token {token} of the calibration text")
 
     with observe(decoder, see):
         decoder(tokens_BT, positions_BT)

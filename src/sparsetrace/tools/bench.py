@@ -124,7 +124,7 @@ def observed_rules(decoder: Decoder, sparsity: float, seed: int = 0) -> list[Mat
 
     def see(layer: int, site: str, x_BTK: Tensor) -> None:
         bits = int(threshold_bits_for(x_BTK.flatten(), sparsity))
-        rules.extend(MatrixRule(layer, matrix, bits) for matrix in matrices[layer, site])
+        rules.extend(MatrixRule(layer, matrix, bits, expected=sparsity) for matrix in matrices[layer, site])
 
     config, device = decoder.config, decoder.embedding.device
     generator = torch.Generator().manual_seed(seed)
