@@ -6,6 +6,7 @@ test_model.py.
 """
 
 import json
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,8 +15,9 @@ from click.testing import CliRunner
 
 import sparsetrace
 from sparsetrace.cli.main import cli
+from sparsetrace.core.files import InputError
 from sparsetrace.formats.architecture import ModelConfig
-from sparsetrace.generation.fused import unsupported
+from sparsetrace.generation.backends import choose_backend
 from sparsetrace.methods import Teal
 from sparsetrace.model.families.registry import FAMILIES
 from sparsetrace.model.runtime import open_model
@@ -140,16 +142,16 @@ def test_what_is_captured_enters_transformers_multiplies(qwen3, label):
     assert (dropped > 0) == (label != "dense")
 
 
-def test_the_kernels_refuse_norms_of_queries_and_keys(qwen3):
-    """On a GPU, `auto` then takes the torch engine, as it does here for lack of one."""
+def test_a_gpu_runs_it_on_the_torch_backend(qwen3):
+    """The kernels have no norms of queries and keys: `auto` takes torch, and `triton` is refused."""
     folder, _ = qwen3
-    config = open_model(folder / "model").config
+    gpu, teal = torch.device("cuda"), Teal(sparsity=0.5)
+    config = replace(open_model(folder / "model").config, dtype="bfloat16")
     assert config.qk_norm
-    sixteen = ModelConfig.from_json(config.to_json() | {"dtype": "bfloat16"})
-    assert unsupported(sixteen, Teal(sparsity=0.5), []) == (
-        "the kernels have no norms of queries and keys, and the model has them"
-    )
-    assert unsupported(ModelConfig.from_json(sixteen.to_json() | {"qk_norm": False}), Teal(sparsity=0.5), []) is None
+    assert choose_backend("auto", gpu, config, teal, []) == choose_backend("torch", gpu, config, teal, []) == "torch"
+    with pytest.raises(InputError, match="must be torch or auto here, got triton: the kernels have no norms of"):
+        choose_backend("triton", gpu, config, teal, [])
+    assert choose_backend("auto", gpu, replace(config, qk_norm=False), teal, []) == "triton"
 
 
 def test_hashes_of_models_without_such_norms_are_those_of_before(qwen3, tiny, tmp_path, rng):

@@ -42,7 +42,7 @@ def demo_checkpoint(out: Path, seed: int, threads: int) -> None:
 )
 @settings(Conversion)
 def convert(checkpoint: Path, out: Path, name: str | None, conversion: Conversion) -> None:
-    """Convert CHECKPOINT, a Hugging Face folder of a Llama or Mistral model.
+    """Convert CHECKPOINT, a Hugging Face folder of a Llama, Mistral or Qwen3 model.
 
     \b
     Example:

@@ -176,7 +176,7 @@ def kernel_site(module: SparseProjection, method: Method, table: TuningTable | N
         method: decides by a threshold of the input alone.
         table: measured kernel configurations; None takes the heuristic's.
     """
-    weight_KN = module.dense.weight
+    weight_KN = module.dense.merged()
     device, (K, N) = weight_KN.device, weight_KN.shape
     # rules of one part are alike, but for what is expected of them
     rules = [neighbours[0] for neighbours, _ in module.parts]

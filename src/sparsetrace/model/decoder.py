@@ -64,6 +64,10 @@ class Projection(nn.Module):
         """The [K, N] weight of one matrix, a view."""
         return self.weight[:, self.columns[name]]
 
+    def merged(self) -> Tensor:
+        """The [K, N] weight of all matrices side by side, which kernels multiply by themselves."""
+        return self.weight
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, computed in float32 up to the multiplication by the weight.
