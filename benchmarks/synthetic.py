@@ -122,6 +122,6 @@ def _matrix(layer: int, matrix: str, width: int) -> dict[str, object]:
     return {
         **{"layer": layer, "matrix": matrix, "held_by": matrix, "site": matrix},
         **{"in_features": width, "out_features": 1},
-        **{"dtype": "float16", "method": "", "parameters": "", "weight": "", "weight_column": 0},
+        **{"dtype": "float16", "method": "", "parameters": "", "weight": "", "weight_column": 0, "weight_columns": 0},
         **{"weight_sha256": "", "source_weight": "", **numbers},
     }

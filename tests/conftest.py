@@ -373,6 +373,7 @@ class Tiny:
             "calibrated_sparsity": 0.5,
             "weight": f"layers.{layer}.{SITES[matrix]}.weight",
             "weight_column": 0,
+            "weight_columns": 1,
             "weight_sha256": "3" * 64,
             "source_weight": "x",
         }

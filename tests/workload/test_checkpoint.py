@@ -57,21 +57,27 @@ def test_weights_and_products(tmp_path, half):
 
 SIBLINGS = [
     # id, site, matrices in the workload, whether it is a sample of matrices, matrices of the site in their order
-    ("all", "attn_in", "vqk", False, "qkv"),
-    ("all-of-a-sample", "attn_in", "vqk", True, "qkv"),
-    ("some", "attn_in", "kv", True, ""),
-    ("first", "attn_in", "q", True, ""),
-    ("single", "mlp_mid", "q", True, "q"),
-    ("open-name", "experts_in", "kq", False, "qk"),
-    ("open-name-of-a-sample", "experts_in", "kq", True, ""),
+    ("all", "attn_in", "vqk", False, 15, "qkv"),
+    ("all-of-a-sample", "attn_in", "vqk", True, 15, "qkv"),
+    ("some", "attn_in", "kv", True, 15, ""),
+    ("first", "attn_in", "q", True, 15, ""),
+    ("single", "mlp_mid", "q", True, 5, "q"),
+    ("open-name", "experts_in", "kq", True, 10, "qk"),
+    # written before the count of columns was
+    ("version-1", "attn_in", "vqk", False, None, "qkv"),
+    ("version-1-sample", "attn_in", "vqk", True, None, ""),
 ]
 
 
-@pytest.mark.parametrize(("site", "stored", "sampled", "wanted"), [pytest.param(*c[1:], id=c[0]) for c in SIBLINGS])
-def test_rows_of_a_whole_site(site, stored, sampled, wanted):
+@pytest.mark.parametrize(
+    ("site", "stored", "sampled", "columns", "wanted"), [pytest.param(*c[1:], id=c[0]) for c in SIBLINGS]
+)
+def test_rows_of_a_whole_site(site, stored, sampled, columns, wanted):
     """A hash over a site's tensor can be told from the checkpoint only if no matrix of the site is missing."""
-    rows = [{"layer": 0, "site": site, "matrix": name, "weight_column": "qkv".index(name)} for name in stored]
-    rows += [{"layer": 1, "site": site, "matrix": "q", "weight_column": 0}]
+    count = {"weight_columns": columns} if columns else {}
+    same = {"site": site, "out_features": 5, **count}
+    rows = [{"layer": 0, "matrix": name, "weight_column": "qkv".index(name), **same} for name in stored]
+    rows += [{"layer": 1, "matrix": "q", "weight_column": 0, **same}]
     found = site_rows(rows[0], rows, sampled)
     assert [(row["layer"], row["matrix"]) for row in found] == [(0, name) for name in wanted]
 

@@ -137,9 +137,9 @@ def test_a_method_that_is_not_the_manifests(folder, change, message):
 
 
 def test_the_first_version_of_the_format(half, tmp_path):
-    """Every matrix had a layer."""
+    """Every matrix had a layer, and the width of a merged weight was not told."""
     folder = shutil.copytree(half.workload, tmp_path / "workload")
-    table = pq.read_table(folder / "matrices.parquet")
+    table = pq.read_table(folder / "matrices.parquet").drop_columns("weight_columns")
     pq.write_table(table.cast(table.schema.set(0, pa.field("layer", pa.int16(), False))), folder / "matrices.parquet")
     assert any("schema must be that of the format" in fault for fault in signed(folder, version=2))
     assert signed(folder, version=1) == []

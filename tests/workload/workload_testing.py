@@ -198,6 +198,7 @@ class _Made:
             "calibrated_sparsity": sparsity,
             "weight": f"{name}.weight",
             "weight_column": site.columns[matrix].start,
+            "weight_columns": site.width,
             "weight_sha256": "",
             "source_weight": f"model.layers.{site.layer}.{matrix}" if decided else "lm_head.weight",
         }

@@ -88,9 +88,11 @@ MATRIX_TABLE: Final = pa.schema(
         pa.field("achieved_sparsity", pa.float64()),
         pa.field("rows", pa.int64(), nullable=False),
         pa.field("nnz", pa.int64(), nullable=False),
-        # the runtime tensor [in, out] holds all matrices of the site side by side; this one begins at `weight_column`
+        # the runtime tensor [in, out] holds all matrices of the site side by side: it has `weight_columns` columns, of
+        # which this one's begin at `weight_column`
         pa.field("weight", pa.string(), nullable=False),
         pa.field("weight_column", pa.int32(), nullable=False),
+        pa.field("weight_columns", pa.int32(), nullable=False),
         pa.field("weight_sha256", pa.string(), nullable=False),
         pa.field("source_weight", pa.string(), nullable=False),
     ]

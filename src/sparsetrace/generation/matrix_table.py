@@ -54,6 +54,7 @@ def matrix_table(model: RuntimeModel, thresholds: Thresholds, capture: Capture) 
                 },
                 "weight": weight,
                 "weight_column": site.columns[matrix].start,
+                "weight_columns": site.width,
                 "weight_sha256": model.tensors[weight]["sha256"],
                 "source_weight": model.source_weight((layer, matrix)),
             }

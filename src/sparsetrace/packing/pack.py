@@ -19,7 +19,7 @@ from sparsetrace.core.files import InputError, read_json, sha256_json, write_bes
 from sparsetrace.formats.columns import as_read_by, encode_rows
 from sparsetrace.formats.dump import Block, array_prefix, group_name
 from sparsetrace.formats.schema import data_schema, leaf, part_name
-from sparsetrace.formats.versions import DUMP_VERSION, WORKLOAD_VERSION
+from sparsetrace.formats.versions import DUMP_VERSION, WORKLOAD_REVISION, WORKLOAD_VERSION
 from sparsetrace.packing.data_file import data_file
 from sparsetrace.packing.gather import RELEASE_BYTES, Operand, gather
 from sparsetrace.packing.journal import Journal
@@ -75,7 +75,7 @@ def pack(
     # a copy of the manifest that survives where a workflow deletes `out` after a kill
     record = out.with_name(f".{out.name}.record")
     packed = read_json(record, "pack") if record.is_file() else None
-    wanted = sha256_json([dump, __version__, WORKLOAD_VERSION, encoding, share_inputs])
+    wanted = sha256_json([dump, __version__, WORKLOAD_VERSION, WORKLOAD_REVISION, encoding, share_inputs])
     journal = Journal(out, wanted)
     if packed is None or packed["dump"] != wanted or not is_whole(packed, workload, out.parent):
         # while some of its files are replaced a data set is not whole; `index` completes it again

@@ -47,10 +47,11 @@ def read_tables(folder: Path, manifest: dict[str, Any], faults: list[Fault]) -> 
 
 
 def _of_version(schema: pa.Schema, version: int) -> pa.Schema:
-    """A table's schema in a version of the format; in version 1 every matrix had a layer."""
+    """A table's schema in a version of the format; version 1 gave every matrix a layer, and no `weight_columns`."""
     if schema is not MATRIX_TABLE or version > 1:
         return schema
-    return schema.set(0, schema.field("layer").with_nullable(False))
+    first = schema.set(0, schema.field("layer").with_nullable(False))
+    return first.remove(first.get_field_index("weight_columns"))
 
 
 def table_faults(manifest: dict[str, Any], tables: dict[str, pa.Table]) -> Iterator[Fault]:

@@ -16,8 +16,6 @@ from sparsetrace.core.files import InputError
 from sparsetrace.core.folder import Folder
 from sparsetrace.formats.numbers import FORMATS
 
-# Number of matrices that share the runtime tensor of a site. A workload with a sample of the matrices lacks some rows.
-_MATRICES_OF_SITE = {"attn_in": 3, "attn_out": 1, "mlp_in": 2, "mlp_mid": 1, "head_in": 1}
 _CODES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _PREFIX_BYTES = 8
 
@@ -157,8 +155,10 @@ def site_rows(matrix: dict[str, Any], rows: Iterable[dict[str, Any]], sampled: b
         sampled: whether only some matrices were captured.
     """
     own = [row for row in rows if (row["layer"], row["site"]) == (matrix["layer"], matrix["site"])]
-    expected = _MATRICES_OF_SITE.get(matrix["site"], 0 if sampled else len(own))
-    return sorted(own, key=lambda row: row["weight_column"]) if len(own) == expected else []
+    columns = matrix.get("weight_columns")
+    # version 1 did not say how many columns the site has
+    whole = not sampled if columns is None else sum(row["out_features"] for row in own) == columns
+    return sorted(own, key=lambda row: row["weight_column"]) if whole else []
 
 
 def _header(file: Path) -> dict[str, dict[str, Any]]:
