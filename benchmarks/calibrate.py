@@ -36,10 +36,11 @@ import torch
 import triton
 from torch import Tensor
 
-from sparsetrace.calibration import calibrate as step
-from sparsetrace.calibration.histogram import NUM_PATTERNS, ActivationCounter
-from sparsetrace.calibration.quality import measure
-from sparsetrace.calibration.thresholds import derive_thresholds
+from sparsetrace.calibration.calibrate import CalibrationJob, calibrate, counting_callbacks
+from sparsetrace.calibration.counter import ActivationCounter
+from sparsetrace.calibration.derive import derive_thresholds
+from sparsetrace.calibration.histogram import NUM_PATTERNS
+from sparsetrace.calibration.quality import QualityJob, measure
 from sparsetrace.core.settings import Calibration, Machine, Quality
 from sparsetrace.formats.architecture import ModelConfig
 from sparsetrace.methods import Teal
@@ -117,6 +118,7 @@ class RandomModel:
         self.config = config
         self.model_hash = "random"
         self.decoder = random_decoder(config, device)
+        self.sites = self.decoder.sites
 
     def load(self, device: torch.device) -> Decoder:
         """The same weights each time."""
@@ -174,7 +176,7 @@ def main() -> None:
             if counter is None:
                 model.decoder(tokens_BT, positions_BT)
                 return
-            see, see_output = step._counters(model.decoder, counter)
+            see, see_output = counting_callbacks(model.decoder, counter)
             with observe(model.decoder, see, see_output):
                 model.decoder(tokens_BT, positions_BT)
             assert counter.not_finite() is None
@@ -183,8 +185,8 @@ def main() -> None:
     plain = [seconds(lambda: forward(None)) for _ in range(arguments.repetitions)]
     note("forward", "none", "ms", [1e3 * t for t in plain])
     for name, add in found.items():
-        counter = ActivationCounter(config.num_hidden_layers, "bfloat16", device)
-        counter._add = add
+        counter = ActivationCounter(model.sites, "bfloat16", device)
+        counter.add = add
         forward(counter)
         pairs = [
             (seconds(lambda: forward(None)), seconds(lambda c=counter: forward(c)))
@@ -200,19 +202,14 @@ def main() -> None:
         text.write_text(" ".join(map(str, torch.randint(0, 32000, (70_000,), generator=generator).tolist())))
         machine = Machine(device="cuda")
         settings = Calibration(tokens=65_536, sequence_length=2048)
-        path = folder / "h.safetensors"
-        calibrate = [seconds(lambda: step.calibrate(model, text, path, settings, machine))]
-        note("calibrate", "op", "s", calibrate)
-        scored = folder / "scores.safetensors"
-        scores = ("cats", "wina")
-        calibrate = [seconds(lambda: step.calibrate(model, text, scored, settings, machine, scores=scores))]
-        note("calibrate_scores", "op", "s", calibrate)
-        derive_thresholds("teal-0.5", Teal(sparsity=0.5), path, folder / "t.parquet")
+        for metric, scores in (("calibrate", ()), ("calibrate_scores", ("cats", "wina"))):
+            path = folder / f"{metric}.safetensors"
+            job = CalibrationJob(model, text, path, settings, machine, scores=scores)
+            note(metric, "op", "s", [seconds(lambda job=job: calibrate(job))])
+        derive_thresholds("teal-0.5", Teal(sparsity=0.5), folder / "calibrate.safetensors", folder / "t.parquet")
         quality = Quality(context=2048, stride=512, windows=20)
-        elapsed = [
-            seconds(lambda: measure(model, text, [folder / "t.parquet"], folder / "q.parquet", quality, machine))
-        ]
-        note("quality", "none", "s", elapsed)
+        job = QualityJob(model, text, [folder / "t.parquet"], folder / "q.parquet", quality, machine)
+        note("quality", "none", "s", [seconds(lambda: measure(job))])
     print(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory at most", flush=True)
 
 

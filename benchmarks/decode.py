@@ -39,10 +39,12 @@ from limits import copy_bandwidth, disk_bandwidth
 from random_checkpoint import SHAPES
 from record import append, where
 
-from sparsetrace.core.settings import Batching, Decoding
+from sparsetrace.core.settings import Batching, Capture, Decoding
 from sparsetrace.formats.dump import write_block
-from sparsetrace.generation.capture import Recorder
+from sparsetrace.generation.backend import EngineSetup
+from sparsetrace.generation.capture import Recorder, WriteBlock
 from sparsetrace.generation.engine import Engine
+from sparsetrace.generation.selection import select
 from sparsetrace.methods import Teal
 from sparsetrace.model.patch import install
 from sparsetrace.tools.bench import PROMPT_TOKENS, observed_rules, random_groups, time_groups
@@ -76,6 +78,15 @@ class Bench:
         self.patch = install(self.decoder, Teal(sparsity=sparsity), observed_rules(self.decoder, sparsity))
         self.where = where()
 
+    def engine(self, decoding: Decoding, batching: Batching, positions: int) -> Engine:
+        """A Triton engine whose longest sequence has so many positions."""
+        return Engine(EngineSetup(self.decoder, self.patch, decoding, batching, frozenset(), "triton", positions))
+
+    def recorder(self, engine: Engine, write: WriteBlock = write_block) -> Recorder:
+        """A recorder of all operands, whose blocks go to `write`."""
+        selection = select(self.decoder.sites, self.dtype, self.patch, Capture())
+        return Recorder(selection, engine.block_rows, engine.device, write)
+
     def run(self, batch: int, new: int, groups: int, *, forced: int = 0, rounds: int = 1, disk: bool = True) -> None:
         """Time one batch size without capture, into memory and onto the disk.
 
@@ -93,7 +104,7 @@ class Bench:
         batching = Batching(max_new_tokens=new, batch_size=batch)
         made = random_groups(self.config, 1 + groups, batch, new, length=forced or PROMPT_TOKENS)
         positions = len(made[0][0].prompt_ids) + new
-        engine = Engine(self.decoder, self.patch, decoding, batching, frozenset(), "triton", positions)
+        engine = self.engine(decoding, batching, positions)
         tokens = groups * batch * (forced or new)
         sinks = {"none": None, "memory": drop} | ({"disk": write_block} if disk else {})
         best: dict[str, tuple[float, float]] = {}
@@ -101,7 +112,7 @@ class Bench:
             for sink, write in sinks.items():
                 recorder = None
                 if write is not None:
-                    recorder = Recorder(self.config, engine.block_rows, engine.device, self.patch.parts, write=write)
+                    recorder = self.recorder(engine, write)
                 folder = Path(tempfile.mkdtemp(dir=self.scratch))
                 seconds, written, rows = time_groups(engine, recorder, made, folder)
                 shutil.rmtree(folder)
@@ -151,11 +162,8 @@ class Bench:
         batching = Batching(max_new_tokens=new, batch_size=batch)
         made = random_groups(self.config, 1 + groups, batch, new)
         positions = len(made[0][0].prompt_ids) + new
-        engines = [
-            Engine(self.decoder, self.patch, Decoding(ignore_eos=True), batching, frozenset(), "triton", positions)
-            for _ in range(2)
-        ]
-        recorder = Recorder(self.config, engines[0].block_rows, engines[0].device, self.patch.parts)
+        engines = [self.engine(Decoding(ignore_eos=True), batching, positions) for _ in range(2)]
+        recorder = self.recorder(engines[0])
         ratios = []
         for _ in range(pairs):
             folder = Path(tempfile.mkdtemp(dir=self.scratch))
@@ -179,24 +187,24 @@ class Bench:
         batching = Batching(max_new_tokens=new, batch_size=batch)
         made = random_groups(self.config, 1, batch, new)
         positions = len(made[0][0].prompt_ids) + new
-        engine = Engine(self.decoder, self.patch, Decoding(ignore_eos=True), batching, frozenset(), "triton", positions)
-        recorder = Recorder(self.config, engine.block_rows, engine.device, self.patch.parts, write=drop)
+        engine = self.engine(Decoding(ignore_eos=True), batching, positions)
+        recorder = self.recorder(engine, drop)
         time_groups(engine, recorder, [made[0], made[0]], self.scratch)
-        fused = engine._fused
+        backend = engine.backend
         recorder.open(self.scratch, 0)
         with torch.inference_mode():
-            fused.loop.position_B.fill_(positions // 2)
-            fused.loop.count.zero_()
+            backend.state.position_B.fill_(positions // 2)
+            backend.state.count.zero_()
         torch.cuda.synchronize()
         activities = [torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profiler:
             for _ in range(steps):
-                fused.replay()
+                backend.step()
             torch.cuda.synchronize()
         torch.cuda.synchronize()
         began = time.perf_counter()
         for _ in range(steps):
-            fused.replay()
+            backend.step()
         torch.cuda.synchronize()
         whole = (time.perf_counter() - began) / steps * 1e6
         times: Counter[str] = Counter()
@@ -215,7 +223,7 @@ class Bench:
             append(self.out / "profile.csv", PROFILE_COLUMNS, [row])
             print(f"{us:9.1f} us {us / whole:6.1%} {count:6.1f} x {name}", flush=True)
         recorder.shutdown()
-        del engine, recorder, fused
+        del engine, recorder, backend
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -244,7 +252,8 @@ def main() -> None:
     for name in arguments.models:
         for dtype in arguments.dtypes:
             bench = Bench(name, dtype, arguments.sparsity, arguments.scratch, limits, arguments.out)
-            inputs = sum(bench.config.in_features(site) * len(parts) for (_, site), parts in bench.patch.parts.items())
+            parts = bench.patch.parts
+            inputs = sum(site.in_features * len(parts[site.key]) for site in bench.patch.sites)
             # two bytes of each kept input, and a bit of the mask of each; what several matrices read counts once
             row_bytes = inputs * (2 * (1 - arguments.sparsity) + 1 / 8)
             rows = max(1, int(arguments.gigabytes * 1e9 / row_bytes))

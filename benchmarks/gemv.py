@@ -34,9 +34,9 @@ from record import KERNELS, source_version
 from shapes import FUSED_SHAPES, SHAPES
 
 from sparsetrace_kernels.configs import active_table, choose_config
-from sparsetrace_kernels.reference import keep_above
+from sparsetrace_kernels.gemv_problem import Problem
 from sparsetrace_kernels.timing import num_copies, read_floor, time_in_graph
-from sparsetrace_kernels.tune import Problem, threshold_bits_for
+from sparsetrace_kernels.torch_ops import keep_above, threshold_bits_for
 
 RESULTS = Path(__file__).parent / "results" / "gemv.csv"
 COLUMNS = [

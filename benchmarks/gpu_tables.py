@@ -20,7 +20,8 @@ import random_checkpoint
 from readme import README, put
 from shapes import SHAPES
 
-from sparsetrace.formats.schema import SITES
+from sparsetrace.formats.architecture import sites_of
+from sparsetrace.formats.sites import layer_sites
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = README.parent / "docs" / "gpu.md"
@@ -116,16 +117,17 @@ def step_table(gemv: list[Row], profile: list[Row]) -> str:
         lines.append([name, f"{us:,.0f}", f"{floor:,.0f}", f"{us - floor:,.0f}"])
 
     layers = config.num_hidden_layers
-    for site, matrices in SITES.items():
-        K, N = config.in_features(site), sum(map(config.out_features, matrices))
+    sites = [site for site in layer_sites(sites_of(config)) if site.layer == 0]
+    for site in sites:
+        K, N = site.in_features, site.width
         row = next(
             row for row in gemv if (row["k"], row["n"], row["impl"], row["sparsity"]) == (str(K), str(N), "list", "0.5")
         )
-        add(f"{layers} x {', '.join(matrices)} ({K:,} x {N:,})", layers * float(row["us_p50"]), layers * K * N)
+        add(f"{layers} x {', '.join(site.matrices)} ({K:,} x {N:,})", layers * float(row["us_p50"]), layers * K * N)
     head = next(float(row["us_per_step"]) for row in profile if row["kernel"].startswith("nvjet"))
     add("the head, by torch", head, 2 * config.hidden_size * config.vocab_size)
     rest = f"{whole - spent:,.0f}"
-    lines.append([f"the other kernels, of which {layers * len(SITES)} make lists", rest, "0", rest])
+    lines.append([f"the other kernels, of which {layers * len(sites)} make lists", rest, "0", rest])
     lines.append(["the step", f"{whole:,.0f}", f"{floors:,.0f}", f"{whole - floors:,.0f}"])
     return markdown(["", "us", f"reading at {bytes_per_us / 1e3:,.0f} GB/s", "more than that"], lines)
 

@@ -1,20 +1,20 @@
-"""Time to fetch one random row by layer, matrix and token, warm, and to replay a workload in the order of execution.
+"""Times the lookup of one random row by layer, matrix and token, warm, and the replay of a workload.
 
-The leaf is synthetic, half of its inputs kept; every reader fetches the same tokens and ends with the dense row. Replay
-walks the masks of all 32 layers of an 8B model (hidden 4,096, inner 14,336), 8 sequences at a time, in a process of its
-own, and touches every mask.
+The looked-up matrix is synthetic, with half of its inputs kept; every reader fetches the same tokens and ends with the
+dense row. Replay walks the masks of all 32 layers of an 8B model (hidden 4,096, inner 14,336), 8 sequences or 1 at a
+time, in a process of its own, and reads from every mask.
 
 `lookup.csv`:
 
 | column | what |
 |---|---|
-| commit | `+` where the tree differed from it |
+| commit | with `+` if the tree differed from it |
 | rows_in_leaf | tokens |
-| inputs | of the matrix |
-| reader | sparsetrace, duckdb, polars |
+| inputs | inputs of the matrix |
+| reader | sparsetrace, duckdb or polars |
 | ms_p50, ms_p95 | wall time of one row |
 
-`replay.csv`: commit, tokens, batch, masks, tokens_per_cpu_second (median of three walks), peak_mib (resident, of
+`replay.csv`: commit, tokens, batch, masks, tokens_per_cpu_second (median of three walks), peak_mib (resident memory of
 the process).
 """
 
@@ -36,7 +36,7 @@ import sparsetrace
 
 RESULTS = Path(__file__).parent / "results"
 LOOKUPS = 300
-# a large model's, and the demonstration model's, whose row groups have the most rows
+# widths of a large model and of the demonstration model, whose row groups have the most rows
 LOOKUP_WIDTHS = (4096, 192)
 WIDTHS = dict.fromkeys(("q", "k", "v", "o", "gate", "up"), 4096) | {"down": 14336}
 
@@ -51,7 +51,7 @@ def decode(row: tuple[bytes, bytes, bytes], width: int) -> np.ndarray:
 
 
 def readers(folder: Path, width: int) -> dict[str, Callable[[int], np.ndarray]]:
-    """What fetches one row, by name."""
+    """Functions that fetch one row, by name of the reader."""
     import duckdb
     import polars
 
@@ -74,7 +74,7 @@ def readers(folder: Path, width: int) -> dict[str, Callable[[int], np.ndarray]]:
 
 
 def lookup(work: Path, known: str, width: int) -> list[dict[str, object]]:
-    """Rows of lookup.csv; the readers take turns, token by token."""
+    """Rows of lookup.csv; the readers alternate, token by token."""
     sequences, length = 8, 12_600
     folder = work / f"lookup-{width}"
     if not (folder / "workload" / "manifest.json").is_file():
@@ -136,7 +136,7 @@ def replay(work: Path, known: str) -> list[dict[str, object]]:
 
 
 def note(name: str, rows: list[dict[str, object]]) -> None:
-    """Append to a CSV, and print."""
+    """Append rows to a CSV, and print them."""
     append(RESULTS / name, list(rows[0]), rows)
     for row in rows:
         print(*row.values(), flush=True)

@@ -1,8 +1,8 @@
-"""Size and speed of packing, on operands captured from real model runs that this script makes itself.
+"""Size and speed of packing, measured on operands that this script captures from real model runs.
 
-Each source is a checkpoint taken through the pipeline's own steps (convert, calibrate, thresholds, split, generate), on
-a GPU where there is one; its dump is then packed, and read back to dense in the model's own type, by one thread,
-several times in alternation, in one process. For a trained model of realistic width, alone:
+Each source is a checkpoint that goes through the pipeline's steps (convert, calibrate, thresholds, split, generate), on
+a GPU if there is one. Its dump is then packed, and read back to dense rows in the model's type, several times in
+alternation by one thread of one process. For a trained model of realistic width alone:
 
     python benchmarks/trained_checkpoint.py /scratch/trained-1024
     python benchmarks/pack.py --work /scratch/pack --source --checkpoint /scratch/trained-1024 \
@@ -10,27 +10,27 @@ several times in alternation, in one process. For a trained model of realistic w
 
 | source | what |
 |---|---|
-| `demo` | the embedded demonstration model, trained by `sparsetrace demo-checkpoint`: 192 inputs wide |
+| `demo` | the embedded demonstration model, which `sparsetrace demo-checkpoint` trains: 192 inputs wide |
 | `random-<hidden>` | a Llama of two layers with random weights, of realistic width |
-| a folder given by `--checkpoint` | under its folder's name; with its own texts where it has them, as those of \
-`trained_checkpoint.py` do, else with the demonstration model's |
-| `<trained model>-long` | the same with 192 sampled tokens of each prompt: longer files, other text |
-| `synthetic-4096` | not captured: 16,384 rows of one matrix, for the speed of files of ordinary length |
+| a folder given by `--checkpoint` | named like the folder; uses its own texts if it has them, as those of \
+`trained_checkpoint.py` do, else those of the demonstration model |
+| `<trained model>-long` | the same with 192 sampled tokens after each prompt: longer files, other text |
+| `synthetic-4096` | not captured: 16,384 random rows of one matrix, for the speed of files of ordinary length |
 
 Appends rows to three CSV files. `pack.csv`:
 
 | column | what |
 |---|---|
-| commit | `+` where the tree differed from it |
+| commit | `+` where the working tree differed from it |
 | source, encoding, dtype, sparsity | what was packed; sparsity is the target |
-| bytes_per_nonzero | of all data files, index columns and footers included |
-| entropy_limit | bytes: empirical entropy of the kept patterns, plus that of the mask per kept value, by matrix |
+| bytes_per_nonzero | bytes of all data files, index columns and footers included, per kept value |
+| entropy_limit | bytes per kept value: empirical entropy of the kept patterns, plus that of the mask, by matrix |
 | write_gbps_per_core, read_gbps_per_core | dense bytes (rows x inputs x bytes a value) per second of CPU time, median |
 
-`pack_bytes.csv` says where the bytes of encoding `split` go, in bytes per nonzero: values, mask, figures (nnz, absmax,
-l2), index (the other columns) and footer; page headers are counted with their column. `pack_floor.csv` says what the
-speed of `split` could be at most: arrow_write_gbps is that of pyarrow's writer alone, into memory, from columns that
-are ready, and zstd_gbps that of its level on the planes and masks alone; medians of the same run.
+`pack_bytes.csv` breaks the bytes of encoding `split` down, in bytes per nonzero: values, mask, figures (nnz, absmax,
+l2), index (the other columns) and footer; page headers count to their column. `pack_floor.csv` gives upper bounds on
+the speed of `split`: arrow_write_gbps is pyarrow's writer alone, from finished columns into memory, and zstd_gbps is
+zstd alone on the planes and masks; medians of the same run.
 """
 
 import argparse
@@ -48,15 +48,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# here, so that no reading is timed with its import
+# imported here, so that no reading is timed together with it
 import torch
 from record import append
 from synthetic import commit, make_dump
 
 import sparsetrace
-from sparsetrace.formats.rows import operand_columns
+from sparsetrace.formats.columns import operand_columns
 from sparsetrace.formats.schema import ENCODINGS
-from sparsetrace.packing.pack import ZSTD_LEVEL, index, pack, writer_settings
+from sparsetrace.packing.data_file import ZSTD_LEVEL, writer_settings
+from sparsetrace.packing.index import index
+from sparsetrace.packing.pack import pack
 
 RESULTS = Path(__file__).parent / "results"
 SETTING = ("commit", "source", "dtype", "sparsity", "tokens")
@@ -81,7 +83,7 @@ def step(*words: object) -> None:
 
 
 def made(source: str, work: Path) -> Path:
-    """The checkpoint of `demo` or `random-<hidden>`, made where it is not there yet."""
+    """The checkpoint of `demo` or `random-<hidden>`, which is made if it is not there yet."""
     folder = work / source
     if not folder.is_dir():
         if source == "demo":
@@ -106,7 +108,7 @@ def random_llama(demo: Path, folder: Path, hidden: int) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def weight(out: int, inputs: int) -> torch.Tensor:
-        # channels of unequal size, as trained ones have
+        # channels of unequal magnitude, as in trained weights
         scale = torch.randn(inputs, generator=generator).mul(0.5).exp()
         return (torch.randn(out, inputs, generator=generator) * scale / inputs**0.5).to(torch.bfloat16)
 
@@ -131,7 +133,7 @@ def prepare(checkpoint: Path, texts: Path, folder: Path, dtype: str) -> None:
 
 
 def capture(folder: Path, texts: Path, sparsity: float, limit: int, long: bool) -> Path:
-    """The dump of one run, prompts captured whole; returns its folder."""
+    """Generate the dump of one run that captures whole prompts; returns its folder."""
     model, own = folder / "model", folder / f"{sparsity}{'-long' if long else ''}"
     own.mkdir(exist_ok=True)
     table, prompts, dump = own / "thresholds.parquet", own / "prompts.parquet", own / "dump" / "00000"
@@ -141,14 +143,14 @@ def capture(folder: Path, texts: Path, sparsity: float, limit: int, long: bool) 
     chosen = () if long else ("--limit", limit)
     step("split", model, "--prompts", texts / "prompts.jsonl", "--out", prompts, *chosen, *batching)
     arguments = ("--thresholds", table, "--prompts", prompts, "--shard", 0, "--out", dump / "manifest.json")
-    # a greedy one of such length would repeat itself
+    # greedy text of such length would repeat itself
     sampled = ("--temperature", 1) if long else ()
     step("generate", model, *arguments, *batching, "--prefill", "all", "--ignore-eos", *sampled)
     return dump
 
 
 def entropy_limit(workload: sparsetrace.Workload) -> float:
-    """Bytes per kept value that no code of single patterns and single mask bits can go below."""
+    """Lower bound, in bytes per kept value, of any code of single patterns and single mask bits."""
     bits = nnz = 0.0
     for layer, matrix in workload.leaves:
         rows = workload.matrix(layer, matrix)
@@ -161,8 +163,8 @@ def entropy_limit(workload: sparsetrace.Workload) -> float:
     return bits / 8 / nnz
 
 
-def parts(workload: Path, files: list[dict[str, object]]) -> dict[str, float]:
-    """Bytes of all data files by what they are for."""
+def bytes_by_kind(workload: Path, files: list[dict[str, object]]) -> dict[str, float]:
+    """Bytes of all data files by kind: the columns of pack_bytes.csv."""
     found = dict.fromkeys(("values", "mask", "figures", "index", "footer"), 0)
     for file in files:
         metadata = pq.read_metadata(workload / str(file["path"]))
@@ -180,7 +182,7 @@ def parts(workload: Path, files: list[dict[str, object]]) -> dict[str, float]:
 
 
 def floor(workload: Path, files: list[dict[str, object]]) -> tuple[float, float]:
-    """Seconds of CPU time: pyarrow's writer alone, and zstd alone, on what the data files hold."""
+    """Seconds of CPU time that pyarrow's writer alone, and zstd alone, take for the content of the data files."""
     tables = []
     codec = pa.Codec("zstd", compression_level=ZSTD_LEVEL)
     planes = []
@@ -210,7 +212,7 @@ def floor(workload: Path, files: list[dict[str, object]]) -> tuple[float, float]
 
 
 def measure(dump: Path, folder: Path, encoding: str) -> dict[str, float]:
-    """Pack and read back with one thread; dense bytes per second of CPU time."""
+    """Pack and read back with one thread: sizes, and dense bytes per second of CPU time."""
     pa.set_cpu_count(1)
     write, read = [], []
     for repeat in range(REPEATS):
@@ -227,7 +229,7 @@ def measure(dump: Path, folder: Path, encoding: str) -> dict[str, float]:
         dense_bytes = 0
         for layer, matrix in workload.leaves:
             for rows in workload.blocks(layer, matrix):
-                # in the model's own type, which for bfloat16 numpy has not
+                # in the model's type; numpy has no bfloat16
                 dense_bytes += (rows.torch() if rows.dtype == "bfloat16" else rows.dense()).nbytes
         read.append(time.process_time() - began)
         size = sum(file["bytes"] for file in packed["files"])
@@ -244,7 +246,7 @@ def measure(dump: Path, folder: Path, encoding: str) -> dict[str, float]:
     if encoding == "split":
         alone = zip(("arrow_write_gbps", "zstd_gbps"), floor(out / "workload", packed["files"]), strict=True)
         found |= {name: dense_bytes / 1e9 / seconds for name, seconds in alone}
-        found |= {name: count / nnz for name, count in parts(out / "workload", packed["files"]).items()}
+        found |= {name: count / nnz for name, count in bytes_by_kind(out / "workload", packed["files"]).items()}
         found["write_gbps"] = found["write_gbps_per_core"]
     shutil.rmtree(out)
     return found
@@ -292,7 +294,7 @@ def main() -> None:
             folder = arguments.work / f"{source}-{dtype}"
             if not (folder / "histograms.safetensors").is_file():
                 prepare(checkpoint, texts, folder, dtype)
-            # a processor without float16 units takes minutes for each setting of a wide model
+            # without float16 units a processor takes minutes for each setting of a wide model
             lengths = ["short"] if source.startswith("random") else arguments.length
             for sparsity, length in product(arguments.sparsity, lengths):
                 dump = folder / (f"{sparsity}-long" if length == "long" else f"{sparsity}") / "dump" / "00000"

@@ -1,9 +1,9 @@
-"""Time the kernels beside the GEMVs: packing, histogram, producers of lists and rows.  Appends rows to a CSV:
+"""Times of the kernels other than the GEMVs: packing, histogram, and producers of lists and rows. Appends to a CSV:
 
 | column | what |
 |---|---|
 | gpu, torch, triton, commit | where and what was measured |
-| kernel | pack, pack_regions (both passes), histogram, producers with capture: of lists, and of `_rows` |
+| kernel | pack, pack_regions (both passes), histogram; producers of lists and of `_rows`, with capture |
 | rows, k, dtype, sparsity | shape of the input (k summed over the regions of a ring), type, fraction dropped |
 | us_p20, us_p50, us_p80 | microseconds a call, in CUDA-graph replays |
 | gb_per_s | bytes of the input over us_p50 |
@@ -28,7 +28,7 @@ from sparsetrace_kernels.pack import chunk_table, pack, pack_regions
 from sparsetrace_kernels.reference import pack_ref, pack_regions_ref
 from sparsetrace_kernels.silu_mul import silu_mul
 from sparsetrace_kernels.timing import time_in_graph
-from sparsetrace_kernels.tune import threshold_bits_for
+from sparsetrace_kernels.torch_ops import threshold_bits_for
 
 RESULTS = Path(__file__).parent / "results" / "pack_kernel.csv"
 COLUMNS = [
@@ -38,16 +38,16 @@ COLUMNS = [
 NUM_TOKENS = 65536
 NUM_REPLAYS = 5
 
-# a ring of 1 GiB over the matrices of Llama-2-7B, one layer after the other
+# a capture ring of 1 GiB over the matrices of Llama-2-7B, layer by layer
 RING_WIDTHS = ([4096] * 6 + [11008]) * 32
 RING_ROWS = 448
-# of a prefill, of which the last position of 64 prompts is captured
+# a prefill that captures the last position of each of 64 prompts
 PREFILL_ROWS = 8192
 NUM_PROMPTS = 64
 
 
 def block_calls(K: int, dtype: torch.dtype, sparsity: float, device: torch.device) -> dict:
-    """Make calls of the kernels that take a [T, K] block, after checking the packing."""
+    """Calls of the kernels that take a [T, K] block; packing is checked first."""
     x_TK = torch.randn(NUM_TOKENS, K, device=device, dtype=dtype)
     x_TK.masked_fill_(torch.rand_like(x_TK) < sparsity, 0)
     packed = torch.empty(x_TK.numel(), dtype=torch.int16, device=device)
@@ -64,7 +64,7 @@ def block_calls(K: int, dtype: torch.dtype, sparsity: float, device: torch.devic
 
 
 def producer_calls(K: int, dtype: torch.dtype, sparsity: float, device: torch.device) -> dict:
-    """Make calls of the producers, each with capture."""
+    """Calls of the producers, each with capture."""
     x_K, delta_K, weight_K = (torch.randn(K, device=device, dtype=dtype) for _ in range(3))
     gate_up_K2 = torch.randn(2 * K, device=device, dtype=dtype)
     values_RSK = torch.zeros(4, 1, K, dtype=dtype, device=device)
@@ -78,7 +78,7 @@ def producer_calls(K: int, dtype: torch.dtype, sparsity: float, device: torch.de
 
 
 def ring_calls(K: int, dtype: torch.dtype, sparsity: float, device: torch.device) -> dict:
-    """Make a call that packs a whole ring, after checking it on its first regions."""
+    """A call that packs a whole ring; it is checked on the first regions first."""
     assert sum(RING_WIDTHS) == K
     infinity = 0x7F80
     x = torch.randn(RING_ROWS * K, device=device, dtype=dtype)
@@ -107,7 +107,7 @@ def ring_calls(K: int, dtype: torch.dtype, sparsity: float, device: torch.device
 
 
 def row_calls(K: int, dtype: torch.dtype, sparsity: float, device: torch.device) -> dict:
-    """Make calls of the producers of rows: one operand, as q, k and v read it."""
+    """Calls of the producers of rows, for an operand that q, k and v share."""
     x_TK, delta_TK = (torch.randn(PREFILL_ROWS, K, device=device, dtype=dtype) for _ in range(2))
     gate_up_T2K = torch.randn(PREFILL_ROWS, 2 * K, device=device, dtype=dtype)
     values_RSK = torch.zeros(NUM_PROMPTS, 1, K, dtype=dtype, device=device)

@@ -1,9 +1,9 @@
-"""Peak memory of packing, on dumps far larger than what it may take; each is packed by a process of its own.
+"""Peak memory of packing, on dumps far larger than that; each is packed by a process of its own.
 
 | dump | what |
 |---|---|
 | `wide` | 2 GB and more: rows of 4096 and of 11008 inputs, half of each kept, in blocks of 2,048 rows |
-| `long` | row figures alone (level `stats`) of 50 million tokens in one shard, 16 sequences decoded together |
+| `long` | row statistics alone (level `stats`) of 50 million tokens in one shard, 16 sequences decoded together |
 
 Appends rows to a CSV: commit, dump, dump_bytes, tokens, threads, peak_rss_mib.
 """
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from synthetic import commit, make_dump
 
 from sparsetrace.formats.dump import block_name, group_name, write_block
-from sparsetrace.formats.schema import SEQUENCES, TOKENS
+from sparsetrace.formats.tables import SEQUENCES, TOKENS
 
 RESULTS = Path(__file__).parent / "results" / "pack_memory.csv"
 COLUMNS = ["commit", "dump", "dump_bytes", "tokens", "threads", "peak_rss_mib"]
@@ -33,7 +33,7 @@ from pathlib import Path
 from sparsetrace.packing.pack import pack
 dump, out, threads = sys.argv[1:]
 packed = pack(Path(dump), Path(out) / "workload", Path(out) / "parts" / "00000.json", threads=int(threads))
-# not ru_maxrss, which begins at what the parent process had
+# not ru_maxrss, which starts at the value of the parent process
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 print(packed["manifest"]["rows"], int(peak.split()[1]) / 1024)
 """
@@ -45,7 +45,7 @@ def wide(folder: Path) -> None:
 
 
 def long(folder: Path, groups: int = 48, steps: int = 65536, sequences: int = 16) -> None:
-    """Many tokens: their order, and the footer of their file, are what grows."""
+    """Many tokens, whose order and whose file's footer grow with their number."""
     make_dump(folder, {(0, "q"): 8}, sequences=1, tokens=8, level="masks")
     manifest = json.loads((folder / "manifest.json").read_text())
     for file in folder.glob("group-*"):
@@ -70,7 +70,7 @@ def long(folder: Path, groups: int = 48, steps: int = 65536, sequences: int = 16
 
 
 def measure(name: str, dump: Path, threads: int, folder: Path) -> dict[str, object]:
-    """Pack a copy of a dump, made of links, in a new process."""
+    """Pack a hard-linked copy of a dump in a new process."""
     copy, out = folder / "copy", folder / "out"
     shutil.copytree(dump, copy, copy_function=os.link)
     size = sum(file.stat().st_size for file in copy.iterdir())
@@ -87,7 +87,7 @@ def measure(name: str, dump: Path, threads: int, folder: Path) -> dict[str, obje
 def main() -> None:
     """Make the dumps, pack them, remove them, append to the CSV."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="folder on a disk with 10 GB free; a temporary one if none")
+    parser.add_argument("--work", type=Path, help="folder on a disk with 10 GB free; a temporary one by default")
     arguments = parser.parse_args()
     rows = []
     for make in (wide, long):

@@ -7,12 +7,12 @@
 | `config.json`, `generation_config.json` | a LlamaForCausalLM as Hugging Face writes it |
 | `model-0000N-of-0000M.safetensors`, `model.safetensors.index.json` | normal weights, each matrix with the standard \
 deviation of one over the root of its inputs, so that activations keep an ordinary scale in either 16-bit type |
-| `tokenizer.model`, `tokenizer_config.json` | the embedded demonstration model's, filled up with unused \
-ids to the shape's vocabulary |
+| `tokenizer.model`, `tokenizer_config.json` | the embedded model's, filled up with unused ids to the shape's \
+vocabulary |
 | `calibration.txt`, `prompts.jsonl` | text that every Python install carries |
 
-Every tensor is drawn from a generator of its own, on a GPU if there is one: one seed gives the same bytes on the same
-kind of device, whatever the shards and the number of threads that write them.
+Each tensor is drawn from a generator of its own, on a GPU if there is one: a seed gives the same bytes on the same kind
+of device, whatever the size of the shards and the number of threads that write them.
 """
 
 import argparse
@@ -29,11 +29,13 @@ from pathlib import Path
 
 import torch
 
-from sparsetrace.core.files import InputError, refuse_strangers, sync, write_folder_beside, write_json
+from sparsetrace.core.files import InputError, refuse_unexpected_files, sync, write_folder_beside, write_json
 from sparsetrace.formats.architecture import ModelConfig
-from sparsetrace.formats.schema import MATRICES, SITE_OF
-from sparsetrace.model import demo
-from sparsetrace.model.runtime import source_weight
+from sparsetrace.model.demo.checkpoint import OUTPUT_FILES, hugging_face_config
+from sparsetrace.model.demo.corpus import Document, divide, gather
+from sparsetrace.model.demo.shape import BOS, CONFIG, EOS
+from sparsetrace.model.demo.tokens import Decode, Encode, tokenizer_functions, train_tokenizer
+from sparsetrace.model.families.llama import LLAMA
 
 LLAMA_2_7B = ModelConfig(
     hidden_size=4096,
@@ -75,14 +77,14 @@ SHAPES = {
 }
 DTYPES = {"float16": "F16", "bfloat16": "BF16"}
 SHARD_BYTES = 2 << 30
-# Files written at a time: one thread alone is slower than a fast disk.
+# Files written at the same time: one thread alone is slower than a fast disk.
 WRITERS = 8
 PROMPT_TOKENS = (24, 64)
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A tensor to be drawn; a standard deviation of None stands for ones."""
+    """A tensor to draw; with a standard deviation of None it is all ones."""
 
     name: str
     shape: tuple[int, ...]
@@ -90,26 +92,26 @@ class Drawn:
 
     @property
     def nbytes(self) -> int:
-        """In a 16-bit type."""
+        """Size in a 16-bit type."""
         return 2 * math.prod(self.shape)
 
 
 def tensors(config: ModelConfig) -> Iterator[Drawn]:
-    """All tensors of a checkpoint under Hugging Face's names, matrices [N, K]."""
-    hidden, vocabulary = config.hidden_size, config.vocab_size
-    yield Drawn("model.embed_tokens.weight", (vocabulary, hidden), 1.0)
-    for layer in range(config.num_hidden_layers):
-        yield Drawn(f"model.layers.{layer}.input_layernorm.weight", (hidden,), None)
-        yield Drawn(f"model.layers.{layer}.post_attention_layernorm.weight", (hidden,), None)
-        for matrix in MATRICES:
-            K = config.in_features(SITE_OF[matrix])
-            yield Drawn(source_weight(layer, matrix), (config.out_features(matrix), K), K**-0.5)
-    yield Drawn("model.norm.weight", (hidden,), None)
-    yield Drawn("lm_head.weight", (vocabulary, hidden), hidden**-0.5)
+    """All tensors of a checkpoint under Hugging Face's names, each matrix [N, K]."""
+    for tensor in LLAMA.tensors(config):
+        if tensor.site is not None:
+            K = tensor.site.in_features
+            for matrix, name in zip(tensor.site.matrices, tensor.sources, strict=True):
+                yield Drawn(name, (tensor.site.outputs(matrix), K), K**-0.5)
+        elif len(tensor.shape) == 1:
+            yield Drawn(tensor.sources[0], tuple(tensor.shape), None)
+        else:
+            std = 1.0 if tensor.name == "embedding" else config.hidden_size**-0.5
+            yield Drawn(tensor.sources[0], tuple(tensor.shape), std)
 
 
 def draw(one: Drawn, dtype: torch.dtype, seed: int, device: torch.device) -> torch.Tensor:
-    """A tensor, on the host."""
+    """Draw a tensor, and move it to the host."""
     if one.std is None:
         return torch.ones(one.shape, dtype=dtype)
     own = int.from_bytes(hashlib.sha256(f"{seed} {one.name}".encode()).digest()[:7])
@@ -118,7 +120,7 @@ def draw(one: Drawn, dtype: torch.dtype, seed: int, device: torch.device) -> tor
 
 
 def shards_of(wanted: list[Drawn], shard_bytes: int) -> list[list[Drawn]]:
-    """Cut between tensors; a shard holds at least one, and no more bytes than given otherwise."""
+    """Divide tensors into shards of at most `shard_bytes` each, or of a single tensor that is larger."""
     shards: list[list[Drawn]] = [[]]
     for one in wanted:
         if shards[-1] and sum(other.nbytes for other in shards[-1]) + one.nbytes > shard_bytes:
@@ -128,7 +130,7 @@ def shards_of(wanted: list[Drawn], shard_bytes: int) -> list[list[Drawn]]:
 
 
 def write_shard(path: Path, shard: list[Drawn], dtype: str, seed: int, device: torch.device) -> None:
-    """Write one safetensors file tensor by tensor: its library would hold the file in memory, twice."""
+    """Write one safetensors file tensor by tensor; the library would hold the whole file in memory, twice."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for one in shard:
         header[one.name] = {"dtype": DTYPES[dtype], "shape": one.shape, "data_offsets": [end, end + one.nbytes]}
@@ -139,7 +141,7 @@ def write_shard(path: Path, shard: list[Drawn], dtype: str, seed: int, device: t
         file.write(len(text).to_bytes(8, "little") + text)
         for one in shard:
             file.write(draw(one, getattr(torch, dtype), seed, device).view(torch.uint8).numpy().data)
-    # while others are drawn
+    # now, while other shards are drawn
     sync(path)
 
 
@@ -159,15 +161,15 @@ def write_checkpoint(
         shape: one of `SHAPES`.
         dtype: `float16` or `bfloat16`.
         seed: of the weights.
-        num_prompts: in `prompts.jsonl`.
-        shard_bytes: of a weight file, at most.
-        report: told what has been written.
+        num_prompts: number of prompts in `prompts.jsonl`.
+        shard_bytes: largest size of a weight file.
+        report: called with a line for each file written.
 
     Returns:
-        Bytes of weights.
+        Size of the weights in bytes.
     """
     config = replace(SHAPES[shape], dtype=dtype)
-    refuse_strangers(out, demo.OUTPUT_FILES, "random_checkpoint")
+    refuse_unexpected_files(out, OUTPUT_FILES, "random_checkpoint")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shards = shards_of(list(tensors(config)), shard_bytes)
     total_bytes = sum(one.nbytes for shard in shards for one in shard)
@@ -179,8 +181,8 @@ def write_checkpoint(
                 for name, shard in zip(names, shards, strict=True)
             ]
             try:
-                parts = demo.divide(demo.gather(Path(sysconfig.get_path("stdlib"))))
-                proto = demo.train_tokenizer(parts.train, config.vocab_size - demo.CONFIG.vocab_size)
+                corpus = divide(gather(Path(sysconfig.get_path("stdlib"))))
+                proto = train_tokenizer(corpus.train, config.vocab_size - CONFIG.vocab_size)
                 for name, job in zip(names, jobs, strict=True):
                     job.result()
                     if report is not None:
@@ -191,25 +193,20 @@ def write_checkpoint(
         weight_map = {one.name: name for name, shard in zip(names, shards, strict=True) for one in shard}
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
-        write_json(folder / "config.json", demo.hugging_face_config(config) | {"torch_dtype": dtype})
-        write_json(folder / "generation_config.json", {"bos_token_id": demo.BOS, "eos_token_id": demo.EOS})
+        write_json(folder / "config.json", hugging_face_config(config) | {"torch_dtype": dtype})
+        write_json(folder / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS})
         write_json(folder / "tokenizer_config.json", {"add_bos_token": True, "tokenizer_class": "LlamaTokenizer"})
         (folder / "tokenizer.model").write_bytes(proto)
-        text = "\n\n".join(document.text for document in parts.calibration)
+        text = "\n\n".join(document.text for document in corpus.calibration)
         (folder / "calibration.txt").write_text(text + "\n", encoding="utf-8")
-        prompts = cut_prompts(parts.prompts, *demo._tokenizer(proto), num_prompts)
+        prompts = cut_prompts(corpus.prompts, *tokenizer_functions(proto), num_prompts)
         lines = (json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts)
         (folder / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
     return total_bytes
 
 
-def cut_prompts(
-    documents: list[demo.Document],
-    encode: Callable[[str], list[int]],
-    decode: Callable[[list[int]], str],
-    count: int,
-) -> list[str]:
-    """First halves of paragraphs, whole words, within `PROMPT_TOKENS`."""
+def cut_prompts(documents: list[Document], encode: Encode, decode: Decode, count: int) -> list[str]:
+    """First halves of paragraphs, cut between words, of lengths within `PROMPT_TOKENS`."""
     low, high = PROMPT_TOKENS
     prompts: list[str] = []
     for paragraph in (paragraph for document in documents for paragraph in document.paragraphs):

@@ -42,6 +42,7 @@ COLUMNS = (*WHERE, "model", "gb", "run", "second_token", *PHASES, "end")
 
 def run_marked(out: Path, words: list[str]) -> None:
     """Run the command line in this process, and write when each phase ended, on the system's monotonic clock."""
+    from sparsetrace.cli import gpu
     from sparsetrace.cli import main as cli
 
     ends: dict[str, float] = {"interpreter": time.monotonic()}
@@ -60,14 +61,14 @@ def run_marked(out: Path, words: list[str]) -> None:
 
         return run
 
-    claimed = cli.claimed
+    claimed = gpu.claimed
 
     @contextmanager
     def marked_claim(*args: Any) -> Iterator[str | None]:
         with claimed(*args) as device:
             mark("claim")
             # as the command does next: torch must see the claimed device alone
-            from sparsetrace.generation.generate import Engine
+            from sparsetrace.generation.engine import Engine
             from sparsetrace.model.runtime import RuntimeModel
 
             mark("imports")
@@ -76,7 +77,7 @@ def run_marked(out: Path, words: list[str]) -> None:
             Engine.run = marked(Engine.run, None, "tokens")
             yield device
 
-    cli.claimed = marked_claim
+    gpu.claimed = marked_claim
     sys.argv[1:] = words
     cli.main()
 

@@ -1,4 +1,4 @@
-"""Dumps of synthetic rows in the shape of large models, for benchmarks of reading; nothing here is a real workload."""
+"""Dumps and workloads of random rows in the shapes of large models, for benchmarks of packing and reading."""
 
 import json
 import subprocess
@@ -8,16 +8,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparsetrace.formats.dump import block_name, group_name, write_block
-from sparsetrace.formats.schema import DUMP_VERSION, SEQUENCES, SITE_OF, TOKENS, mask_bytes
-from sparsetrace.packing.pack import index, pack
+from sparsetrace.formats.dump import array_prefix, block_name, group_name, write_block
+from sparsetrace.formats.numbers import mask_bytes
+from sparsetrace.formats.tables import SEQUENCES, TOKENS
+from sparsetrace.formats.versions import DUMP_VERSION
+from sparsetrace.packing.index import index
+from sparsetrace.packing.pack import pack
 
-# Elements drawn for one width.
+# Elements drawn at random for each width; longer dumps repeat them.
 DRAWN = 1 << 26
 
 
 def commit() -> str:
-    """Short hash of HEAD, with `+` where tracked or new files differ from it; `+` alone before the first commit."""
+    """Short hash of HEAD, with `+` if files changed or are new since; `+` alone before the first commit."""
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -30,7 +33,7 @@ def commit() -> str:
 def make_workload(
     folder: Path, leaves: dict[tuple[int, str], int], sequences: int, tokens: int, level: str = "full"
 ) -> Path:
-    """A workload from `make_dump`, whose other arguments these are."""
+    """Write a workload below `folder` and return its folder; the other arguments are those of `make_dump`."""
     dump = make_dump(folder / "dump", leaves, sequences, tokens, level)
     pack(dump / "manifest.json", folder / "workload", folder / "00000.json")
     index([folder / "00000.json"], folder / "workload")
@@ -38,20 +41,20 @@ def make_workload(
 
 
 def make_dump(dump: Path, leaves: dict[tuple[int, str], int], sequences: int, tokens: int, level: str = "full") -> Path:
-    """A float16 dump of one group, decoded step by step, half of every row kept.
+    """Write a float16 dump of one group that was decoded step by step, with half the inputs of each row kept.
 
     Args:
-        dump: folder to write to.
-        leaves: inputs of each layer and matrix.
-        sequences: decoded together.
-        tokens: of each sequence.
+        dump: folder to write to; returned.
+        leaves: number of inputs of each layer and matrix.
+        sequences: number of sequences decoded together.
+        tokens: number of tokens of each sequence.
         level: `full` or `masks`.
     """
     dump.mkdir(parents=True)
     rng = np.random.default_rng(0)
     block_rows = 2048
     rows = sequences * tokens
-    # drawn once and repeated, but further apart than a row group reaches
+    # repeated, but at a distance that is longer than a row group
     distinct = {width: min(-(-rows // block_rows), DRAWN // (width * block_rows)) for width in set(leaves.values())}
     sources = {width: [_rows(rng, block_rows, width) for _ in range(count)] for width, count in distinct.items()}
     names = []
@@ -65,7 +68,7 @@ def make_dump(dump: Path, leaves: dict[tuple[int, str], int], sequences: int, to
         }
         for (layer, matrix), width in leaves.items():
             offsets, values, mask = sources[width][len(names) % distinct[width]]
-            name, count = f"L{layer:02d}.{matrix}", len(number)
+            name, count = array_prefix(layer, matrix), len(number)
             if level == "full":
                 arrays |= {f"{name}.offsets": offsets[: count + 1], f"{name}.values": values[: offsets[count]]}
             else:
@@ -117,8 +120,8 @@ def _matrix(layer: int, matrix: str, width: int) -> dict[str, object]:
     assert mask_bytes(width) * 8 == width
     numbers = dict.fromkeys(("threshold", "threshold_bits", "target_sparsity", "calibrated_sparsity"))
     return {
-        **{"layer": layer, "matrix": matrix, "held_by": matrix, "site": SITE_OF[matrix]},
+        **{"layer": layer, "matrix": matrix, "held_by": matrix, "site": matrix},
         **{"in_features": width, "out_features": 1},
-        **{"dtype": "float16", "method": "", "parameters": "", "weight": "", "weight_column": 0},
+        **{"dtype": "float16", "method": "", "parameters": "", "weight": "", "weight_column": 0, "weight_columns": 0},
         **{"weight_sha256": "", "source_weight": "", **numbers},
     }

@@ -15,12 +15,12 @@ rule allocate:
     threads: STUDY.machine.threads
     resources:
         gpu=STUDY.gpus,
-        mem_mb=lambda wildcards, input, attempt: STUDY.mem_mb(
+        mem_mb=lambda wildcards, input, attempt: STUDY.needs(
             "allocate", wildcards.model, input.model, attempt
-        ),
-        runtime=lambda wildcards, input, attempt: STUDY.runtime(
+        ).mem_mb,
+        runtime=lambda wildcards, input, attempt: STUDY.needs(
             "allocate", wildcards.model, input.model, attempt
-        ),
+        ).runtime,
     params:
         layer=lambda wildcards: int(wildcards.layer),
         options=lambda wildcards: options(STUDY.models[wildcards.model].greedy),

@@ -14,12 +14,12 @@ rule calibrate:
     threads: STUDY.machine.threads
     resources:
         gpu=STUDY.gpus,
-        mem_mb=lambda wildcards, input, attempt: STUDY.mem_mb(
+        mem_mb=lambda wildcards, input, attempt: STUDY.needs(
             "calibrate", wildcards.model, input.model, attempt
-        ),
-        runtime=lambda wildcards, input, attempt: STUDY.runtime(
+        ).mem_mb,
+        runtime=lambda wildcards, input, attempt: STUDY.needs(
             "calibrate", wildcards.model, input.model, attempt
-        ),
+        ).runtime,
     params:
         shard=lambda wildcards: int(wildcards.shard),
         scores=lambda wildcards: repeated("--score", STUDY.scores(wildcards.model)),
@@ -33,7 +33,7 @@ rule calibrate:
         " --out {output:q} {params.options} {params.machine} > {log:q} 2>&1"
 
 
-# The shards added up.
+# Adds up the shards.
 rule histograms:
     input:
         lambda wildcards: expand(
@@ -53,7 +53,7 @@ rule histograms:
         mem_mb=lambda wildcards, attempt: attempt * 2000,
         runtime=lambda wildcards, attempt: attempt * 10,
     params:
-        source=source_hash("calibration.histogram"),
+        source=source_hash("calibration.merge"),
     message:
         "Adding up the histograms of {wildcards.model}"
     shell:

@@ -13,12 +13,12 @@ rule convert:
         "../envs/generate.yaml"
     threads: STUDY.machine.threads
     resources:
-        mem_mb=lambda wildcards, attempt: STUDY.mem_mb(
+        mem_mb=lambda wildcards, attempt: STUDY.needs(
             "convert", wildcards.model, attempt=attempt
-        ),
-        runtime=lambda wildcards, attempt: STUDY.runtime(
+        ).mem_mb,
+        runtime=lambda wildcards, attempt: STUDY.needs(
             "convert", wildcards.model, attempt=attempt
-        ),
+        ).runtime,
     params:
         checkpoint=subpath(input.config, parent=True),
         out=subpath(output[0], parent=True),

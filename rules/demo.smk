@@ -1,4 +1,4 @@
-# The embedded model, with its calibration text and prompts; only where config says `embedded`.
+# The embedded model, with its calibration text and prompts; only where the study file says `embedded`.
 rule demo_checkpoint:
     output:
         config=f"{RESULTS}/{{model}}/checkpoint/config.json",
@@ -17,7 +17,7 @@ rule demo_checkpoint:
         runtime=10,
     params:
         out=subpath(output.config, parent=True),
-        source=source_hash("model.demo"),
+        source=source_hash("model.demo.checkpoint"),
     message:
         "Training the embedded model"
     shell:

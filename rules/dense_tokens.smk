@@ -1,11 +1,12 @@
-# For `tokens_from: dense`: what the dense model writes behind one shard's prompts, once for all settings of a run.
+# For `tokens_from: dense`: the dense model's continuation of one shard's prompts, once for all settings of a run.
 rule dense_tokens:
     input:
         model=lambda wildcards: STUDY.runtime_model(wildcards.model),
         prompts=rules.split.output[0],
     output:
-        # Not temporary: a setting added later must see the same tokens, and another machine would write others. The
-        # tokens lie beside it, undeclared: Snakemake would delete them after a kill, and with them sealed groups.
+        # Not temporary: a setting that is added later must be fed the same tokens, and another machine may produce
+        # different ones. The tokens lie beside it, undeclared: after a kill Snakemake deletes declared files, and with
+        # them it would delete sealed groups.
         f"{RESULTS}/{{model}}/{{run}}/dense_tokens/{{shard}}/manifest.json",
     log:
         f"{RESULTS}/logs/dense_tokens/{{model}}/{{run}}/{{shard}}.log",
@@ -16,12 +17,12 @@ rule dense_tokens:
     threads: STUDY.machine.threads
     resources:
         gpu=STUDY.gpus,
-        mem_mb=lambda wildcards, input, attempt: STUDY.mem_mb(
+        mem_mb=lambda wildcards, input, attempt: STUDY.needs(
             "generate", wildcards.model, input.model, attempt
-        ),
-        runtime=lambda wildcards, input, attempt: STUDY.runtime(
+        ).mem_mb,
+        runtime=lambda wildcards, input, attempt: STUDY.needs(
             "generate", wildcards.model, input.model, attempt
-        ),
+        ).runtime,
     params:
         shard=lambda wildcards: int(wildcards.shard),
         sampling=lambda wildcards: options(STUDY.runs[wildcards.run].decoding.sampling),

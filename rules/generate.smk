@@ -1,4 +1,4 @@
-# Step 3: patched sparse decoding of one shard, every operand captured.
+# Step 3: sparse decoding of one shard with a patched model, capturing every operand.
 rule generate:
     input:
         model=lambda wildcards: STUDY.runtime_model(wildcards.model),
@@ -11,8 +11,8 @@ rule generate:
             run=wildcards.run,
         ),
     output:
-        # The blocks lie beside it, undeclared: Snakemake would delete them after a kill, and with them sealed groups.
-        # Temporary because packing removes the blocks; without them the manifest stands for nothing.
+        # The blocks lie beside it, undeclared: after a kill Snakemake deletes declared files, and with them it would
+        # delete sealed groups. Temporary, because packing removes the blocks that the manifest lists.
         temp(f"{RESULTS}/{{model}}/{{run}}/{{label}}/dump/{{shard}}/manifest.json"),
     log:
         f"{RESULTS}/logs/generate/{{model}}/{{run}}/{{label}}/{{shard}}.log",
@@ -23,12 +23,12 @@ rule generate:
     threads: STUDY.machine.threads
     resources:
         gpu=STUDY.gpus,
-        mem_mb=lambda wildcards, input, attempt: STUDY.mem_mb(
+        mem_mb=lambda wildcards, input, attempt: STUDY.needs(
             "generate", wildcards.model, input.model, attempt
-        ),
-        runtime=lambda wildcards, input, attempt: STUDY.runtime(
+        ).mem_mb,
+        runtime=lambda wildcards, input, attempt: STUDY.needs(
             "generate", wildcards.model, input.model, attempt
-        ),
+        ).runtime,
     params:
         shard=lambda wildcards: int(wildcards.shard),
         tokens=lambda wildcards, input: repeated("--tokens", input.tokens),

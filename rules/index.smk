@@ -1,4 +1,4 @@
-# Step 4, once all shards are packed: tables, data card and manifest.
+# Step 4, once all shards are packed: the tables, data card and manifest of the workload.
 rule index:
     input:
         parts=lambda wildcards: expand(
@@ -26,7 +26,7 @@ rule index:
         study=lambda wildcards: STUDY.excerpt(
             wildcards.model, wildcards.run, wildcards.label
         ),
-        source=source_hash("packing.pack"),
+        source=source_hash("packing.index"),
     message:
         "Indexing {wildcards.model}, run {wildcards.run}, under {wildcards.label}"
     shell:

@@ -1,4 +1,4 @@
-# Where config says `prune`: the converted model with masked weights, which everything below then uses.
+# Where the study file says `prune`: the converted model with masked weights, which all later steps then use.
 rule prune:
     input:
         model=rules.convert.output[0],
@@ -15,12 +15,12 @@ rule prune:
     threads: STUDY.machine.threads
     resources:
         gpu=STUDY.gpus,
-        mem_mb=lambda wildcards, input, attempt: STUDY.mem_mb(
+        mem_mb=lambda wildcards, input, attempt: STUDY.needs(
             "prune", wildcards.model, input.model, attempt
-        ),
-        runtime=lambda wildcards, input, attempt: STUDY.runtime(
+        ).mem_mb,
+        runtime=lambda wildcards, input, attempt: STUDY.needs(
             "prune", wildcards.model, input.model, attempt
-        ),
+        ).runtime,
     params:
         out=subpath(output.config, parent=True),
         method=lambda wildcards: weight_method_options(

@@ -15,12 +15,12 @@ rule quality:
     threads: STUDY.machine.threads
     resources:
         gpu=STUDY.gpus,
-        mem_mb=lambda wildcards, input, attempt: STUDY.mem_mb(
+        mem_mb=lambda wildcards, input, attempt: STUDY.needs(
             "quality", wildcards.model, input.model, attempt
-        ),
-        runtime=lambda wildcards, input, attempt: STUDY.runtime(
+        ).mem_mb,
+        runtime=lambda wildcards, input, attempt: STUDY.needs(
             "quality", wildcards.model, input.model, attempt
-        ),
+        ).runtime,
     params:
         options=lambda wildcards: options(STUDY.models[wildcards.model].quality),
         machine=options(STUDY.machine),

@@ -1,4 +1,4 @@
-# Step 3, before the model runs: sequences, groups and shards of a prompt set.
+# Step 3, before the model runs: a prompt set is numbered and split into groups and shards.
 rule split:
     input:
         model=lambda wildcards: STUDY.runtime_model(wildcards.model),

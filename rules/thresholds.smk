@@ -25,7 +25,7 @@ rule thresholds:
             STUDY.setting(wildcards.run, wildcards.label)
         ),
         tables=lambda wildcards, input: repeated("--table", input.tables),
-        source=source_hash("calibration.thresholds"),
+        source=source_hash("calibration.derive"),
     message:
         "Thresholds of {wildcards.model} under {wildcards.label}"
     shell:

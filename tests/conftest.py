@@ -16,16 +16,18 @@ import torch
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 
-# in the environment, from which the processes that tests are spread over take the same
+# in the environment, so that parallel test processes share it
 SEED = int(os.environ.get("SPARSETRACE_SEED") or secrets.randbelow(1 << 31))
 os.environ["SPARSETRACE_SEED"] = str(SEED)
 VOCABULARY = 96
+# Site of each matrix, for dumps written by hand.
+SITES = dict.fromkeys("qkv", "attn_in") | {"o": "attn_out", "gate": "mlp_in", "up": "mlp_in", "down": "mlp_mid"}
 
-# a worker of pytest-xdist ignores Ctrl-C, and so would every program that a test starts
+# workers of pytest-xdist ignore Ctrl-C, and the programs that a test starts would inherit that
 if "PYTEST_XDIST_WORKER" in os.environ:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# tiny matrices gain nothing from threads, which on a busy machine spin for each other
+# tiny matrices gain nothing from threads, which on a busy machine wait for each other in spin locks
 torch.set_num_threads(1)
 
 
@@ -33,7 +35,7 @@ def pytest_report_header(config):
     return f"SPARSETRACE_SEED={SEED}"
 
 
-# Files that take minutes: begun first, so that the processes that share the files end together.
+# Test files that take minutes: started first, so that parallel processes finish at about the same time.
 LONGEST = ("test_workflow.py", "test_slurm.py", "test_engine.py", "test_demo.py", "test_kill.py", "test_benchmarks.py")
 
 
@@ -64,10 +66,10 @@ def poisoned_empty():
 
 @pytest.fixture(scope="session", autouse=True)
 def small_rings():
-    """Tiny models need no GiB, which tests side by side would run out of, and which takes long to poison."""
+    """Tiny models need no ring of a GiB: parallel tests would run out of memory, and poisoning it takes long."""
     with pytest.MonkeyPatch.context() as patch:
         for limit in ("BLOCK_BYTES", "GPU_BLOCK_BYTES"):
-            patch.setattr(f"sparsetrace.generation.capture.{limit}", 32 << 20)
+            patch.setattr(f"sparsetrace.generation.selection.{limit}", 32 << 20)
         yield
 
 
@@ -79,14 +81,14 @@ def device():
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def machine(request):
-    from sparsetrace.study.study import Machine
+    from sparsetrace.core.settings import Machine
 
     return Machine(device=request.param)
 
 
 @pytest.fixture
 def rng(request):
-    """Random numbers of one test; torch's are seeded with them."""
+    """A test's own random numbers, by which torch's are seeded too."""
     return seeded(request.node.nodeid)
 
 
@@ -126,6 +128,8 @@ class Tiny:
         "eos_token_id": 2,
         "tie_word_embeddings": False,
     }
+    # changes to `config` that make it one of Qwen3
+    qwen3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 
     def tokenizer(self, folder: Path) -> Path:
         """A tokenizer of one token a word: `w3` .. `w95`, after <unk>, <s> and </s>."""
@@ -148,8 +152,8 @@ class Tiny:
         def normal(*shape):
             return torch.randn(shape, generator=generator) / shape[-1] ** 0.5 * 1.5
 
-        def norm():
-            return 1 + torch.randn(hidden, generator=generator) / 4
+        def norm(width=hidden):
+            return 1 + torch.randn(width, generator=generator) / 4
 
         tensors = {"model.embed_tokens.weight": torch.randn(config["vocab_size"], hidden, generator=generator)}
         for layer in range(config["num_hidden_layers"]):
@@ -165,6 +169,8 @@ class Tiny:
                 f"{prefix}.mlp.up_proj.weight": normal(inner, hidden),
                 f"{prefix}.mlp.down_proj.weight": normal(hidden, inner),
             }
+            if config["model_type"] == "qwen3":
+                tensors |= {f"{prefix}.self_attn.{x}_norm.weight": norm(config["head_dim"]) for x in "qk"}
         tensors["model.norm.weight"] = norm()
         if not config["tie_word_embeddings"]:
             tensors["lm_head.weight"] = normal(config["vocab_size"], hidden)
@@ -185,8 +191,8 @@ class Tiny:
 
     def model(self, folder: Path, rng, **changes):
         """A random converted model."""
+        from sparsetrace.core.settings import Conversion
         from sparsetrace.model.convert import convert
-        from sparsetrace.study.study import Conversion
 
         return convert(self.checkpoint(folder / "checkpoint", rng, **changes), folder / "model", Conversion())
 
@@ -201,28 +207,25 @@ class Tiny:
 
     def thresholds(self, folder: Path, model, rng, sparsity: float = 0.5, tokens: int = 600):
         """A threshold table calibrated on random text."""
-        from sparsetrace.calibration.calibrate import calibrate
-        from sparsetrace.calibration.thresholds import derive_thresholds
+        from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
+        from sparsetrace.calibration.derive import derive_thresholds
+        from sparsetrace.core.settings import Calibration, Machine
         from sparsetrace.methods import Teal
-        from sparsetrace.study.study import Calibration, Machine
 
         (folder / "text.txt").write_text(self.words(rng, 2 * tokens))
         calibration = Calibration(tokens=tokens, sequence_length=20)
-        calibrate(model, folder / "text.txt", folder / "histograms.safetensors", calibration, Machine(device="cpu"))
+        histograms = folder / "histograms.safetensors"
+        calibrate(CalibrationJob(model, folder / "text.txt", histograms, calibration, Machine(device="cpu")))
         method = Teal(sparsity=sparsity)
-        derive_thresholds(method.label, method, folder / "histograms.safetensors", folder / "thresholds.parquet")
+        derive_thresholds(method.label, method, histograms, folder / "thresholds.parquet")
         return folder / "thresholds.parquet"
 
     def rules(self, model, rng, scale: float = 0.5):
-        """Rules whose thresholds differ from matrix to matrix, save that q and k share one in layer 0."""
-        from sparsetrace.formats.schema import MATRICES
+        """Rules whose thresholds differ from matrix to matrix, but for q and k of layer 0, which share one."""
+        from sparsetrace.formats.sites import by_leaf, layer_sites
         from sparsetrace.methods import MatrixRule
 
-        values = {
-            (layer, matrix): float(rng.uniform(0.2, 1.2) * scale)
-            for layer in range(model.config.num_hidden_layers)
-            for matrix in MATRICES
-        }
+        values = {leaf: float(rng.uniform(0.2, 1.2) * scale) for leaf in by_leaf(layer_sites(model.sites))}
         values[0, "k"] = values[0, "q"]
         dtype = model.config.torch_dtype
         integers = torch.int32 if dtype == torch.float32 else torch.int16
@@ -233,10 +236,12 @@ class Tiny:
 
     def workload(self, folder: Path, model, rng, lengths, decoding, batching, machine=None, sparsity=0.5) -> Path:
         """The whole way from prompts to a workload folder."""
+        from sparsetrace.core.settings import Machine, PromptSet
         from sparsetrace.generation.generate import generate
+        from sparsetrace.generation.job import Job
         from sparsetrace.generation.prompts import split, write_split
-        from sparsetrace.packing.pack import index, pack
-        from sparsetrace.study.study import Machine, PromptSet
+        from sparsetrace.packing.index import index
+        from sparsetrace.packing.pack import pack
 
         folder.mkdir(parents=True, exist_ok=True)
         table = self.thresholds(folder, model, rng, sparsity)
@@ -247,7 +252,7 @@ class Tiny:
         for shard in range(batching.shards):
             dump = folder / "dump" / f"{shard:05d}" / "manifest.json"
             on = machine or Machine(device="cpu")
-            generate(model, table, folder / "split.parquet", shard, dump, decoding, batching, on)
+            generate(Job(model, folder / "split.parquet", shard, dump, decoding, batching, on, table))
             parts.append(folder / "parts" / f"{shard:05d}.json")
             pack(dump, folder / "workload", parts[-1])
         index(parts, folder / "workload")
@@ -265,7 +270,8 @@ class Tiny:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from sparsetrace.formats.schema import DUMP_VERSION, SEQUENCES, TOKENS
+        from sparsetrace.formats.tables import SEQUENCES, TOKENS
+        from sparsetrace.formats.versions import DUMP_VERSION
 
         folder.mkdir(parents=True, exist_ok=True)
         rows = 0
@@ -351,13 +357,11 @@ class Tiny:
         return folder / "manifest.json"
 
     def _matrix(self, layer: int, matrix: str, width: int, dtype: str) -> dict:
-        from sparsetrace.formats.schema import SITE_OF
-
         return {
             "layer": layer,
             "matrix": matrix,
             "held_by": matrix,
-            "site": SITE_OF[matrix],
+            "site": SITES[matrix],
             "in_features": width,
             "out_features": 5,
             "dtype": dtype,
@@ -367,8 +371,9 @@ class Tiny:
             "threshold_bits": 0,
             "target_sparsity": 0.5,
             "calibrated_sparsity": 0.5,
-            "weight": f"layers.{layer}.{SITE_OF[matrix]}.weight",
+            "weight": f"layers.{layer}.{SITES[matrix]}.weight",
             "weight_column": 0,
+            "weight_columns": 1,
             "weight_sha256": "3" * 64,
             "source_weight": "x",
         }

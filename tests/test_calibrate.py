@@ -1,22 +1,28 @@
 """Calibration against the activations themselves: collected, counted and thresholded by brute force."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sparsetrace.calibration import calibrate as step
-from sparsetrace.calibration.calibrate import calibrate, calibration_windows
+from sparsetrace.calibration import windows as windows_module
+from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
+from sparsetrace.calibration.derive import derive_thresholds
 from sparsetrace.calibration.histogram import Histograms
-from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.calibration.thresholds import read_thresholds
+from sparsetrace.calibration.windows import calibration_windows
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import FORMATS, MATRICES, SITE_OF, SITES, THRESHOLDS
+from sparsetrace.core.settings import Calibration, Conversion, Machine
+from sparsetrace.formats.numbers import FORMATS
+from sparsetrace.formats.sites import by_leaf, layer_sites
+from sparsetrace.formats.tables import THRESHOLDS
 from sparsetrace.methods import Dense, Teal
 from sparsetrace.model.convert import convert
 from sparsetrace.model.patch import observe
-from sparsetrace.model.runtime import use
-from sparsetrace.study.study import Calibration, Conversion, Machine
+from sparsetrace.model.runtime import set_up_torch
 
 CPU = Machine(device="cpu")
 SETTINGS = Calibration(tokens=300, sequence_length=17)
@@ -49,14 +55,16 @@ def dense_activations(model, windows_WT, batch) -> dict[tuple[int, str], np.ndar
 @pytest.mark.parametrize("pass_tokens", [4096, 40], ids=["one pass", "many passes"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_achieved_sparsity_is_the_prediction_as_integers(tiny, tmp_path, rng, dtype, pass_tokens, monkeypatch):
-    monkeypatch.setattr(step, "PASS_TOKENS", pass_tokens)
+    monkeypatch.setattr(windows_module, "PASS_TOKENS", pass_tokens)
     model = tiny.model(tmp_path, rng, torch_dtype=dtype)
     text = text_of(tiny, tmp_path, rng, 500)
     told = []
-    calibrate(model, text, tmp_path / "h.safetensors", SETTINGS, CPU, lambda *args: told.append(args))
+    calibrate(CalibrationJob(model, text, tmp_path / "h.safetensors", SETTINGS, CPU), lambda *args: told.append(args))
     windows_WT = calibration_windows(model.tokenizer(), text, SETTINGS, 128)
     assert windows_WT.shape == (18, 17)
     activations = dense_activations(model, windows_WT, max(1, pass_tokens // 17))
+    sites = by_leaf(layer_sites(model.sites))
+    assert len(sites) == 14
     assert told[-1] == (18 * 17, 18 * 17)
 
     histograms, provenance = Histograms.load(tmp_path / "h.safetensors")
@@ -66,9 +74,9 @@ def test_achieved_sparsity_is_the_prediction_as_integers(tiny, tmp_path, rng, dt
         assert np.array_equal(np.bincount(patterns.ravel() >> shift, minlength=65536), histograms.counts[key])
     for sparsity in (0.0, 0.25, 0.5, 0.65, 0.93):
         result = derive_thresholds("x", Teal(sparsity=sparsity), tmp_path / "h.safetensors", tmp_path / "t.parquet")
-        assert [(row["layer"], row["matrix"]) for row in result.rows] == [(la, m) for la in range(2) for m in MATRICES]
+        assert [(row["layer"], row["matrix"]) for row in result.rows] == list(sites)
         for row in result.rows:
-            patterns = activations[row["layer"], SITE_OF[row["matrix"]]]
+            patterns = activations[sites[row["layer"], row["matrix"]].key]
             magnitudes = patterns & (FORMATS[dtype].sign - 1)
             # what the rule "keep |x| > t" drops, counted one by one
             assert row["dropped"] == int((magnitudes <= row["threshold_bits"]).sum())
@@ -89,12 +97,13 @@ def test_masks_of_the_method_drop_what_was_predicted(tiny, tmp_path, rng):
     """The same through `Method.keep`, on the activations of the dense model."""
     model = tiny.model(tmp_path, rng, torch_dtype="bfloat16")
     text = text_of(tiny, tmp_path, rng, 500)
-    calibrate(model, text, tmp_path / "h.safetensors", SETTINGS, CPU)
+    calibrate(CalibrationJob(model, text, tmp_path / "h.safetensors", SETTINGS, CPU))
     method = Teal(sparsity=0.5)
     result = derive_thresholds("x", method, tmp_path / "h.safetensors", tmp_path / "t.parquet")
     activations = dense_activations(model, calibration_windows(model.tokenizer(), text, SETTINGS, 128), 4096)
+    sites = by_leaf(model.sites)
     for rule, row in zip(result.rules, result.rows, strict=True):
-        x = torch.from_numpy(activations[rule.layer, SITE_OF[rule.matrix]].view(np.int16)).view(torch.bfloat16)
+        x = torch.from_numpy(activations[sites[rule.layer, rule.matrix].key].view(np.int16)).view(torch.bfloat16)
         assert int((~method.keep(x, rule)).sum()) == row["dropped"]
 
 
@@ -102,7 +111,7 @@ def test_two_runs_give_identical_files(tiny, tmp_path, rng, machine):
     model = tiny.model(tmp_path, rng)
     text = text_of(tiny, tmp_path, rng, 500)
     for name in ("a", "b"):
-        calibrate(model, text, tmp_path / name / "h.safetensors", SETTINGS, machine)
+        calibrate(CalibrationJob(model, text, tmp_path / name / "h.safetensors", SETTINGS, machine))
         derive_thresholds("l", Teal(sparsity=0.5), tmp_path / name / "h.safetensors", tmp_path / name / "t.parquet")
     for file in ("h.safetensors", "t.parquet"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
@@ -137,13 +146,23 @@ def test_refuses_sequences_beyond_the_context(tiny, tmp_path, rng):
     model = tiny.model(tmp_path, rng)
     text = text_of(tiny, tmp_path, rng, 300)
     with pytest.raises(InputError, match="sequence_length must be at most the context of 128, got 129"):
-        calibrate(model, text, tmp_path / "h", Calibration(tokens=129, sequence_length=129), CPU)
+        calibrate(CalibrationJob(model, text, tmp_path / "h", Calibration(tokens=129, sequence_length=129), CPU))
+    assert not (tmp_path / "h").exists()
+
+
+def test_refuses_scores_that_the_model_does_not_have(tiny, tmp_path, rng):
+    model = tiny.model(tmp_path, rng)
+    sites = tuple(replace(site, matrices=("fc", "up")) if site.key == (1, "mlp_in") else site for site in model.sites)
+    text = text_of(tiny, tmp_path, rng, 500)
+    job = CalibrationJob(replace(model, sites=sites), text, tmp_path / "h", SETTINGS, CPU, scores=("cats",))
+    with pytest.raises(InputError, match="method cats: every layer must have .* got no gate in layer 1"):
+        calibrate(job)
     assert not (tmp_path / "h").exists()
 
 
 def test_names_the_activation_that_is_not_finite(tiny, tmp_path, rng, monkeypatch):
     """One word's embedding overflows float16 in the second layer: layer, site and token of the text are named."""
-    monkeypatch.setattr(step, "PASS_TOKENS", 34)
+    monkeypatch.setattr(windows_module, "PASS_TOKENS", 34)
     config = tiny.config | {"torch_dtype": "float16"}
     tensors = tiny.weights(rng, config)
     word = 50
@@ -165,9 +184,8 @@ def test_names_the_activation_that_is_not_finite(tiny, tmp_path, rng, monkeypatc
     (tmp_path / "text.txt").write_text(" ".join(words))
     # windows of 16 words after a begin token: word 77 is in window 4, at position 1 + 13
     with pytest.raises(InputError, match=f"Inf or NaN in layer 1, site mlp_mid, token {4 * 17 + 14} "):
-        calibrate(
-            model, tmp_path / "text.txt", tmp_path / "h.safetensors", Calibration(tokens=170, sequence_length=17), CPU
-        )
+        settings = Calibration(tokens=170, sequence_length=17)
+        calibrate(CalibrationJob(model, tmp_path / "text.txt", tmp_path / "h.safetensors", settings, CPU))
     assert not (tmp_path / "h.safetensors").exists()
 
 
@@ -204,14 +222,13 @@ def test_refuses_thresholds_of_another_model(tiny, tmp_path, rng):
 def test_matrices_of_one_site_share_a_threshold(tiny, tmp_path, rng):
     model = tiny.model(tmp_path, rng)
     rules = read_thresholds(tiny.thresholds(tmp_path, model, rng), model).rules
-    for layer in range(2):
-        bits = {rule.matrix: rule.threshold_bits for rule in rules if rule.layer == layer}
-        for matrices in SITES.values():
-            assert len({bits[matrix] for matrix in matrices}) == 1
+    bits = {(rule.layer, rule.matrix): rule.threshold_bits for rule in rules}
+    for site in layer_sites(model.sites):
+        assert len({bits[leaf] for leaf in site.leaves}) == 1
 
 
 def test_refuses_a_gpu_that_is_not_there(tiny, tmp_path, rng, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="device must be cpu or auto where torch sees no GPU, got cuda"):
-        use(Machine(device="cuda"))
-    assert use(Machine(device="auto")) == torch.device("cpu")
+        set_up_torch(Machine(device="cuda"))
+    assert set_up_torch(Machine(device="auto")) == torch.device("cpu")

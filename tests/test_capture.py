@@ -1,9 +1,9 @@
 """Captured operands against forward pre-hooks on the transformers model, patched with the same thresholds.
 
 The hook compares what transformers feeds each matrix with the captured operand: masks agree wherever the input is not
-within 1e-5 max|x| of the threshold, values within that (DESIGN, contract 6). Then the matrix is fed the captured
-operand, so that an input on the threshold does not carry over into the next comparison. Dump blocks are read with the
-safetensors library.
+within 1e-5 max|x| of the threshold, values within that (docs/architecture.md, Numbers). Then the matrix is fed the
+captured operand, so that an input on the threshold does not carry over into the next comparison. Dump blocks are read
+with the safetensors library.
 """
 
 from itertools import pairwise
@@ -14,18 +14,21 @@ import torch
 from safetensors.numpy import load_file
 
 from sparsetrace.core.files import InputError
+from sparsetrace.core.settings import Batching, Capture, Conversion, Decoding
+from sparsetrace.formats.architecture import sites_of
 from sparsetrace.formats.dump import Block
-from sparsetrace.formats.schema import MATRICES, SITES
-from sparsetrace.generation import capture
-from sparsetrace.generation.capture import Recorder, block_rows, captured_matrices, holders
+from sparsetrace.generation import selection
+from sparsetrace.generation.backend import EngineSetup
+from sparsetrace.generation.capture import Recorder
 from sparsetrace.generation.engine import Engine
 from sparsetrace.generation.prompts import Sequence
+from sparsetrace.generation.selection import Selection, block_rows, captured_matrices, holders
 from sparsetrace.methods import METHODS, Dense, MatrixRule, Teal
 from sparsetrace.model.convert import convert
 from sparsetrace.model.decoder import Projection
 from sparsetrace.model.patch import SparseProjection, install, observe
-from sparsetrace.study.study import Batching, Capture, Conversion, Decoding
 
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 TOLERANCE = 1e-5
 MODULES = {matrix: f"self_attn.{matrix}_proj" for matrix in "qkvo"} | {
     matrix: f"mlp.{matrix}_proj" for matrix in ("gate", "up", "down")
@@ -75,8 +78,13 @@ def group_of(rng, lengths, group=0, vocabulary=96) -> list[Sequence]:
 
 def apart(config):
     """Parts of a model whose matrices read operands of their own."""
-    layers = range(config.num_hidden_layers)
-    return {(layer, site): [[matrix] for matrix in matrices] for layer in layers for site, matrices in SITES.items()}
+    return {site.key: [[matrix] for matrix in site.matrices] for site in sites_of(config)}
+
+
+def recorder_of(config, rows, device="cpu", parts=None, capture=None):
+    """A recorder of a model whose matrices read operands of their own, unless said otherwise."""
+    selection = Selection(sites_of(config), config.dtype, parts or apart(config), (), capture or Capture())
+    return Recorder(selection, rows, torch.device(device))
 
 
 def operands(folder, blocks, features) -> dict[tuple[int, str, int], np.ndarray]:
@@ -99,7 +107,7 @@ def operands(folder, blocks, features) -> dict[tuple[int, str, int], np.ndarray]
 
 def record_group(engine, group, folder, number=0):
     """Run a group and write its operands: the result, names of the blocks, and the number of rows."""
-    recorder = Recorder(engine.model.config, engine.block_rows, engine.device, apart(engine.model.config))
+    recorder = recorder_of(engine.setup.model.config, engine.block_rows, engine.device)
     recorder.open(folder, number)
     result = engine.run(group, recorder)
     return result, *recorder.close()
@@ -184,7 +192,7 @@ def test_operands_are_those_of_patched_transformers(pair, tiny, tmp_path, rng, m
     decoder = model.load(torch.device(machine.device))
     patch = install(decoder, Teal(sparsity=0.5), rules)
     batching = Batching(max_new_tokens=9, batch_size=4)
-    engine = Engine(decoder, patch, Decoding(prefill=prefill), batching, frozenset())
+    engine = Engine(EngineSetup(decoder, patch, Decoding(prefill=prefill), batching, frozenset()))
     group = group_of(rng, [1, 7, 12])
     result, blocks, rows = record_group(engine, group, tmp_path)
 
@@ -208,7 +216,7 @@ def test_operands_are_those_of_patched_transformers(pair, tiny, tmp_path, rng, m
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_capture_changes_nothing(tiny, tmp_path, rng, machine, dtype, prefill, monkeypatch):
     """Bitwise equal tokens, hidden states and logits, with capture on and off; also where blocks are small."""
-    monkeypatch.setattr(capture, "BLOCK_BYTES", 30_000)
+    monkeypatch.setattr(selection, "BLOCK_BYTES", 30_000)
     model = tiny.model(tmp_path, rng, torch_dtype=dtype)
     rules = tiny.rules(model, rng)
     group = group_of(rng, [5, 2, 11])
@@ -217,7 +225,7 @@ def test_capture_changes_nothing(tiny, tmp_path, rng, machine, dtype, prefill, m
         decoder = model.load(torch.device(machine.device))
         patch = install(decoder, Teal(sparsity=0.5), rules)
         batching = Batching(max_new_tokens=6, batch_size=4)
-        engine = Engine(decoder, patch, Decoding(prefill=prefill, temperature=0.7), batching, frozenset())
+        engine = Engine(EngineSetup(decoder, patch, Decoding(prefill=prefill, temperature=0.7), batching, frozenset()))
         plain, bits = decoder.logits, []
 
         def watched(hidden_C, plain=plain, bits=bits):
@@ -274,7 +282,7 @@ def test_recorded_tensor_is_the_multiplied_one(tiny, tmp_path, rng, machine, pre
             return result
 
     batching = Batching(max_new_tokens=4, batch_size=2)
-    engine = Engine(decoder, patch, Decoding(prefill=prefill), batching, frozenset())
+    engine = Engine(EngineSetup(decoder, patch, Decoding(prefill=prefill), batching, frozenset()))
     group = group_of(rng, [6, 6])
     with Watch():
         _, blocks, _ = record_group(engine, group, tmp_path)
@@ -304,7 +312,9 @@ def test_sparsity_zero_is_dense(tiny, tmp_path, rng, machine, dtype):
         bits = 0 if method.needs_thresholds else None
         rules = [MatrixRule(layer, matrix, bits) for layer in range(2) for matrix in MATRICES]
         patch = install(decoder, method, rules)
-        engine = Engine(decoder, patch, Decoding(prefill="all"), Batching(max_new_tokens=5, batch_size=2), frozenset())
+        engine = Engine(
+            EngineSetup(decoder, patch, Decoding(prefill="all"), Batching(max_new_tokens=5, batch_size=2), frozenset())
+        )
         folder = tmp_path / method.name
         result, blocks, _ = record_group(engine, group, folder)
         results.append((result.output_ids, [(folder / name).read_bytes() for name in blocks]))
@@ -325,7 +335,7 @@ def test_signed_zeros_and_denormals(rng):
 def test_block_holds_the_operands(tiny, tmp_path, rng, dtype, device):
     """The recorder alone: rows picked from a pass, rows with nothing and with everything kept, several blocks."""
     config = tiny.model(tmp_path, rng, torch_dtype=dtype).config
-    recorder = Recorder(config, 5, torch.device(device), apart(config))
+    recorder = recorder_of(config, 5, device)
     recorder.open(tmp_path, 7)
     expected = {}
     widths = features_of(config)
@@ -371,16 +381,19 @@ def test_an_operand_that_several_read_is_held_once(tiny, tmp_path, rng, device, 
     config = tiny.model(tmp_path, rng, torch_dtype="float16").config
     parts = apart(config) | {(0, "attn_in"): [["q", "k"], ["v"]], (0, "mlp_in"): [["gate", "up"]]}
     chosen = Capture(layers=(0,), matrices=matrices)
-    assert holders(captured_matrices(config, chosen), parts) == {(0, m): holder for m, holder in expected.items()}
-    recorder = Recorder(config, 4, torch.device(device), parts, capture=chosen)
+    assert holders(captured_matrices(sites_of(config), chosen), parts) == {
+        (0, m): holder for m, holder in expected.items()
+    }
+    recorder = recorder_of(config, 4, device, parts, chosen)
     recorder.open(tmp_path, 0)
     index = np.arange(3)
     place(recorder, 3, index, index, index, index)
+    widths = {site.key: site.in_features for site in sites_of(config)}
     fed = {}
     for layer in range(2):
         for key, site_parts in ((key, parts[key]) for key in parts if key[0] == layer):
             for part in site_parts:
-                x = torch.randn(3, 1, config.in_features(key[1])).half()
+                x = torch.randn(3, 1, widths[key]).half()
                 for matrix in part:
                     fed[layer, matrix] = x
                     recorder.record(layer, matrix, x.to(device))
@@ -395,7 +408,7 @@ def test_an_operand_that_several_read_is_held_once(tiny, tmp_path, rng, device, 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_names_what_is_not_finite(tiny, tmp_path, rng, value):
     config = tiny.model(tmp_path, rng, torch_dtype="float16").config
-    recorder = Recorder(config, 8, torch.device("cpu"), apart(config))
+    recorder = recorder_of(config, 8)
     recorder.open(tmp_path / "dump", 0)
     index = np.arange(3)
     place(recorder, 3, index, index + 40, index + 5, index + 9)
@@ -422,7 +435,9 @@ def test_names_the_activation_that_overflows(tiny, tmp_path, rng):
         decoder = model.load(torch.device("cpu"))
         patch = install(decoder, Teal(sparsity=0.5), tiny.rules(model, rng, 0.1))
         engine = Engine(
-            decoder, patch, Decoding(prefill=prefill), Batching(max_new_tokens=4, batch_size=2), frozenset()
+            EngineSetup(
+                decoder, patch, Decoding(prefill=prefill), Batching(max_new_tokens=4, batch_size=2), frozenset()
+            )
         )
         with pytest.raises(InputError, match=r"layer 1, matrix down, token 1000 \(sequence 10, position 0\)"):
             record_group(engine, group, tmp_path / prefill)
@@ -431,12 +446,14 @@ def test_names_the_activation_that_overflows(tiny, tmp_path, rng):
 def test_block_rows_hold_a_batch_and_fit_the_memory(tiny, tmp_path, rng, monkeypatch):
     config = tiny.model(tmp_path, rng, torch_dtype="bfloat16").config
     row_bytes = 2 * (5 * 36 + 32 + 43) * 2
-    monkeypatch.setattr(capture, "BLOCK_BYTES", 10 * row_bytes + 1)
-    assert block_rows(config, apart(config), 4, torch.device("cpu")) == 10
-    assert block_rows(config, apart(config), 11, torch.device("cpu")) == 11
+    monkeypatch.setattr(selection, "BLOCK_BYTES", 10 * row_bytes + 1)
+    assert block_rows(sites_of(config), apart(config), config.dtype, 4, torch.device("cpu")) == 10
+    assert block_rows(sites_of(config), apart(config), config.dtype, 11, torch.device("cpu")) == 11
     # an operand that several read takes its room once
-    together = {(layer, site): [list(matrices)] for layer in range(2) for site, matrices in SITES.items()}
-    assert block_rows(config, together, 4, torch.device("cpu")) == 10 * (5 * 36 + 32 + 43) // (2 * 36 + 32 + 43)
+    sites = sites_of(config)
+    together = {site.key: [list(site.matrices)] for site in sites}
+    rows = block_rows(sites, together, config.dtype, 4, torch.device("cpu"))
+    assert rows == 10 * (5 * 36 + 32 + 43) // (2 * 36 + 32 + 43)
 
 
 def test_observe_sees_every_site_and_leaves_no_hook(tiny, tmp_path, rng):
@@ -482,7 +499,7 @@ def test_install_refuses_what_does_not_fit(tiny, tmp_path, rng):
 
 def test_block_reader_agrees_with_safetensors(tiny, tmp_path, rng):
     config = tiny.model(tmp_path, rng).config
-    recorder = Recorder(config, 4, torch.device("cpu"), apart(config))
+    recorder = recorder_of(config, 4)
     recorder.open(tmp_path, 0)
     index = np.arange(4)
     place(recorder, 4, index, index, index, index)

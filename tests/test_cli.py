@@ -13,6 +13,8 @@ from click.testing import CliRunner
 
 import sparsetrace
 from sparsetrace.cli.main import cli, main
+from sparsetrace.core.settings import Capture
+from sparsetrace.study.options import options
 
 
 @pytest.fixture
@@ -92,7 +94,7 @@ def test_the_whole_way(run, tiny, tmp_path, rng, monkeypatch):
             *("generate", "model", "--thresholds", "t.parquet", "--prompts", "split.parquet", "--shard", shard),
             *("--out", f"dump/{group_name}/manifest.json", "--ignore-eos", *batching),
         )
-        assert f"{rows} tokens captured, {14 * rows} rows, in 1 groups" in out
+        assert f"{rows} tokens captured of 14 matrices, in 1 groups" in out
         captured += rows
         out = good("pack", f"dump/{group_name}/manifest.json", "--workload", "w", "--out", f"parts/{group_name}.json")
         assert "14 files" in out
@@ -103,6 +105,23 @@ def test_the_whole_way(run, tiny, tmp_path, rng, monkeypatch):
     assert len(ds.tokens) == captured
     assert ds.manifest["decoding"]["ignore_eos"] is True
     assert ds.manifest["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("layers", [[0], [1], [0, 1]], ids=str)
+def test_only_the_layers_that_are_named_are_captured(run, tiny, tmp_path, rng, layers):
+    model = tiny.model(tmp_path, rng)
+    thresholds = tiny.thresholds(tmp_path, model, rng)
+    prompts = ["--prompts", tiny.prompts(tmp_path / "prompts.jsonl", rng, [3]), "--out", tmp_path / "split.parquet"]
+    batching = ["--batch-size", 1, "--max-new-tokens", 3]
+    assert run("split", model.folder, *prompts, *batching)[0] == 0
+    words = ["--thresholds", thresholds, "--prompts", tmp_path / "split.parquet", *batching, "--ignore-eos"]
+    out = tmp_path / "dump" / "manifest.json"
+    chosen = options(Capture(layers=tuple(layers))).split()
+    status, _, err = run("generate", model.folder, *words, "--out", out, *chosen)
+    assert status == 0, err
+    manifest = json.loads(out.read_text())
+    assert manifest["capture"]["layers"] == layers
+    assert [row["layer"] for row in manifest["matrices"]] == [layer for layer in layers for _ in range(7)]
 
 
 def test_errors_are_one_line_each(run, tiny, tmp_path, rng):
@@ -126,6 +145,11 @@ def test_errors_are_one_line_each(run, tiny, tmp_path, rng):
     words = ["--thresholds", tmp_path / "t", *shard, "--tokens-from", "text"]
     fails(run("generate", model, *words), "decoding: prefill must be half or all with tokens_from text, got none")
     fails(run("generate", model, "--thresholds", tmp_path / "absent.parquet", *shard), "absent.parquet")
+    for name in ("layer", "token", "sequence", "position"):
+        fails(run("stats", tmp_path, f"--{name}", "1:2:3"), f"--{name} must be a number or START:STOP, got 1:2:3")
+    chosen = ["--matrices", "q", "--matrices", "a/b", "--layers", "-1"]
+    lines = fails(run("generate", model, "--thresholds", tmp_path / "t", *shard, *chosen), "--matrices", "--layers")
+    assert len(lines) == 2 and "--matrices must be valid, got 'a/b'" in lines[1]
 
 
 @pytest.mark.parametrize("kind", ["text", "cut"])
@@ -159,7 +183,7 @@ def test_system_errors_name_the_file_and_the_remedy(run, tiny, tmp_path, rng, mo
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", "/results/weights")
 
-    monkeypatch.setattr("sparsetrace.model.convert._write_at", full)
+    monkeypatch.setattr("sparsetrace.model.write_weights._write_at", full)
     status, _, err = run("convert", checkpoint, "--out", tmp_path / "m")
     assert status == 1
     # after the lines of progress
@@ -174,7 +198,7 @@ def test_an_interrupt_leaves_nothing(run, tiny, tmp_path, rng, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sparsetrace.model.convert._write_at", interrupt)
+    monkeypatch.setattr("sparsetrace.model.write_weights._write_at", interrupt)
     status, _, err = run("convert", checkpoint, "--out", tmp_path / "m")
     assert status == 130
     assert "interrupted" in err
@@ -185,7 +209,7 @@ def test_a_fault_of_ours_is_not_hidden(run, monkeypatch):
     def broken(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("sparsetrace.cli.main.load_study", broken)
+    monkeypatch.setattr("sparsetrace.study.study.load_study", broken)
     with pytest.raises(ZeroDivisionError):
         run("check-config", "x.yaml")
 

@@ -17,27 +17,26 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from sparsetrace.cli.main import settings
+from sparsetrace.cli.options import settings
 from sparsetrace.core.files import InputError
-from sparsetrace.core.settings import Sampling
-from sparsetrace.methods import METHODS, Dense, Method, Teal
-from sparsetrace.study import study as config_module
-from sparsetrace.study.study import (
+from sparsetrace.core.settings import (
     Batching,
     Calibration,
+    Capture,
     Conversion,
     Decoding,
+    Greedy,
     Machine,
     Packing,
     PromptSet,
-    Study,
-    load_study,
-    method_options,
-    options,
-    parse_method,
-    parse_study,
+    Quality,
+    Sampling,
 )
+from sparsetrace.methods import METHODS, Dense, Method, Teal
+from sparsetrace.study.options import method_options, options, parse_method
+from sparsetrace.study.study import Study, load_study, parse_study
 
+ROOT = Path(__file__).parents[1]
 MODEL = {"checkpoint": "/models/tiny", "calibration_text": "wiki.txt"}
 RUN = {"prompts": "prompts.jsonl", "methods": [{"name": "teal", "sparsity": 0.5}]}
 
@@ -105,9 +104,31 @@ WRONG = [
     ("sparsity-below", methods({"name": "teal", "sparsity": [0.5, -0.1]}), "greater than or equal to 0"),
     ("sparsity-nan", methods({"name": "teal", "sparsity": float("nan")}), "finite"),
     ("no-sparsity", methods({"name": "teal"}), "sparsity must be given"),
+    (
+        "allocation-key",
+        methods({"name": "teal", "allocation": {"file": "t.csv", "sheet": 1}}),
+        r"runs.default.methods.allocation\..*sheet must not be given",
+    ),
+    (
+        "allocation-value",
+        methods({"name": "teal", "allocation": {"per_layer": [1.5]}}),
+        "runs.default.methods.allocation.*per_layer.0.* must be valid, got 1.5: .* less than 1",
+    ),
     ("no-name", methods({"sparsity": 0.5}), "a method must be a mapping with `name`, one of dense, teal"),
     ("no-mapping", methods("teal"), "a method must be a mapping with `name`"),
     ("unknown-method", methods({"name": "tael", "sparsity": 0.5}), "must be one of dense, teal.*, got 'tael'"),
+    ("names", methods({"name": ["teal", "wina"]}), r"method name must be one of dense, teal.*, got \['teal', 'wina'\]"),
+    (
+        "no-values",
+        methods({"name": "dense"}, {"name": "teal", "sparsity": []}),
+        "teal: sparsity must have at least one",
+    ),
+    ("key-that-is-a-number", methods({"name": "teal", 0.5: "x"}), "method teal: keys must be among .*, got 0.5"),
+    (
+        "prune-names",
+        study(models={"tiny": MODEL | {"prune": {"name": ["wanda"]}}}),
+        r"models.tiny.prune: name must be one of magnitude, wanda, got \['wanda'\]",
+    ),
     ("not-a-list", run(methods={"name": "teal"}), "must be a list of methods"),
     ("batch", run(batching={"batch_size": 0}), "runs.default.batching.batch_size must be valid, got 0"),
     (
@@ -131,6 +152,12 @@ WRONG = [
         "decoding: prefill must be half or all with tokens_from text, got none",
     ),
     ("tokens-from", run(decoding={"tokens_from": "file"}), "decoding.tokens_from must be valid, got 'file'"),
+    (
+        "matrix",
+        run(capture={"matrices": ["q", "a/b"]}),
+        r"runs.default.capture.matrices.1 must be valid, got 'a/b': .*\^\[A-Za-z0-9_\.\]\+\$",
+    ),
+    ("matrix-without-name", run(capture={"matrices": [""]}), "capture.matrices.0 must be valid, got ''"),
     ("replay", run(decoding={"replay": "batches"}), "decoding.replay must be valid, got 'batches'"),
     ("unknown-model", run(models=["tiny", "huge"]), "runs.default.models must be among tiny, got huge"),
     ("run-name", study(runs={"model": RUN}), "runs: a name must not be one of checkpoint, model, .*got model"),
@@ -149,6 +176,13 @@ def test_refuses(content, message):
 def test_every_fault_has_its_line():
     message = refusal(study(resluts="x", machine={"threads": 0}, runs={"default": RUN | {"foo": 1}}))
     assert len(message.splitlines()) == 3
+
+
+@pytest.mark.parametrize("matrices", [[], ["q", "down"], ["lm_head"], ["experts.3.up", "2"]], ids=str)
+def test_matrices_are_named_freely(matrices):
+    """Which ones there are is the model's to say."""
+    found = parse_study(run(capture={"matrices": matrices}), "x").runs["default"]
+    assert list(found.capture.matrices) == matrices
 
 
 def test_a_single_token_is_enough_with_captured_prefill():
@@ -234,7 +268,7 @@ def test_reads_a_file_or_says_why_not(tmp_path):
 
 def test_the_file_that_comes_with_it_names_every_key():
     """config.yaml is the reference of the keys: none may be missing in it, with its range or choices beside it."""
-    path = Path(config_module.__file__).parents[3] / "config.yaml"
+    path = ROOT / "config.yaml"
     content = yaml.safe_load(path.read_text())
     found = load_study(path)
     model, chosen = found.models["demo"], found.runs["default"]
@@ -262,6 +296,7 @@ def test_sections_are_frozen_and_described():
 
 
 FIELD_NAME = st.text(st.characters(categories=["L", "N", "P", "S", "Zs"]), min_size=1, max_size=8)
+MATRIX_NAME = st.sampled_from(["q", "down", "lm_head"]) | st.from_regex(r"[A-Za-z0-9_.]+", fullmatch=True)
 SECTIONS = [
     st.builds(Conversion, dtype=st.sampled_from(["auto", "bfloat16"]), ignore_fields=st.lists(FIELD_NAME).map(tuple)),
     st.builds(
@@ -289,6 +324,16 @@ SECTIONS = [
         replay=st.sampled_from(["forced", "steps"]),
     ),
     st.builds(Sampling, temperature=st.floats(0, 1e300), seed=st.integers(0, 2**63), ignore_eos=st.booleans()),
+    st.builds(
+        Capture,
+        level=st.sampled_from(["full", "masks", "stats"]),
+        # 0 is falsy, and `shlex.quote` makes '' of what is
+        layers=st.lists(st.integers(0, 99), max_size=3).map(tuple),
+        matrices=st.lists(MATRIX_NAME, max_size=3).map(tuple),
+        every=st.integers(1, 99),
+    ),
+    st.builds(Greedy, tokens=st.integers(1, 10**9), step=st.floats(1e-300, 0.9)),
+    st.builds(Quality, prefill=st.sampled_from(["half", "all"]), windows=st.none() | st.integers(1, 10**6)),
     st.builds(Packing, encoding=st.sampled_from(["split", "open"]), share_inputs=st.booleans()),
     st.builds(Machine, device=st.sampled_from(["auto", "cpu", "cuda"]), threads=st.integers(1, 512)),
 ]
@@ -333,6 +378,7 @@ def test_method_of_the_command_line():
         ([], "--set: sparsity must be given"),
         (["sparsity=[0.1, 0.2]"], "one value"),
         (["sparsity=[0.1"], "--set"),
+        (["allocation={file: t.csv, sheet: 1}"], r"--set: allocation.*sheet must not be given"),
     ):
         with pytest.raises(InputError, match=message.replace("(", r"\(").replace("[", r"\[")):
             parse_method("teal", parameters, None)
@@ -343,10 +389,10 @@ def test_method_of_the_command_line():
 @pytest.fixture
 def package(tmp_path):
     """A copy of the sources, and `source_hash` as that copy computes it."""
-    root = Path(config_module.__file__).parents[3]
+    root = ROOT
     for part in ("src/sparsetrace", "kernels/sparsetrace_kernels"):
         shutil.copytree(root / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
-    spec = importlib.util.spec_from_file_location("copied_config", tmp_path / "src/sparsetrace/study/study.py")
+    spec = importlib.util.spec_from_file_location("copied_sources", tmp_path / "src/sparsetrace/study/sources.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return tmp_path, module.source_hash
@@ -386,9 +432,15 @@ def test_source_hash_follows_imports(package):
         before = source_hash("top")
 
 
+def test_source_hash_refuses_a_module_that_moved_away(package):
+    _, source_hash = package
+    with pytest.raises(ValueError, match="must be among those of the package, got sparsetrace.packing.absent"):
+        source_hash("packing.pack", "packing.absent")
+
+
 # modules that rules name to `source_hash`
 CONVERT, CALIBRATE, GENERATE = "model.convert", "calibration.calibrate", "generation.generate"
-PACK, SPLIT = "packing.pack", "generation.prompts"
+PACK, SPLIT, THRESHOLDS = "packing.pack", "generation.prompts", "calibration.derive"
 
 
 @pytest.mark.parametrize(
@@ -398,10 +450,14 @@ PACK, SPLIT = "packing.pack", "generation.prompts"
         ("src/sparsetrace/packing/pack.py", [PACK], [CONVERT, CALIBRATE, GENERATE]),
         ("src/sparsetrace/model/convert.py", [CONVERT], [PACK, SPLIT, GENERATE]),
         ("src/sparsetrace/generation/engine.py", [GENERATE], [PACK, CONVERT, CALIBRATE]),
-        ("src/sparsetrace/calibration/histogram.py", [CALIBRATE], [PACK, CONVERT]),
-        ("src/sparsetrace/formats/schema.py", [PACK, CONVERT, CALIBRATE, GENERATE], []),
+        ("src/sparsetrace/calibration/histogram.py", [CALIBRATE, THRESHOLDS], [PACK, CONVERT, GENERATE]),
+        ("src/sparsetrace/calibration/counter.py", [CALIBRATE], [THRESHOLDS, GENERATE]),
+        ("src/sparsetrace/calibration/allocation.py", [THRESHOLDS], [CALIBRATE, GENERATE]),
+        ("src/sparsetrace/calibration/thresholds.py", [THRESHOLDS, GENERATE], [CALIBRATE]),
+        ("src/sparsetrace/formats/numbers.py", [PACK, CONVERT, CALIBRATE, GENERATE], []),
         ("src/sparsetrace/methods/teal.py", [GENERATE], [PACK]),
-        ("kernels/sparsetrace_kernels/reference.py", [GENERATE], [PACK]),
+        ("kernels/sparsetrace_kernels/torch_ops.py", [GENERATE], [PACK]),
+        ("kernels/sparsetrace_kernels/reference.py", [], [CONVERT, CALIBRATE, GENERATE, PACK, SPLIT]),
     ],
 )
 def test_a_change_reaches_the_steps_that_use_it(package, file, changed, same):
@@ -412,15 +468,16 @@ def test_a_change_reaches_the_steps_that_use_it(package, file, changed, same):
 
 
 def test_configuration_loads_no_torch():
-    paths = [str(Path(config_module.__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    code = "import sys, sparsetrace.study.study; print('torch' in sys.modules, 'pyarrow' in sys.modules)"
+    paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    modules = ", ".join(f"sparsetrace.study.{path.stem}" for path in (ROOT / "src/sparsetrace/study").glob("[a-z]*.py"))
+    code = f"import sys, {modules}; print('torch' in sys.modules, 'pyarrow' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert output.stdout.split() == ["False", "False"]
 
 
 def test_the_embedded_model_has_the_layers_that_config_counts_on():
-    from sparsetrace.model.demo import CONFIG
+    from sparsetrace.model.demo.shape import CONFIG
     from sparsetrace.study.study import EMBEDDED_LAYERS
 
     assert CONFIG.num_hidden_layers == EMBEDDED_LAYERS

@@ -1,7 +1,8 @@
-"""Conversion against the checkpoint's own tensors; whatever is wrong is named, and no output is left."""
+"""Conversion against the checkpoint's own tensors; every fault is named, and a failed conversion leaves no output."""
 
 import errno
 import json
+import re
 import threading
 from pathlib import Path
 
@@ -10,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import SITES
-from sparsetrace.model import convert as step
-from sparsetrace.model.convert import convert, read_config
-from sparsetrace.model.runtime import describe, open_model, source_weight
-from sparsetrace.study.study import Conversion
+from sparsetrace.core.settings import Conversion
+from sparsetrace.model import layout, write_weights
+from sparsetrace.model.convert import convert
+from sparsetrace.model.read_config import read_config
+from sparsetrace.model.runtime import describe, open_model
 
 
 def runtime_tensors(model) -> dict[str, torch.Tensor]:
@@ -39,7 +40,7 @@ def write_sharded(folder, tiny, config, tensors, parts):
 
 
 def refused(checkpoint, out, match, conversion=None):
-    """Conversion fails with a message, and leaves nothing beside or in place of its output."""
+    """Conversion fails with a message, and leaves neither an output nor a partial one."""
     with pytest.raises(InputError, match=match) as error:
         convert(checkpoint, out, conversion or Conversion())
     assert str(error.value).startswith(("convert:", "tokenizer:"))
@@ -49,9 +50,10 @@ def refused(checkpoint, out, match, conversion=None):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_every_tensor_is_the_checkpoints_own(tiny, tmp_path, rng, dtype):
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_every_tensor_is_the_checkpoints_own(tiny, tmp_path, rng, dtype, family):
     """[in, out] order, the matrices of a site side by side, bit for bit."""
-    config = tiny.config | {"torch_dtype": dtype}
+    config = tiny.config | {"torch_dtype": dtype} | (tiny.qwen3 if family == "qwen3" else {})
     source = tiny.weights(rng, config)
     model = convert(tiny.write(tmp_path / "checkpoint", config, source), tmp_path / "model", Conversion())
     found = runtime_tensors(model)
@@ -64,9 +66,19 @@ def test_every_tensor_is_the_checkpoints_own(tiny, tmp_path, rng, dtype):
         prefix = f"model.layers.{layer}"
         expected[f"layers.{layer}.attn_norm.weight"] = source[f"{prefix}.input_layernorm.weight"]
         expected[f"layers.{layer}.mlp_norm.weight"] = source[f"{prefix}.post_attention_layernorm.weight"]
-        for site, matrices in SITES.items():
-            weights = [source[source_weight(layer, matrix)].T for matrix in matrices]
-            expected[f"layers.{layer}.{site}.weight"] = torch.cat(weights, 1)
+        if family == "qwen3":
+            expected[f"layers.{layer}.q_norm.weight"] = source[f"{prefix}.self_attn.q_norm.weight"]
+            expected[f"layers.{layer}.k_norm.weight"] = source[f"{prefix}.self_attn.k_norm.weight"]
+        for site, names in (
+            ("attn_in", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+            ("attn_out", ["self_attn.o_proj"]),
+            ("mlp_in", ["mlp.gate_proj", "mlp.up_proj"]),
+            ("mlp_mid", ["mlp.down_proj"]),
+        ):
+            names = [f"{prefix}.{name}.weight" for name in names]
+            expected[f"layers.{layer}.{site}.weight"] = torch.cat([source[name].T for name in names], 1)
+            (found_site,) = (one for one in model.sites if one.key == (layer, site))
+            assert [model.source_weight(leaf) for leaf in found_site.leaves] == names
     assert found.keys() == expected.keys() == model.tensors.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == getattr(torch, dtype)
@@ -98,7 +110,7 @@ def test_sharded_or_not_is_the_same_model(tiny, tmp_path, rng):
 def test_small_output_files_hold_the_same_model(tiny, tmp_path, rng, monkeypatch):
     checkpoint = tiny.checkpoint(tmp_path / "c", rng)
     one = convert(checkpoint, tmp_path / "a", Conversion())
-    monkeypatch.setattr(step, "FILE_BYTES", 5000)
+    monkeypatch.setattr(layout, "FILE_BYTES", 5000)
     many = convert(checkpoint, tmp_path / "b", Conversion())
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 3
     assert one.model_hash == many.model_hash
@@ -119,8 +131,8 @@ def test_threads_are_torchs_and_bounded_by_memory(tiny, tmp_path, rng, monkeypat
         seen.add((threading.get_ident(), torch.get_num_threads()))
         return own(*args)
 
-    own = step._make
-    monkeypatch.setattr(step, "_make", make)
+    own = write_weights._make
+    monkeypatch.setattr(write_weights, "_make", make)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -128,7 +140,7 @@ def test_threads_are_torchs_and_bounded_by_memory(tiny, tmp_path, rng, monkeypat
         assert torch.get_num_threads() == 3
         assert 1 <= len(seen) <= 3 and {threads for _, threads in seen} == {1}
         seen.clear()
-        monkeypatch.setattr(step, "MADE_BYTES", 1)
+        monkeypatch.setattr(write_weights, "MADE_BYTES", 1)
         assert convert(checkpoint, tmp_path / "c1", Conversion()).tensors == several.tensors == one.tensors
         assert len(seen) == 1
     finally:
@@ -137,7 +149,7 @@ def test_threads_are_torchs_and_bounded_by_memory(tiny, tmp_path, rng, monkeypat
 
 def test_a_full_disk_is_named_with_the_file():
     with pytest.raises(OSError, match=f"Errno {errno.ENOSPC}.*'/dev/full'"):
-        step._write_at(Path("/dev/full"), 0, b"x")
+        write_weights._write_at(Path("/dev/full"), 0, b"x")
 
 
 def test_any_change_of_a_weight_changes_the_hash(tiny, tmp_path, rng):
@@ -263,10 +275,11 @@ def test_saved_rotary_buffers_are_no_matter(tiny, tmp_path, rng):
     convert(tiny.write(tmp_path / "c", tiny.config, tensors), tmp_path / "m", Conversion())
 
 
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
 BAD_CONFIGS = [
     # id, changes, message
-    ("type", {"model_type": "gpt2"}, "model_type must be one of llama, mistral, got 'gpt2'"),
-    ("no-type", {"model_type": None}, "model_type must be one of llama, mistral, got None"),
+    ("type", {"model_type": "gpt2"}, "model_type must be one of llama, mistral, qwen3, got 'gpt2'"),
+    ("no-type", {"model_type": None}, "model_type must be one of llama, mistral, qwen3, got None"),
     ("architecture", {"architectures": ["LlamaForSequenceClassification"]}, "architectures must be"),
     ("unknown", {"logit_softcap": 30.0, "mystery": 1}, "got logit_softcap, mystery: .* ignore_fields"),
     ("activation", {"hidden_act": "gelu"}, "hidden_act must be 'silu' or 'relu', got 'gelu'"),
@@ -279,6 +292,7 @@ BAD_CONFIGS = [
     ("text", {"hidden_size": "36"}, "hidden_size must be a positive integer, got '36'"),
     ("absent", {"max_position_embeddings": None}, "max_position_embeddings must be a positive integer, got None"),
     ("dtype", {"torch_dtype": "int8"}, "torch_dtype must be one of float16, bfloat16, float32, got 'int8'"),
+    ("window", {"sliding_window": 0} | MISTRAL, "sliding_window must be a positive integer, got 0"),
     ("eos", {"eos_token_id": "</s>"}, "eos_token_id must be an integer or a list of them, got '</s>'"),
 ]
 
@@ -293,6 +307,15 @@ def test_fields_said_to_be_harmless_are(tiny, tmp_path, rng):
     tensors = tiny.weights(rng, tiny.config)
     checkpoint = tiny.write(tmp_path / "c", tiny.config | {"mystery": 1}, tensors)
     convert(checkpoint, tmp_path / "m", Conversion(ignore_fields=("mystery",)))
+
+
+@pytest.mark.parametrize("value", ["gelu", None, ["silu"]])
+def test_ignore_fields_cannot_stand_for_an_activation_function(tiny, tmp_path, rng, value):
+    checkpoint = tiny.checkpoint(tmp_path / "c", rng, hidden_act=value)
+    message = re.escape(f"hidden_act must be 'silu' or 'relu', got {value!r}: ignore_fields cannot stand for")
+    refused(checkpoint, tmp_path / "m", message, Conversion(ignore_fields=("hidden_act",)))
+    known = tiny.checkpoint(tmp_path / "k", rng, hidden_act="relu")
+    assert convert(known, tmp_path / "m", Conversion(ignore_fields=("hidden_act",))).config.hidden_act == "relu"
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
@@ -377,6 +400,23 @@ def test_refuses_a_model_that_is_none(tiny, tmp_path, rng):
         open_model(model.folder)
 
 
+def other_width(sites):
+    sites[1]["out_features"][0] += 1
+
+
+@pytest.mark.parametrize("change", [other_width, lambda sites: sites.pop(), lambda sites: sites.reverse()])
+def test_refuses_recorded_sites_that_are_not_the_decoders(tiny, tmp_path, rng, change):
+    model = convert(tiny.checkpoint(tmp_path / "c", rng), tmp_path / "m", Conversion())
+    path = model.folder / "config.json"
+    content = json.loads(path.read_text())
+    assert len(content["sites"]) == 2 * 4 + 1
+    change(content["sites"])
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError) as error:
+        open_model(model.folder).load(torch.device("cpu"))
+    assert str(error.value) == f"model: {model.folder}: sites must be those of the decoder, got others: convert again"
+
+
 def test_refuses_truncated_weights_when_loading(tiny, tmp_path, rng):
     model = convert(tiny.checkpoint(tmp_path / "c", rng), tmp_path / "m", Conversion())
     file = model.folder / "weights-00000.safetensors"
@@ -395,31 +435,105 @@ ABSENT = [
     "tie_word_embeddings",
     "hidden_act",
 ]
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen3": "Qwen3"}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def window_of(theirs) -> int | None:
+    """The window that transformers gives to all layers."""
+    if theirs.model_type == "qwen3":
+        (kind,) = set(theirs.layer_types)
+        return theirs.sliding_window if kind == "sliding_attention" else None
+    return theirs.sliding_window if theirs.model_type == "mistral" else None
+
+
+@pytest.mark.parametrize("model_type", list(CLASSES))
 @pytest.mark.parametrize(
     "absent", [pytest.param((name,), id=name) for name in ABSENT] + [pytest.param(ABSENT, id="all")]
 )
 def test_absent_fields_mean_what_they_mean_to_transformers(tiny, tmp_path, model_type, absent):
     """Old and trimmed config.json files: the default is transformers', field by field."""
     transformers = pytest.importorskip("transformers")
-    architecture = {"llama": "Llama", "mistral": "Mistral"}[model_type]
     raw = tiny.config | {
         "model_type": model_type,
-        "architectures": [f"{architecture}ForCausalLM"],
-        "num_attention_heads": 16,
+        "architectures": [f"{CLASSES[model_type]}ForCausalLM"],
+        "num_attention_heads": 32,
         "hidden_size": 128,
         "sliding_window": 7,
         "tie_word_embeddings": True,
         "rope_scaling": None,
     }
     raw = {name: value for name, value in raw.items() if name not in absent}
-    theirs = getattr(transformers, f"{architecture}Config")(**{k: v for k, v in raw.items() if k != "model_type"})
-    ours = read_config(raw, Conversion(), tmp_path)
+    config_class = getattr(transformers, f"{CLASSES[model_type]}Config")
+    theirs = config_class(**{k: v for k, v in raw.items() if k != "model_type"})
+    family, ours = read_config(raw, Conversion(), tmp_path)
+    assert family.model_type == model_type
     assert ours.num_key_value_heads == theirs.num_key_value_heads
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
     assert ours.rms_norm_eps == theirs.rms_norm_eps
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
-    assert ours.sliding_window == (theirs.sliding_window if model_type == "mistral" else None)
+    assert ours.sliding_window == window_of(theirs)
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.hidden_act == theirs.hidden_act
+    assert ours.qk_norm == (model_type == "qwen3")
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+USED = {"use_sliding_window": True}
+QWEN3_WINDOWS = [
+    # id, changes to a config of 2 layers
+    ("absent", {}),
+    ("absent-but-used", USED),
+    ("not-used", {"sliding_window": 5, "max_window_layers": 0}),
+    ("all-layers", USED | {"sliding_window": 5, "max_window_layers": 0}),
+    ("all-layers-by-default", USED | {"max_window_layers": 0}),
+    ("no-layer", USED | {"sliding_window": 5, "max_window_layers": 2}),
+    ("null", USED | {"sliding_window": None, "max_window_layers": 0}),
+    ("types-full", USED | {"sliding_window": 5, "max_window_layers": 0, "layer_types": [FULL, FULL]}),
+    ("types-sliding", USED | {"sliding_window": 5, "max_window_layers": 2, "layer_types": [SLIDING, SLIDING]}),
+    ("types-null", USED | {"sliding_window": 5, "max_window_layers": 0, "layer_types": None}),
+]
+
+
+@pytest.mark.parametrize("changes", [pytest.param(case[1], id=case[0]) for case in QWEN3_WINDOWS])
+def test_window_of_qwen3_is_transformers(tiny, tmp_path, changes):
+    transformers = pytest.importorskip("transformers")
+    raw = tiny.config | tiny.qwen3 | changes
+    theirs = transformers.Qwen3Config(**{name: value for name, value in raw.items() if name != "model_type"})
+    assert read_config(raw, Conversion(), tmp_path)[1].sliding_window == window_of(theirs)
+
+
+BAD_QWEN3 = [
+    # id, changes to a config of 2 layers, message
+    ("some-layers", USED | {"max_window_layers": 1}, f"the same for all layers, got 1 of {FULL} and 1 of {SLIDING}"),
+    ("mixed-types", {"layer_types": [SLIDING, FULL]}, f"the same for all layers, got 1 of {FULL} and 1 of {SLIDING}"),
+    ("sliding-not-used", {"layer_types": [SLIDING] * 2}, "sliding_window must be given and used where layer_types are"),
+    ("sliding-null", USED | {"sliding_window": None, "layer_types": [SLIDING] * 2}, "sliding_window must be given"),
+    ("too-few-types", {"layer_types": [FULL]}, "for each of 2 layers, got ['full_attention']"),
+    ("unknown-type", {"layer_types": [FULL, "chunked_attention"]}, "full_attention or sliding_attention for each of 2"),
+    ("no-list", {"layer_types": FULL}, "for each of 2 layers, got 'full_attention'"),
+    ("window", USED | {"sliding_window": -1, "max_window_layers": 0}, "sliding_window must be a positive integer"),
+    ("max-window-layers", USED | {"max_window_layers": None}, "max_window_layers must be an integer, got None"),
+    ("head-dim", {"head_dim": None}, "head_dim must be a positive integer, got None"),
+    ("bias", {"attention_bias": True}, "attention_bias must be False, got True"),
+    ("architecture", {"architectures": ["LlamaForCausalLM"]}, "architectures must be [Qwen3ForCausalLM], got"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), [pytest.param(*case[1:], id=case[0]) for case in BAD_QWEN3])
+def test_refuses_configurations_of_qwen3(tiny, tmp_path, rng, changes, message):
+    tensors = tiny.weights(rng, tiny.config | tiny.qwen3)
+    checkpoint = tiny.write(tmp_path / "c", tiny.config | tiny.qwen3 | changes, tensors)
+    refused(checkpoint, tmp_path / "m", re.escape(message), Conversion(ignore_fields=("layer_types",)))
+
+
+def test_fields_of_one_family_are_unknown_to_another(tiny, tmp_path, rng):
+    checkpoint = tiny.checkpoint(tmp_path / "c", rng, use_sliding_window=False)
+    refused(checkpoint, tmp_path / "m", "fields must be ones whose effect is known, got use_sliding_window")
+
+
+def test_refuses_a_norm_of_the_wrong_width(tiny, tmp_path, rng):
+    tensors = tiny.weights(rng, tiny.config | tiny.qwen3)
+    name = "model.layers.0.self_attn.k_norm.weight"
+    tensors[name] = torch.ones(36)
+    checkpoint = tiny.write(tmp_path / "c", tiny.config | tiny.qwen3, tensors)
+    refused(checkpoint, tmp_path / "m", rf"{name} must have shape \[8\], got \[36\]")

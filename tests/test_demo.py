@@ -13,16 +13,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sparsetrace.calibration.calibrate import calibrate
-from sparsetrace.calibration.quality import measure
-from sparsetrace.calibration.thresholds import derive_thresholds
+from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
+from sparsetrace.calibration.derive import derive_thresholds
+from sparsetrace.calibration.quality import QualityJob, measure
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Calibration, Conversion, Machine, Quality
 from sparsetrace.core.text import read_documents
 from sparsetrace.methods import Teal
-from sparsetrace.model import demo
 from sparsetrace.model.convert import convert
 from sparsetrace.model.decoder import Decoder
+from sparsetrace.model.demo import checkpoint, corpus, shape, tokens
+from sparsetrace.model.demo.training import Training, train
 from sparsetrace.model.tokenizer import Tokenizer, begin_token
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -40,19 +41,19 @@ FILES = [
 
 
 @pytest.fixture(scope="module")
-def parts():
-    return demo.divide(demo.gather(Path(sysconfig.get_path("stdlib"))))
+def divided():
+    return corpus.divide(corpus.gather(Path(sysconfig.get_path("stdlib"))))
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, parts):
+def made(tmp_path_factory, divided):
     """Two checkpoints made alike, with their reports."""
     folders = [tmp_path_factory.mktemp("demo") / name for name in ("one", "two")]
     with pytest.MonkeyPatch.context() as patch:
         # gathering is repeatable by `test_text_is_repeatable`, and half of the time here
-        patch.setattr(demo, "divide", lambda documents: parts)
-        patch.setattr(demo, "gather", lambda stdlib: [])
-        return [(folder, demo.make_checkpoint(folder, seed=3, steps=3)) for folder in folders]
+        patch.setattr(checkpoint, "divide", lambda documents: divided)
+        patch.setattr(checkpoint, "gather", lambda stdlib: [])
+        return [(folder, checkpoint.make_checkpoint(folder, Training(seed=3, steps=3))) for folder in folders]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def folder(made):
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-    return Tokenizer(folder, demo.CONFIG.vocab_size, begin_token(folder, demo.BOS))
+    return Tokenizer(folder, shape.CONFIG.vocab_size, begin_token(folder, shape.BOS))
 
 
 def test_two_runs_write_the_same_bytes(made):
@@ -72,26 +73,26 @@ def test_two_runs_write_the_same_bytes(made):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
 
-def test_text_is_repeatable(parts):
-    assert demo.divide(demo.gather(Path(sysconfig.get_path("stdlib")))) == parts
+def test_text_is_repeatable(divided):
+    assert corpus.divide(corpus.gather(Path(sysconfig.get_path("stdlib")))) == divided
 
 
 def test_report(made):
     report = made[0][1]
     assert report.steps == 3
-    assert report.tokens == 3 * demo.STEP_TOKENS
+    assert report.tokens == 3 * Training().step_tokens
     assert 1.5e6 < report.parameters < 2.5e6
     assert report.seconds > 0
     assert 4 < report.unigram_loss < 7
     assert report.nats_below_unigram == report.unigram_loss - report.validation_loss
 
 
-def test_training_lowers_the_loss_and_reports_each_step(parts):
-    proto = demo.train_tokenizer(parts.train)
-    encode, _ = demo._tokenizer(proto)
-    documents = [demo._document_ids(encode, document) for document in parts.train[:200]]
+def test_training_lowers_the_loss_and_reports_each_step(divided):
+    proto = tokens.train_tokenizer(divided.train)
+    encode, _ = tokens.tokenizer_functions(proto)
+    documents = [tokens.document_ids(encode, document) for document in divided.train[:200]]
     seen = []
-    demo._train(documents, seed=0, steps=12, report=lambda *step: seen.append(step))
+    train(documents, Training(steps=12), lambda *step: seen.append(step))
     assert [(step, steps) for step, steps, _ in seen] == [(step, 12) for step in range(1, 13)]
     assert seen[-1][2] < seen[0][2] - 0.5
 
@@ -103,18 +104,17 @@ def test_thread_count_is_restored(tmp_path, monkeypatch):
         assert torch.get_num_threads() == 1
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "gather", lambda stdlib: [])
-    monkeypatch.setattr(
-        demo, "divide", lambda documents: demo.Parts([demo.Document("d", ("a b c d",))] * 2, [], [], [])
-    )
+    documents = [corpus.Document("d", ("a b c d",))] * 2
+    monkeypatch.setattr(checkpoint, "gather", lambda stdlib: [])
+    monkeypatch.setattr(checkpoint, "divide", lambda _: corpus.Corpus(documents, [], [], []))
     for name, value in {"train_tokenizer": b"", "cut_prompts": []}.items():
-        monkeypatch.setattr(demo, name, lambda *_, value=value: value)
-    monkeypatch.setattr(demo, "_tokenizer", lambda proto: (None, None))
-    monkeypatch.setattr(demo, "_document_ids", lambda encode, document: torch.tensor([demo.BOS, demo.EOS]))
-    monkeypatch.setattr(demo, "_train", stop)
-    monkeypatch.setattr(demo.torch, "cat", lambda tensors: torch.tensor([demo.BOS]))
+        monkeypatch.setattr(checkpoint, name, lambda *_, value=value: value)
+    monkeypatch.setattr(checkpoint, "tokenizer_functions", lambda proto: (None, None))
+    monkeypatch.setattr(checkpoint, "document_ids", lambda encode, document: torch.tensor([shape.BOS, shape.EOS]))
+    monkeypatch.setattr(checkpoint, "train", stop)
+    monkeypatch.setattr(checkpoint.torch, "cat", lambda tensors: torch.tensor([shape.BOS]))
     with pytest.raises(KeyboardInterrupt):
-        demo.make_checkpoint(tmp_path / "out", threads=1)
+        checkpoint.make_checkpoint(tmp_path / "out", Training(threads=1))
     assert torch.get_num_threads() == before
     assert list(tmp_path.iterdir()) == []
 
@@ -137,11 +137,11 @@ def test_logits_equal_transformers(folder):
     """Oracle: transformers' LlamaForCausalLM of the folder, against a Decoder filled from the same files by hand."""
     transformers = pytest.importorskip("transformers")
     oracle = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert oracle.config.eos_token_id == demo.EOS
-    assert oracle.generation_config.eos_token_id == demo.EOS
+    assert oracle.config.eos_token_id == shape.EOS
+    assert oracle.generation_config.eos_token_id == shape.EOS
 
     stored = {name: tensor.float() for shard in SHARDS for name, tensor in load_file(folder / shard).items()}
-    model = Decoder(demo.CONFIG)
+    model = Decoder(shape.CONFIG)
     with torch.no_grad():
         model.embedding.copy_(stored.pop("model.embed_tokens.weight"))
         model.norm.weight.copy_(stored.pop("model.norm.weight"))
@@ -158,7 +158,7 @@ def test_logits_equal_transformers(folder):
                 module.weight.copy_(torch.cat(matrices, dim=-1))
     assert not stored
 
-    ids_BT = torch.randint(demo.CONFIG.vocab_size, (2, 37), generator=torch.Generator().manual_seed(0))
+    ids_BT = torch.randint(shape.CONFIG.vocab_size, (2, 37), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected_BTV = oracle(ids_BT).logits
         logits_BTV = model.logits(model(ids_BT, torch.arange(37).expand(2, -1)))
@@ -172,8 +172,8 @@ def test_logits_equal_transformers(folder):
 )
 def test_tokenizer_round_trip(tokenizer, text):
     ids = tokenizer.encode(text, "test")
-    assert ids[0] == demo.BOS
-    assert demo.UNK not in ids
+    assert ids[0] == shape.BOS
+    assert shape.UNK not in ids
     assert tokenizer.decode(ids[1:]) == text
 
 
@@ -186,34 +186,34 @@ def test_tokenizer_equals_transformers(folder, tokenizer):
         assert oracle(text).input_ids == tokenizer.encode(text, "test")
 
 
-def test_parts_share_no_document_paragraph_or_phrase(parts):
-    held_out = [parts.validation, parts.calibration, parts.prompts]
-    names = [document.name for part in (parts.train, *held_out) for document in part]
+def test_parts_share_no_document_paragraph_or_phrase(divided):
+    held_out = [divided.validation, divided.calibration, divided.prompts]
+    names = [document.name for part in (divided.train, *held_out) for document in part]
     assert len(set(names)) == len(names)
-    paragraphs = [p.casefold() for part in (parts.train, *held_out) for document in part for p in document.paragraphs]
+    paragraphs = [p.casefold() for part in (divided.train, *held_out) for document in part for p in document.paragraphs]
     assert len(set(paragraphs)) == len(paragraphs)
-    phrases = {phrase for document in parts.train for p in document.paragraphs for phrase in demo._phrases(p)}
+    phrases = {phrase for document in divided.train for p in document.paragraphs for phrase in corpus._phrases(p)}
     for part in held_out:
-        assert all(phrases.isdisjoint(demo._phrases(p)) for document in part for p in document.paragraphs)
+        assert all(phrases.isdisjoint(corpus._phrases(p)) for document in part for p in document.paragraphs)
 
 
-def test_calibration_is_held_out_and_long_enough(folder, parts, tokenizer):
+def test_calibration_is_held_out_and_long_enough(folder, divided, tokenizer):
     documents = (folder / "calibration.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n\n")
-    assert documents == [document.text for document in parts.calibration]
+    assert documents == [document.text for document in divided.calibration]
     assert sum(len(tokenizer.encode(document, "test")) for document in documents) >= 40_000
-    training = {paragraph for document in parts.train for paragraph in document.paragraphs}
+    training = {paragraph for document in divided.train for paragraph in document.paragraphs}
     assert training.isdisjoint(paragraph for document in documents for paragraph in document.split("\n"))
 
 
-def test_prompts_are_held_out_and_of_the_lengths_asked(folder, parts, tokenizer):
+def test_prompts_are_held_out_and_of_the_lengths_asked(folder, divided, tokenizer):
     prompts = read_documents(folder / "prompts.jsonl", "prompt", "test")
-    assert len(set(prompts)) == demo.NUM_PROMPTS
+    assert len(set(prompts)) == tokens.NUM_PROMPTS
     lengths = [len(tokenizer.encode(prompt, "test")) - 1 for prompt in prompts]
-    assert demo.PROMPT_TOKENS[0] <= min(lengths) < 28
-    assert 56 < max(lengths) <= demo.PROMPT_TOKENS[1] + 1
-    training = "\n".join(document.text for document in parts.train)
+    assert tokens.PROMPT_TOKENS[0] <= min(lengths) < 28
+    assert 56 < max(lengths) <= tokens.PROMPT_TOKENS[1] + 1
+    training = "\n".join(document.text for document in divided.train)
     assert not [prompt for prompt in prompts if prompt in training]
-    starts = [paragraph for document in parts.prompts for paragraph in document.paragraphs]
+    starts = [paragraph for document in divided.prompts for paragraph in document.paragraphs]
     assert all(any(paragraph.startswith(prompt + " ") for paragraph in starts) for prompt in prompts)
 
 
@@ -228,47 +228,48 @@ def test_docstrings_are_read_without_importing(tmp_path):
     (tmp_path / "not_a_stdlib_module.py").write_text('"""This one is not part of it."""\n', encoding="utf-8")
     (tmp_path / "email" / "test").mkdir(parents=True)
     (tmp_path / "email" / "test" / "t.py").write_text('"""This one is a test only."""\n', encoding="utf-8")
-    assert demo.gather(tmp_path) == [
-        demo.Document("json.py", ("First line goes on here.",)),
-        demo.Document("json.py:A", ("What the class is for.", "What the method is for.")),
+    assert corpus.gather(tmp_path) == [
+        corpus.Document("json.py", ("First line goes on here.",)),
+        corpus.Document("json.py:A", ("What the class is for.", "What the method is for.")),
     ]
 
 
 def test_refuses_a_library_without_text(tmp_path):
     with pytest.raises(InputError, match=r"^demo: the standard library's sources must hold at least 500000 characters"):
-        demo.divide(demo.gather(tmp_path))
+        corpus.divide(corpus.gather(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["steps", "threads"])
 def test_refuses_less_than_one(tmp_path, name):
     with pytest.raises(InputError, match=f"^demo: {name} must be at least 1, got 0$"):
-        demo.make_checkpoint(tmp_path / "out", **{name: 0})
+        checkpoint.make_checkpoint(tmp_path / "out", Training(**{name: 0}))
 
 
 def test_refuses_to_replace_other_files(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine", encoding="utf-8")
     with pytest.raises(InputError, match="must be new or hold an earlier result, since it is replaced, got thesis.tex"):
-        demo.make_checkpoint(tmp_path, steps=1)
+        checkpoint.make_checkpoint(tmp_path, Training(steps=1))
     with pytest.raises(InputError, match="must be a folder, got a file"):
-        demo.make_checkpoint(tmp_path / "thesis.tex", steps=1)
+        checkpoint.make_checkpoint(tmp_path / "thesis.tex", Training(steps=1))
     assert (tmp_path / "thesis.tex").read_text(encoding="utf-8") == "mine"
 
 
-def test_quality_of_the_demo_model_falls_with_sparsity(tmp_path, parts, monkeypatch):
+def test_quality_of_the_demo_model_falls_with_sparsity(tmp_path, divided, monkeypatch):
     """The embedded model after a short training: every figure is finite and worse at every step."""
-    monkeypatch.setattr(demo, "divide", lambda documents: parts)
-    monkeypatch.setattr(demo, "gather", lambda stdlib: [])
+    monkeypatch.setattr(checkpoint, "divide", lambda documents: divided)
+    monkeypatch.setattr(checkpoint, "gather", lambda stdlib: [])
     folder, cpu = tmp_path, Machine(device="cpu")
-    demo.make_checkpoint(folder / "checkpoint", steps=25, threads=1)
+    checkpoint.make_checkpoint(folder / "checkpoint", Training(steps=25, threads=1))
     model = convert(folder / "checkpoint", folder / "model", Conversion())
     settings = Calibration(tokens=1024, sequence_length=128)
-    calibrate(model, folder / "checkpoint" / "calibration.txt", folder / "h", settings, cpu)
+    calibrate(CalibrationJob(model, folder / "checkpoint" / "calibration.txt", folder / "h", settings, cpu))
     paths = [folder / f"teal-{sparsity}" for sparsity in (0, 0.25, 0.5, 0.65, 0.9)]
     for path in paths:
         sparsity = float(path.name.removeprefix("teal-"))
         derive_thresholds(path.name, Teal(sparsity=sparsity), folder / "h", path)
     quality = Quality(context=96, stride=32, windows=20)
-    rows = measure(model, folder / "checkpoint" / "quality.txt", paths, folder / "q", quality, cpu).to_pylist()
+    job = QualityJob(model, folder / "checkpoint" / "quality.txt", paths, folder / "q", quality, cpu)
+    rows = measure(job).to_pylist()
     perplexity, kl, agreement = (
         [row[name] for row in rows[1:]] for name in ("perplexity", "kl_divergence", "top1_agreement")
     )

@@ -19,11 +19,13 @@ import pytest
 
 import sparsetrace
 from sparsetrace.core.files import InputError, sha256_file, sha256_json
+from sparsetrace.core.settings import Batching, Decoding, Machine, PromptSet
 from sparsetrace.generation.generate import generate
+from sparsetrace.generation.job import Job
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.packing.card import data_card
-from sparsetrace.packing.pack import index, pack
-from sparsetrace.study.study import Batching, Decoding, Machine, PromptSet
+from sparsetrace.packing.index import index
+from sparsetrace.packing.pack import pack
 from sparsetrace.tools.recompute import recompute
 from sparsetrace.workload.stats import statistics
 from sparsetrace.workload.verify import verify
@@ -56,7 +58,7 @@ def run(tiny, tmp_path_factory):
         """The dense model's tokens, all shards."""
         for shard in range(batching.shards):
             out = folder / name / f"{shard:05d}" / "manifest.json"
-            generate(model, None, prompts or make.split, shard, out, decoding, batching, CPU, tokens_only=True)
+            generate(Job(model, prompts or make.split, shard, out, decoding, batching, CPU, capture=None))
         return folder / name
 
     def make(name, sparsity, decoding, tokens=None, prompts=None, batching=BATCHING):
@@ -66,7 +68,8 @@ def run(tiny, tmp_path_factory):
             dump = folder / name / "dump" / f"{shard:05d}" / "manifest.json"
             given = tokens and tokens / f"{shard:05d}" / "manifest.json"
             table = None if sparsity is None else tables[sparsity]
-            generate(*(model, table, prompts or make.split, shard, dump, decoding, batching, CPU), tokens=given)
+            asked = Job(model, prompts or make.split, shard, dump, decoding, batching, CPU, table, dense_tokens=given)
+            generate(asked)
             parts.append(folder / name / "parts" / f"{shard:05d}.json")
             pack(dump, folder / name / "workload", parts[-1])
         index(parts, folder / name / "workload")
@@ -214,11 +217,9 @@ def test_tokens_alone_are_no_dump_to_be_packed(run, tmp_path):
 
 def refused(run, tmp_path, tokens, decoding=None, prompts=None, batching=BATCHING) -> str:
     with pytest.raises(InputError) as error:
-        generate(
-            *(run.model, None, prompts or run.split, 0, tmp_path / "dump" / "manifest.json"),
-            *(decoding or replay(), batching, CPU),
-            tokens=tokens,
-        )
+        out = tmp_path / "dump" / "manifest.json"
+        asked = Job(run.model, prompts or run.split, 0, out, decoding or replay(), batching, CPU, dense_tokens=tokens)
+        generate(asked)
     assert "\n" not in str(error.value) and not (tmp_path / "dump" / "group-00000.json").exists()
     return str(error.value)
 
@@ -244,13 +245,14 @@ def test_tokens_of_something_else_are_refused(run, tiny, tmp_path, rng):
     assert "must be those of the same split" in refused(run, tmp_path, first, prompts=prompts)
     fewer = Batching(max_new_tokens=2, batch_size=2, shards=2)
     short = run.splitted("short", batching=fewer)
-    assert "must be 1 to max_new_tokens (2) behind" in refused(run, tmp_path, first, prompts=short, batching=fewer)
+    whole = run.dense("whole", decoding=OWN.model_copy(update={"ignore_eos": True})) / "00000" / "manifest.json"
+    assert "must be 1 to max_new_tokens (2) behind" in refused(run, tmp_path, whole, prompts=short, batching=fewer)
     sparse = tmp_path / "sparse" / "manifest.json"
-    generate(run.model, run.folder / "0.3" / "thresholds.parquet", run.split, 0, sparse, OWN, BATCHING, CPU)
+    generate(Job(run.model, run.split, 0, sparse, OWN, BATCHING, CPU, run.folder / "0.3" / "thresholds.parquet"))
     assert "of checkpoint under teal" in refused(run, tmp_path, sparse)
     text = tmp_path / "text" / "manifest.json"
     alone = Decoding(tokens_from="text", prefill="all")
-    generate(run.model, None, run.split, 0, text, alone, BATCHING, CPU, tokens_only=True)
+    generate(Job(run.model, run.split, 0, text, alone, BATCHING, CPU, capture=None))
     assert "must be 1 to max_new_tokens (6) behind each prompt, got 0 behind" in refused(run, tmp_path, text)
     lost = shutil.copytree(first.parent, tmp_path / "lost")
     (lost / "group-00001.sequences.parquet").unlink()

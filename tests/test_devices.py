@@ -110,7 +110,7 @@ def test_waiting_is_told_once(tmp_path):
 )
 def test_visible_devices_are_respected(visible, expected):
     environment = {} if visible is None else {devices.VISIBLE: visible}
-    assert devices.candidates(devices.parse_listing(LISTING), environment) == expected
+    assert devices.visible_devices(devices.parse_listing(LISTING), environment) == expected
 
 
 @pytest.fixture
@@ -168,8 +168,8 @@ def test_nothing_is_claimed_for_the_cpu_or_without_a_gpu(node, tmp_path):
 
 
 def test_shards_auto_is_a_few_for_each_gpu(node):
-    assert devices.shards_here() == 2 * devices.SHARDS_PER_GPU
+    assert devices.auto_shards() == 2 * devices.SHARDS_PER_GPU
     node.setenv(devices.VISIBLE, "1")
-    assert devices.shards_here() == devices.SHARDS_PER_GPU
+    assert devices.auto_shards() == devices.SHARDS_PER_GPU
     node.setattr(devices, "installed", list)
-    assert devices.shards_here() == 1
+    assert devices.auto_shards() == 1

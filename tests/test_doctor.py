@@ -17,9 +17,10 @@ from sparsetrace.core import devices
 from sparsetrace.core.files import InputError
 from sparsetrace.core.provenance import commit, merged
 from sparsetrace.methods import METHODS
-from sparsetrace.study.study import MINUTES, needs, parse_study
+from sparsetrace.study.resources import MINUTES, needs
+from sparsetrace.study.study import parse_study
 from sparsetrace.tools import doctor
-from sparsetrace.tools.reproduce import located, reproduce
+from sparsetrace.tools.reproduce import relocated, reproduce
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,7 +79,7 @@ def test_reproduce_makes_the_same_bytes_and_names_what_differs(study, manifest, 
 
 def test_reproduce_names_a_source_that_is_gone(study, manifest, tmp_path):
     with pytest.raises(InputError, match=r"reproduce: checkpoint must be there, got nothing at .*--base"):
-        located(manifest["study"], tmp_path / "none", tmp_path)
+        relocated(manifest["study"], tmp_path / "none", tmp_path)
     copy = tmp_path / "workload"
     copy.mkdir()
     (copy / "manifest.json").write_text(json.dumps(manifest | {"study": None}))
@@ -92,22 +93,22 @@ def test_reproduce_keeps_relative_paths_by_links(study, manifest, tmp_path):
     given = manifest["study"] | {
         "runs": {"first": own | {"prompts": str(study / "prompts.jsonl"), "methods": [method]}}
     }
-    found = located(given, study, tmp_path)
+    found = relocated(given, study, tmp_path)
     assert found["runs"]["first"] == given["runs"]["first"]
     assert (tmp_path / "text.txt").read_bytes() == (study / "text.txt").read_bytes()
     assert found["models"]["tiny"]["checkpoint"] == "checkpoint" and (tmp_path / "checkpoint").is_dir()
     method["allocation"]["file"] = "absent.parquet"
     with pytest.raises(InputError, match="file must be there"):
-        located(given, study, tmp_path)
+        relocated(given, study, tmp_path)
 
 
 def test_an_excerpt_makes_the_same_setting():
     methods = [
         {"name": "teal", "sparsity": [0.25, 0.5]},
         {"name": "teal", "sparsity": 0.5, "allocation": "greedy", "label": "searched"},
-        *({"name": name} for name in METHODS if not METHODS[name].thresholded and name != "dense"),
+        *({"name": name} for name in METHODS if METHODS[name].score is None and name != "dense"),
     ]
-    needed = {"sparsity": 0.5}
+    needed = {"sparsity": 0.5, "pattern": "2:4"}
     methods = [
         entry | {k: v for k, v in needed.items() if k in METHODS[entry["name"]].model_fields and k not in entry}
         for entry in methods
@@ -146,11 +147,11 @@ def test_jobs_ask_for_what_the_model_needs(step):
 def test_shards_auto_is_settled_where_snakemake_starts(monkeypatch, study):
     content = yaml.safe_load((study / "my.yaml").read_text())
     content["runs"]["first"]["batching"]["shards"] = "auto"
-    monkeypatch.setattr("sparsetrace.study.study.shards_here", lambda: 4)
+    monkeypatch.setattr("sparsetrace.study.sections.auto_shards", lambda: 4)
     monkeypatch.delenv("SPARSETRACE_AUTO_SHARDS", raising=False)
     assert len(parse_study(content, "x").shards("first")) == 4
     # a job on another machine inherits it
-    monkeypatch.setattr("sparsetrace.study.study.shards_here", lambda: 1)
+    monkeypatch.setattr("sparsetrace.study.sections.auto_shards", lambda: 1)
     assert len(parse_study(content, "x").shards("first")) == 4
     monkeypatch.delenv("SPARSETRACE_AUTO_SHARDS")
 
@@ -163,7 +164,7 @@ def test_doctor_says_what_is_missing(monkeypatch, tmp_path):
     # a GPU, but a torch that does not see it
     monkeypatch.setattr(devices, "installed", lambda: ["GPU-aaaa"])
     monkeypatch.setattr(doctor, "PROBE", 'print(\'{"version": "2.13.0", "cuda": "13.0", "gpus": []}\')')
-    monkeypatch.setattr(doctor, "LITTLE_BYTES", 1 << 62)
+    monkeypatch.setattr(doctor, "LOW_DISK_BYTES", 1 << 62)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/sbatch" if name == "sbatch" else None)
     monkeypatch.setattr(doctor, "_version", lambda name: None)
     worse = {finding.what: finding for finding in doctor.examine(tmp_path)}

@@ -1,4 +1,4 @@
-"""The dump block: golden bytes, the safetensors library as second reader, and refusal of what is not whole."""
+"""The dump block: golden bytes, the safetensors library as second reader, and refusal of incomplete blocks."""
 
 import errno
 import json
@@ -12,13 +12,15 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from sparsetrace.core.files import InputError
+from sparsetrace.core.settings import Capture
 from sparsetrace.formats import dump
-from sparsetrace.formats.architecture import ModelConfig
-from sparsetrace.formats.dump import Block, block_name, group_name, write_block
-from sparsetrace.formats.schema import SITES
+from sparsetrace.formats.architecture import ModelConfig, sites_of
+from sparsetrace.formats.dump import Block, array_prefix, block_name, group_name, write_block
 from sparsetrace.generation.capture import Recorder
+from sparsetrace.generation.selection import Selection
 
-# A block of two rows of one layer: K = 2 everywhere, bfloat16; q keeps (1.0, -2.0) and nothing, the rest as q.
+# A block of two rows of one layer in bfloat16 with K = 2: each matrix keeps both inputs, 1.0 and -2.0, of the first row
+# and none of the second.
 GOLDEN_HEADER = (
     b'{"rows.token":{"dtype":"I64","shape":[2],"data_offsets":[0,16]},'
     b'"rows.sequence":{"dtype":"I32","shape":[2],"data_offsets":[16,24]},'
@@ -41,7 +43,7 @@ def every_dtype(rng) -> dict[str, np.ndarray]:
 
 
 def test_golden_bytes(tmp_path):
-    """Of a block as the recorder writes it; a change here changes every dump and needs a new version."""
+    """A block as the recorder writes it: a change here changes every dump and needs a new version."""
     config = ModelConfig(
         hidden_size=2,
         intermediate_size=2,
@@ -58,8 +60,9 @@ def test_golden_bytes(tmp_path):
         tie_word_embeddings=False,
         dtype="bfloat16",
     )
-    apart = {(0, site): [[matrix] for matrix in matrices] for site, matrices in SITES.items()}
-    recorder = Recorder(config, 8, torch.device("cpu"), apart)
+    sites = sites_of(config)
+    apart = {site.key: [[matrix] for matrix in site.matrices] for site in sites}
+    recorder = Recorder(Selection(sites, config.dtype, apart, (), Capture()), 8, torch.device("cpu"))
     recorder.open(tmp_path, 3)
     recorder.reserve(2)
     recorder.place(torch.tensor([True, True]), torch.tensor([3, 4]), torch.tensor([2, 5]), torch.tensor([1, 2]))
@@ -124,7 +127,7 @@ def test_not_contiguous_arrays_are_written_as_they_read(rng, tmp_path):
 
 
 def test_every_truncation_is_refused(rng, tmp_path):
-    """At any byte, and with bytes too many."""
+    """At every byte, and also excess bytes."""
     write_block(tmp_path / "block", every_dtype(rng))
     data = (tmp_path / "block").read_bytes()
     for size in [*range(len(data)), len(data) + 1]:
@@ -155,7 +158,7 @@ def test_names_sort_in_the_order_of_the_numbers():
 @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 3 * 8192 - 60, 100_000])
 @pytest.mark.parametrize("refuses", [None, "open", "write"])
 def test_large_blocks_go_around_the_page_cache(rng, tmp_path, monkeypatch, size, refuses):
-    """The same bytes by either way, for sizes about those of a page and of a chunk, and where a disk refuses."""
+    """Direct I/O writes the same arrays, at sizes near a page and a chunk; so does what replaces it if refused."""
     arrays = {"a": rng.integers(0, 256, size, dtype=np.uint8), "b": rng.integers(0, 9, 77, dtype=np.int64)}
     write_block(tmp_path / "plain", arrays)
     monkeypatch.setattr(dump, "_DIRECT_BYTES", 0)
@@ -178,7 +181,7 @@ def test_large_blocks_go_around_the_page_cache(rng, tmp_path, monkeypatch, size,
         monkeypatch.setattr(dump, "_write_whole", refusing_write)
     write_block(tmp_path / "direct", arrays)
     assert bool(refused) == (refuses is not None)
-    # the header is filled up to a page
+    # the header is padded to a page
     for name, array in load_file(tmp_path / "direct").items():
         assert np.array_equal(array, arrays[name])
     assert load_file(tmp_path / "direct").keys() == arrays.keys()
@@ -187,13 +190,13 @@ def test_large_blocks_go_around_the_page_cache(rng, tmp_path, monkeypatch, size,
 
 @pytest.mark.parametrize("sizes", [[5000, 9000, 3], [4096, 4096], [70_000], [1, 12_288, 20_000, 4097]], ids=str)
 def test_neighbours_in_memory_are_written_from_there(rng, tmp_path, monkeypatch, sizes):
-    """Arrays on pages of one buffer: nothing of them is copied but what does not fill a page, and all can be read."""
+    """Arrays on the pages of one buffer are written without a copy, except for what does not fill a page."""
     monkeypatch.setattr(dump, "_DIRECT_BYTES", 0)
     monkeypatch.setattr(dump, "_DIRECT_CHUNK_BYTES", 8192)
     monkeypatch.setattr(dump, "_DIRECT_RUN_BYTES", 4096)
     buffer = np.frombuffer(mmap.mmap(-1, 1 << 18), np.uint8)
     buffer[:] = rng.integers(0, 256, len(buffer))
-    # two runs on pages with smaller arrays before, between and after
+    # two page-aligned runs, with smaller arrays before, between and after them
     arrays, at = {"first": rng.integers(0, 9, 33, dtype=np.int64)}, 0
     for run in range(2):
         for number, size in enumerate(sizes):
@@ -222,3 +225,49 @@ def test_a_full_disk_is_not_mistaken_for_one_that_refuses(rng, tmp_path, monkeyp
     with pytest.raises(OSError, match="No space left"):
         write_block(tmp_path / "block", {"a": np.zeros(5, np.uint8)})
     assert not list(tmp_path.iterdir())
+
+
+def test_prefixes_of_arrays():
+    assert [array_prefix(*leaf) for leaf in ((7, "q"), (123, "up"), (None, "lm_head"))] == [
+        "L07.q",
+        "L123.up",
+        "model.lm_head",
+    ]
+
+
+def partial_block(**changes) -> dict[str, np.ndarray]:
+    """A block of three rows, of which one operand has two."""
+    arrays = {
+        "rows.token": np.arange(3),
+        "L00.q.offsets": np.array([0, 0, 1, 1]),
+        "L00.q.values": np.array([7], np.uint16),
+        "L00.q.mask": np.zeros((3, 1), np.uint8),
+        "model.lm_head.rows": np.array([0, 2], np.int32),
+        "model.lm_head.mask": np.zeros((2, 1), np.uint8),
+        "model.lm_head.absmax": np.zeros(2, np.float32),
+    }
+    return arrays | changes
+
+
+def test_rows_of_some_tokens_only(tmp_path):
+    write_block(tmp_path / "block", partial_block())
+    block = Block(tmp_path / "block")
+    assert (block.rows, block.partial) == (3, {"model.lm_head": 2})
+    # an operand may have no row of a block
+    write_block(tmp_path / "none", {"rows.token": np.arange(3), "L00.q.rows": np.empty(0, np.int32)})
+    assert Block(tmp_path / "none").partial == {"L00.q": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "rows"),
+    [
+        ("L00.q.mask", np.zeros((2, 1), np.uint8), 3),
+        ("L00.q.offsets", np.zeros(3, np.int64), 4),
+        ("model.lm_head.mask", np.zeros((3, 1), np.uint8), 2),
+        ("model.lm_head.absmax", np.zeros(1, np.float32), 2),
+    ],
+)
+def test_refuses_another_number_of_rows(tmp_path, name, array, rows):
+    write_block(tmp_path / "block", partial_block(**{name: array}))
+    with pytest.raises(InputError, match=f"must have {rows} rows of {name}, got {len(array)}: generate it again"):
+        Block(tmp_path / "block")

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,17 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import sparsetrace.cli.main
-import sparsetrace.generation.capture
+import sparsetrace.generation.selection
 import sparsetrace.model.runtime
-from sparsetrace.calibration.calibrate import calibrate
+from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
+from sparsetrace.core.settings import Batching, Calibration, Capture, Conversion, Decoding, Machine, PromptSet
 from sparsetrace.generation.engine import Engine
 from sparsetrace.generation.generate import generate
+from sparsetrace.generation.job import Job
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.model.convert import convert
-from sparsetrace.packing.pack import _Shard, index, pack
-from sparsetrace.study.study import Batching, Calibration, Capture, Conversion, Decoding, Machine, PromptSet
+from sparsetrace.packing.index import index
+from sparsetrace.packing.pack import _Shard, pack
 from sparsetrace.tools.recompute import recompute
 
 CALIBRATE = ["--tokens", "200", "--sequence-length", "20", "--device", "cpu"]
@@ -50,7 +53,8 @@ def whole(tmp_path_factory, tiny):
     groups, _ = split(prompts, model.tokenizer(), 128, PromptSet(), batching)
     write_split(groups, 1, folder / "split.parquet")
     decoding, machine = Decoding(ignore_eos=True), Machine(device="cpu")
-    generate(model, table, folder / "split.parquet", 0, folder / "dump" / "manifest.json", decoding, batching, machine)
+    out = folder / "dump" / "manifest.json"
+    generate(Job(model, folder / "split.parquet", 0, out, decoding, batching, machine, table))
     return folder
 
 
@@ -251,7 +255,7 @@ def test_histograms_of_another_model(other, others, whole, tmp_path, command, un
     # nor are they added to those of another
     model = sparsetrace.model.runtime.open_model(others[other])
     settings = Calibration(tokens=200, sequence_length=20)
-    calibrate(model, whole / "text.txt", histograms, settings, Machine(device="cpu"))
+    calibrate(CalibrationJob(model, whole / "text.txt", histograms, settings, Machine(device="cpu")))
     line = command("calibrate", "--merge", mine, histograms, "--out", tmp_path / "new" / "h.safetensors")
     assert "must be" in line and str(histograms) in line
 
@@ -284,13 +288,13 @@ def test_dump_that_lost_a_block(whole, tmp_path, command):
 def test_a_journal_cut_off_by_a_full_disk_is_taken_up_twice(whole, tmp_path, monkeypatch):
     plain, calls = _Shard._write_files, []
 
-    def failing(shard, matrices, cut, blocks, order):
-        calls.append(matrices)
+    def failing(shard, job, *rest):
+        calls.append(job.operand.matrices)
         if len(calls) in (4, 7):
             with (tmp_path / "again" / ".00000.json.journal").open("a") as journal:
                 journal.write('{"path": "da')
             raise OSError(28, "No space left on device")
-        return plain(shard, matrices, cut, blocks, order)
+        return plain(shard, job, *rest)
 
     def run(name: str) -> None:
         # the blocks go with the first packing that ends
@@ -328,9 +332,9 @@ def small_gpu(monkeypatch):
         plain, tried = Engine.run, []
 
         def run(engine, group, recorder, given=None):
-            tried.append(engine.batching.batch_size)
+            tried.append(engine.setup.batching.batch_size)
             result = plain(engine, group, recorder, given)
-            if engine.batching.batch_size > batch:
+            if engine.setup.batching.batch_size > batch:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             return result
 
@@ -349,8 +353,8 @@ def test_a_group_that_does_not_fit_the_gpu_starts_again_at_half_its_batch(whole,
 
     def run(name: str) -> tuple[dict, list[dict], list[dict]]:
         out = tmp_path / name / "manifest.json"
-        words = (model, whole / "thresholds.parquet", tmp_path / "split.parquet", 0, out)
-        manifest = generate(*words, decoding, batching, Machine(device="cpu"))
+        words = (model, tmp_path / "split.parquet", 0, out, decoding, batching, Machine(device="cpu"))
+        manifest = generate(Job(*words, thresholds=whole / "thresholds.parquet"))
         tables = [pq.read_table(path).to_pylist() for path in sorted(out.parent.glob("*.tokens.parquet"))]
         pack(out, tmp_path / name / "workload", tmp_path / name / "00000.json")
         index([tmp_path / name / "00000.json"], tmp_path / name / "workload")
@@ -380,20 +384,20 @@ def test_a_group_that_does_not_fit_the_gpu_starts_again_at_half_its_batch(whole,
 @pytest.mark.gpu
 def test_a_real_lack_of_memory_halves_the_batch(tiny, tmp_path, rng, monkeypatch):
     """A cache of 525 MB at batch 64 where torch may take 450 MB more: the group runs in smaller batches, whole."""
-    monkeypatch.setattr(sparsetrace.generation.capture, "GPU_BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(sparsetrace.generation.selection, "GPU_BLOCK_BYTES", 1 << 20)
     shape = {"head_dim": 64, "num_key_value_heads": 4, "max_position_embeddings": 4096, "torch_dtype": "float16"}
     model = tiny.model(tmp_path, rng, **shape)
     prompts = tiny.prompts(tmp_path / "prompts.jsonl", rng, [3] * 64)
     batching = Batching(max_new_tokens=4000, batch_size=64)
     groups, _ = split(prompts, model.tokenizer(), 4096, PromptSet(), batching)
     write_split(groups, 1, tmp_path / "split.parquet")
-    words = (model, None, tmp_path / "split.parquet", 0)
     settings = (Decoding(ignore_eos=True), batching, Machine(device="cuda"))
+    job = Job(model, tmp_path / "split.parquet", 0, tmp_path / "dump" / "manifest.json", *settings)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (450 << 20)) / total)
     try:
-        manifest = generate(*words, tmp_path / "dump" / "manifest.json", *settings, capture=Capture(every=1000))
+        manifest = generate(replace(job, capture=Capture(every=1000)))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert manifest["smaller_batches"]["0"] in (8, 16, 32) and manifest["engine"] == "triton"
@@ -420,8 +424,8 @@ def test_a_model_that_does_not_fit_the_gpu_is_refused(whole, tmp_path, command, 
 def test_interrupt_before_the_program_starts_its_work_is_one_line(tmp_path):
     code = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
     program = (
-        "from sparsetrace.cli import main as cli; "
-        f"cli.check_config.callback = lambda config: exec({code!r}); cli.main()"
+        "from sparsetrace.cli import main as cli, tools; "
+        f"tools.check_config.callback = lambda config: exec({code!r}); cli.main()"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(sparsetrace.cli.main.__file__).parents[2]), *sys.path])}
     run = subprocess.run(

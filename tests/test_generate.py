@@ -10,18 +10,25 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.calibration.derive import derive_thresholds
+from sparsetrace.calibration.thresholds import read_thresholds
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import MATRICES, TOKENS
-from sparsetrace.generation import capture
+from sparsetrace.core.settings import Batching, Capture, Decoding, PromptSet
+from sparsetrace.formats.tables import TOKENS
+from sparsetrace.generation import selection
+from sparsetrace.generation.backend import EngineSetup
 from sparsetrace.generation.capture import Recorder
 from sparsetrace.generation.engine import Engine
-from sparsetrace.generation.generate import generate, matrix_table, repeated_share
+from sparsetrace.generation.generate import generate
+from sparsetrace.generation.job import Job
+from sparsetrace.generation.matrix_table import matrix_table
 from sparsetrace.generation.prompts import read_shard, split, write_split
+from sparsetrace.generation.seal import repeated_share
+from sparsetrace.generation.selection import select
 from sparsetrace.methods import Dense, Teal
 from sparsetrace.model.patch import install
-from sparsetrace.study.study import Batching, Decoding, PromptSet
 
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 LENGTHS = [3, 9, 1, 6, 4, 12, 2]
 
 
@@ -41,8 +48,14 @@ def inputs(tiny, tmp_path_factory):
 def make(inputs, folder: Path, machine, decoding=None, batching=None) -> Path:
     """Generate into a folder."""
     batching = batching or Batching(max_new_tokens=6, batch_size=4)
-    generate(*inputs, 0, folder / "manifest.json", decoding or Decoding(), batching, machine)
+    generate(job(inputs, folder, machine, decoding or Decoding(), batching))
     return folder
+
+
+def job(inputs, folder, machine, decoding, batching) -> Job:
+    model, thresholds, prompts = inputs
+    out = folder / "manifest.json"
+    return Job(model, prompts, 0, out, decoding, batching, machine, thresholds=thresholds)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -67,7 +80,7 @@ def test_two_runs_give_identical_files(inputs, tmp_path, machine, prefill, tempe
 def test_schedule_is_the_brute_force_list(inputs, tmp_path, machine, prefill, monkeypatch):
     """Every position fed, in which pass and slot, which are sparsified and captured, and how many rows come of it."""
     for limit in ("BLOCK_BYTES", "GPU_BLOCK_BYTES"):
-        monkeypatch.setattr(capture, limit, 20_000)
+        monkeypatch.setattr(selection, limit, 20_000)
     _, _, shard = inputs
     folder = make(inputs, tmp_path, machine, Decoding(prefill=prefill))
     outputs = {row["sequence"]: row["output_ids"] for row in table(folder, "sequences")}
@@ -140,8 +153,11 @@ def run_group(model, group, machine, batching, folder, decoding=None):
     decoder = model.load(torch.device(machine.device))
     rules = middle_rules()
     patch = install(decoder, Teal(sparsity=0.5), rules)
-    engine = Engine(decoder, patch, decoding or Decoding(prefill="all", ignore_eos=True), batching, model.eos)
-    recorder = Recorder(model.config, engine.block_rows, engine.device, patch.parts)
+    engine = Engine(
+        EngineSetup(decoder, patch, decoding or Decoding(prefill="all", ignore_eos=True), batching, model.eos)
+    )
+    chosen = select(model.sites, model.config.dtype, patch, Capture())
+    recorder = Recorder(chosen, engine.block_rows, engine.device)
     recorder.open(folder, group[0].group)
     result = engine.run(group, recorder)
     rows = {}
@@ -274,9 +290,9 @@ def test_groups_of_another_run_are_not_reused(inputs, tiny, tmp_path, rng, machi
             groups, _ = split(prompts, model.tokenizer(), 128, PromptSet(), batching)
             shard = tmp_path / "other.parquet"
             write_split(groups, 1, shard)
-    generate(model, thresholds, shard, 0, folder / "manifest.json", decoding, batching, machine)
     fresh = tmp_path / "fresh"
-    generate(model, thresholds, shard, 0, fresh / "manifest.json", decoding, batching, machine)
+    for place in (folder, fresh):
+        generate(job((model, thresholds, shard), place, machine, decoding, batching))
     assert contents(folder) == contents(fresh)
 
 
@@ -288,7 +304,7 @@ def test_small_blocks_hold_the_same_numbers(inputs, tmp_path, machine, monkeypat
     decoding = Decoding(ignore_eos=True)
     _, whole = run_group(model, group, machine, batching, tmp_path / "whole", decoding)
     for limit in ("BLOCK_BYTES", "GPU_BLOCK_BYTES"):
-        monkeypatch.setattr(capture, limit, 1)
+        monkeypatch.setattr(selection, limit, 1)
     _, cut = run_group(model, group, machine, batching, tmp_path / "cut", decoding)
     assert len(list((tmp_path / "cut").glob("*.safetensors"))) == 5
     assert len(list((tmp_path / "whole").glob("*.safetensors"))) == 1
@@ -316,7 +332,7 @@ def test_matrix_table_leads_to_the_weights(inputs):
 
     model, thresholds, _ = inputs
     source = load_torch(model.folder.parent / "checkpoint" / "model.safetensors")
-    rows = matrix_table(model, read_thresholds(thresholds, model))
+    rows = matrix_table(model, read_thresholds(thresholds, model), Capture())
     assert [(row["layer"], row["matrix"]) for row in rows] == [(layer, m) for layer in range(2) for m in MATRICES]
     for row in rows:
         runtime = load_torch(model.folder / model.tensors[row["weight"]]["file"])[row["weight"]]
@@ -328,9 +344,7 @@ def test_matrix_table_leads_to_the_weights(inputs):
 def test_report_and_manifest_count_the_same(inputs, tmp_path, machine):
     told = []
     batching = Batching(max_new_tokens=6, batch_size=4)
-    manifest = generate(
-        *inputs, 0, tmp_path / "manifest.json", Decoding(), batching, machine, lambda *args: told.append(args)
-    )
+    manifest = generate(job(inputs, tmp_path, machine, Decoding(), batching), lambda *args: told.append(args))
     assert [entry[:2] for entry in told] == [(1, 2), (2, 2)]
     assert told[-1][2] == manifest["rows"] == sum(row["captured"] for row in table(tmp_path, "tokens"))
     assert json.loads((tmp_path / "manifest.json").read_text()) == json.loads(json.dumps(manifest))

@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from sparsetrace.core.files import InputError
+from sparsetrace.core.settings import Batching, PromptSet
 from sparsetrace.core.text import read_documents, read_text
-from sparsetrace.formats.schema import PROMPTS
+from sparsetrace.formats.tables import PROMPTS
 from sparsetrace.generation.prompts import Sequence, read_shard, split, write_split
 from sparsetrace.model.tokenizer import Tokenizer, begin_token
-from sparsetrace.study.study import Batching, PromptSet
 
 TEXTS = ["plain", 'quote " and \\', "two\nlines", "café ☃ 𝄞", "next\x85line\u2028sep\x0cfeed"]
 DOCUMENTS = [

@@ -5,8 +5,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sparsetrace.calibration.quality import QUALITY, measure, quality_windows
-from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.calibration.derive import derive_thresholds
+from sparsetrace.calibration.quality import QUALITY, QualityJob, measure, quality_windows
+from sparsetrace.calibration.thresholds import read_thresholds
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Machine, Quality
 from sparsetrace.methods import Dense, Griffin, Teal, TopK
@@ -42,7 +43,7 @@ def test_figures_are_those_of_numpy(made, tmp_path, prefill):
     model, text, table = made
     quality = Quality(context=11, stride=5, prefill=prefill)
     path = table(Teal(sparsity=0.5))
-    rows = measure(model, text, [path], tmp_path / "q.parquet", quality, CPU).to_pylist()
+    rows = measure(QualityJob(model, text, [path], tmp_path / "q.parquet", quality, CPU)).to_pylist()
 
     ids = model.tokenizer().encode(text.read_text(), "test")
     setting = read_thresholds(path, model)
@@ -74,7 +75,7 @@ def test_figures_are_those_of_numpy(made, tmp_path, prefill):
 def test_what_drops_nothing_is_the_dense_model(made, tmp_path):
     model, text, table = made
     paths = [table(method) for method in (Dense(), Teal(sparsity=0), TopK(sparsity=0), Griffin(sparsity=0))]
-    rows = measure(model, text, paths, tmp_path / "q.parquet", SETTINGS, CPU).to_pylist()
+    rows = measure(QualityJob(model, text, paths, tmp_path / "q.parquet", SETTINGS, CPU)).to_pylist()
     assert [row["label"] for row in rows] == ["dense", "dense", "teal-0", "topk-0", "griffin-0"]
     for row in rows:
         assert (row["kl_divergence"], row["top1_agreement"]) == (0, 1)
@@ -85,9 +86,9 @@ def test_settings_do_not_disturb_each_other(made, tmp_path):
     """The same figures alone and together; a sequence's state does not outlive its window."""
     model, text, table = made
     paths = [table(method) for method in (Griffin(sparsity=0.5), Teal(sparsity=0.4), TopK(sparsity=0.6))]
-    together = measure(model, text, paths, tmp_path / "q.parquet", SETTINGS, CPU).to_pylist()
+    together = measure(QualityJob(model, text, paths, tmp_path / "q.parquet", SETTINGS, CPU)).to_pylist()
     for path, row in zip(paths, together[1:], strict=True):
-        alone = measure(model, text, [path], tmp_path / "q.parquet", SETTINGS, CPU).to_pylist()
+        alone = measure(QualityJob(model, text, [path], tmp_path / "q.parquet", SETTINGS, CPU)).to_pylist()
         assert alone == [together[0], row]
     assert [row["target_sparsity"] for row in together] == [None, 0.5, pytest.approx(0.4), 0.6]
     assert all(np.isfinite(row["perplexity"]) and row["kl_divergence"] > 0 for row in together[1:])
@@ -112,8 +113,8 @@ def test_refuses(made, tmp_path):
         (Quality(context=60, stride=5), "must hold at least one window of 65 tokens, got 61"),
     ):
         with pytest.raises(InputError, match=message):
-            measure(model, text, [table(Dense())], out, quality, CPU)
+            measure(QualityJob(model, text, [table(Dense())], out, quality, CPU))
     with pytest.raises(InputError, match="prefill must be half with method griffin, got all"):
         every = Quality(context=11, stride=5, prefill="all")
-        measure(model, text, [table(Griffin(sparsity=0.5))], out, every, CPU)
+        measure(QualityJob(model, text, [table(Griffin(sparsity=0.5))], out, every, CPU))
     assert not out.exists()

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import sparsetrace
-from sparsetrace.formats.schema import MATRICES
-from sparsetrace.study.study import Batching, Decoding
+from sparsetrace.core.settings import Batching, Decoding
 
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 WIDTHS = {matrix: {"o": 32, "down": 43}.get(matrix, 36) for matrix in MATRICES}
 
 

@@ -58,6 +58,20 @@ def test_steps_that_run_no_model_are_done_without_torch(tiny, tmp_path, rng):
         assert (tmp_path / step[0]).is_file()
 
 
+def test_a_checkpoints_architecture_is_read_without_torch(tiny, tmp_path, rng):
+    """`estimate` does, of a study whose models do not exist yet; the embedded model's stands in numbers too."""
+    checkpoint = tiny.checkpoint(tmp_path / "c", rng, **tiny.qwen3)
+    code = (
+        "import json, sys; from pathlib import Path; import sparsetrace.model.demo.shape, sparsetrace.model.layout;"
+        "from sparsetrace.core.settings import Conversion; from sparsetrace.model.read_config import read_config;"
+        "path = Path(sys.argv[1]); raw = json.loads((path / 'config.json').read_text());"
+        "family, config = read_config(raw, Conversion(), path);"
+        "print(len(family.sites(config)), len(list(family.tensors(config))), 'torch' in sys.modules)"
+    )
+    line = [sys.executable, "-c", code, str(checkpoint)]
+    assert subprocess.run(line, capture_output=True, text=True, check=True).stdout == "9 19 False\n"
+
+
 @pytest.mark.gpu
 def test_weights_on_a_gpu_are_those_of_the_files(tiny, tmp_path, rng):
     model = convert(tiny.checkpoint(tmp_path / "c", rng), tmp_path / "m", Conversion(dtype="bfloat16"))

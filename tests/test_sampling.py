@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparsetrace.generation.engine import uniforms
-from sparsetrace.generation.prompts import Sequence
-from sparsetrace_kernels.reference import sample
+from sparsetrace.generation.decode_state import uniforms
+from sparsetrace_kernels.torch_ops import sample
 
 
 def by_hand(logits: list[float], u: float, temperature: float, top_k: int) -> int:
@@ -22,10 +21,6 @@ def by_hand(logits: list[float], u: float, temperature: float, top_k: int) -> in
         if running > target:
             return token
     raise AssertionError("a uniform draw lies below 1")
-
-
-def sequences(numbers) -> list[Sequence]:
-    return [Sequence(number, 0, 0, slot, "", 0, "", [1]) for slot, number in enumerate(numbers)]
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 3, 50, 97, 200])
@@ -69,14 +64,14 @@ def test_frequencies_are_the_probabilities(rng):
 
 def test_draws_are_keyed_by_seed_sequence_and_position(rng):
     """Neither batch, slot nor the number of positions moves a draw; seed, sequence and position do."""
-    one = uniforms(7, sequences([3, 11, 5]), 20, 4)
+    one = uniforms(7, [3, 11, 5], 20, 4)
     assert one.dtype == torch.float64
     assert one.shape == (4, 20)
     assert ((one >= 0) & (one < 1)).all()
-    other = uniforms(7, sequences([5, 3]), 50, 2)
+    other = uniforms(7, [5, 3], 50, 2)
     assert torch.equal(one[2], other[0, :20])
     assert torch.equal(one[0], other[1, :20])
-    many = torch.cat([uniforms(seed, sequences(range(6)), 20, 6) for seed in range(4)])
+    many = torch.cat([uniforms(seed, list(range(6)), 20, 6) for seed in range(4)])
     assert len(np.unique(many.numpy())) == many.numel()
     # Philox is specified, so these never change: a data set can be made again years later
     philox = np.random.Generator(np.random.Philox(key=[7, 11])).random(20)

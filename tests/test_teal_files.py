@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sparsetrace.calibration.allocation import read_threshold_file
-from sparsetrace.calibration.teal_files import PLACES, Histogram, import_teal, read_histograms, read_lookup
+from sparsetrace.calibration.teal_files import MATRICES, SITE_OF, import_teal, read_lookup
+from sparsetrace.calibration.teal_histograms import PLACES, SignedHistogram, read_histograms
+from sparsetrace.calibration.threshold_file import read_threshold_file
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import MATRICES, SITE_OF
+from sparsetrace.formats.sites import Site
 
 FIXTURES = Path(__file__).parent / "fixtures" / "teal"
 LLAMA_2_7B = {"hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 11008, "num_hidden_layers": 32}
@@ -39,7 +40,7 @@ def real():
     """The four histograms of Llama-2-7B's layer 24, by site."""
     arrays = np.load(FIXTURES / "layer-24.npz")
     return {
-        site: Histogram(
+        site: SignedHistogram(
             torch.from_numpy(arrays[f"{site}.centers"]), torch.from_numpy(arrays[f"{site}.counts"].astype(np.float32))
         )
         for site in PLACES
@@ -84,7 +85,7 @@ def test_real_histograms_miss_the_target_by_teals_rule_and_not_by_magnitude(real
 
 def test_rules_on_a_histogram_that_is_known():
     """Ten activations in five bins; quantiles by hand."""
-    histogram = Histogram(torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 4.0, 2.0, 1.0]))
+    histogram = SignedHistogram(torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 4.0, 2.0, 1.0]))
     # cumulative 1 3 7 9 10; 0.5 + s/2 of 10 is 8 for s = 0.6: half way between 0 (7) and 1 (9)
     assert histogram.teal_threshold(0.6) == pytest.approx(0.5)
     assert histogram.teal_threshold(0) == histogram.magnitude_threshold(0) == 0
@@ -146,7 +147,7 @@ def test_imports_a_set(tmp_path, rng, config, rule):
         expected = histogram.teal_threshold(0.5) if rule == "teal" else histogram.magnitude_threshold(0.5)
         assert row["threshold"] == expected > 0
         assert row["implied_sparsity"] == histogram.implied_sparsity(expected)
-    choices = read_threshold_file(out, 2)
+    choices = read_threshold_file(out, [Site("in", layer, MATRICES, 6, (6,) * 7) for layer in range(2)])
     assert choices[1, "down"].threshold == rows[-1]["threshold"]
     assert choices[1, "down"].sparsity == 0.5
 
@@ -174,7 +175,7 @@ def test_the_published_row_that_loses_to_uniform(tmp_path):
     (tmp_path / "layer-0").mkdir()
     (tmp_path / "layer-0" / "results.csv").write_bytes((FIXTURES / "results-layer-16.csv").read_bytes())
     table = read_lookup(tmp_path, 1)[0]
-    assert (len(table.error), table.losses()) == (218, [0])
+    assert (len(table.error), table.worse_than_uniform()) == (218, [0])
     assert table.lookup(0.004, "test") == (dict.fromkeys(MATRICES, 0.004), True)
     found, uniform = table.lookup(0.5, "test")
     assert not uniform

@@ -1,14 +1,17 @@
-"""`sparsetrace tune`: which shapes, the fastest wins, the table's round trip, and which table chooses.
+"""`sparsetrace tune`: which shapes are measured, that the fastest wins, the table's round trip, which table chooses.
 
-Measuring is faked: no test needs a GPU.
+Measurements are faked: no test needs a GPU.
 """
 
 import json
+import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sparsetrace.cli.main import cli
+from sparsetrace.core import devices
 from sparsetrace.core.files import InputError
 from sparsetrace.tools import tuning
 from sparsetrace_kernels import configs
@@ -16,7 +19,7 @@ from sparsetrace_kernels import tune as tuner
 from sparsetrace_kernels.configs import GemvConfig, active_table, choose_config, decode_config, table_path
 
 GPU = "Test GPU 1"
-BEST = {"single": GemvConfig("predicated", 4, 128, 64, 2), "list": GemvConfig("list", 4, 32, 64, 1, num_stages=5)}
+BEST = GemvConfig("list", 4, 32, 64, 1, num_stages=5)
 
 
 class Pool:
@@ -46,13 +49,24 @@ class Problem:
         return [(op, sparsity, config)]
 
 
+@pytest.fixture(autouse=True)
+def _own_locks(monkeypatch, tmp_path_factory):
+    """Locks of GPUs in a folder of the test: another job on this machine may hold the real ones."""
+    folder = tmp_path_factory.mktemp("locks")
+    monkeypatch.setattr(devices, "lock_folder", lambda job: folder)
+    # the command sets it and leaves it set; the fixture restores it
+    monkeypatch.setenv(devices.VISIBLE, os.environ.get(devices.VISIBLE, ""))
+    monkeypatch.delenv(devices.VISIBLE)
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine that seems to have a GPU, on which BEST is the fastest at half sparsity and above."""
 
     def time(calls, **_):
         op, sparsity, config = calls[0]
-        us = 10.0 - 5 * (config == BEST[op]) * (sparsity >= 0.5) + config.use_pdl + config.split / 1000
+        assert op == "list"
+        us = 10.0 - 5 * (config == BEST) * (sparsity >= 0.5) + config.use_pdl + config.split / 1000
         return us, us, us
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -72,21 +86,31 @@ def test_table_holds_the_fastest_and_chooses_once_it_is_named(gpu, tmp_path, mon
     path, entries = tuning.tune(
         [(512, 4096), (512, 4096)], "float16", out, tmp_path, lambda *step: steps.append(step[:2])
     )
-    assert (path, entries) == (out, 2 * len(tuner.SPARSITIES))
+    assert (path, entries) == (out, len(tuner.SPARSITIES))
     assert [done for done, _ in steps] == list(range(1, steps[-1][1] + 1))
     document = json.loads(out.read_text())
     assert document["gpu"] == gpu and document["torch"] == torch.__version__
     for entry in document["entries"]:
-        assert (decode_config(entry["config"]) == BEST[entry["op"]]) == (entry["sparsity"] >= 0.5)
+        assert entry["op"] == "list"
+        assert (decode_config(entry["config"]) == BEST) == (entry["sparsity"] >= 0.5)
     assert tuner.format_table(document) == out.read_text()
     assert Pool.shut == 1
 
     shape = ("list", 512, 4096, torch.bfloat16, 0.75)
     assert active_table(gpu) is None
-    assert choose_config(*shape, active_table(gpu)) != BEST["list"]
+    assert choose_config(*shape, active_table(gpu)) != BEST
     monkeypatch.setenv(configs.OWN_TABLE, str(out))
     assert table_path(gpu) == out
-    assert choose_config(*shape, active_table(gpu)) == BEST["list"]
+    assert choose_config(*shape, active_table(gpu)) == BEST
+
+
+def test_kernels_that_triton_tells_apart_are_compiled_ahead():
+    """Of the split it tells one program from several; of the inputs, the number of sections up to a power of two."""
+    config = GemvConfig("list", 4, 32, 64, 1, num_stages=5)
+    jobs = [("float16", K, replace(config, split=split)) for K in (512, 4096, 8192, 11008) for split in (1, 2, 8)]
+    found = {(K, config.split) for _, K, config in tuner.distinct_kernels(jobs)}
+    # 8192 and 11008 inputs are listed in up to 16 sections
+    assert found == {(512, 1), (512, 8), (4096, 1), (4096, 8), (11008, 1), (11008, 8)}
 
 
 def test_another_table_in_the_same_process_is_read(gpu, tmp_path, monkeypatch):

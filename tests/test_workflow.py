@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import yaml
 
 import sparsetrace
+from sparsetrace.cli.main import cli
+from sparsetrace.core.settings import Capture
 from sparsetrace.tools.reproduce import reproduce
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +87,24 @@ def test_dry_run_of_the_default_study_lists_every_job(tmp_path):
     output = snakemake(tmp_path, "--dry-run", "--cores", "1").stdout
     counts = dict(re.findall(r"^(\w+) +(\d+)$", output, re.MULTILINE))
     assert counts["generate"] == counts["pack"] == "6" and counts["index"] == "3" and counts["demo_checkpoint"] == "1"
+
+
+def test_layers_reach_the_command_line(tmp_path):
+    """Shell words of a dry run -> click's own parser -> the layers of the study file, 0 among them."""
+    layers = {"first": [1], "zeroth": [0], "both": [0, 1], "all": []}
+    model = {"checkpoint": "embedded", "calibration_text": "embedded"}
+    run = {"prompts": "embedded", "methods": [{"name": "dense"}]}
+    runs = {name: run | {"capture": {"layers": numbers}} for name, numbers in layers.items()}
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump({"models": {"demo": model}, "runs": runs}))
+    words = ["--dry-run", "--printshellcmds", "--cores", "1", "--configfile", "my.yaml"]
+    commands = re.findall(
+        r"^Shell command: sparsetrace generate (.+) > (\S+)", snakemake(tmp_path, *words).stdout, re.MULTILINE
+    )
+    found = {}
+    for command, log in commands:
+        values = cli.commands["generate"].make_context("generate", shlex.split(command)).params
+        found[Path(log).parts[4]] = list(Capture(layers=values["layers"]).layers)
+    assert found == layers
 
 
 def test_run_writes_the_workload_and_removes_the_dump(study):

@@ -1,7 +1,7 @@
 """Residual add and RMSNorm that also threshold, list and capture their output.
 
-total = residual + delta;  normed = round(total * rsqrt(mean(total^2) + eps)) * weight, each stored value rounded to
-its dtype before the next step, as Llama does.  The mask is taken on `normed` as stored.
+total = residual + delta;  normed = round(total * rsqrt(mean(total^2) + eps)) * weight, each rounded to the dtype before
+the next step, as in Llama. The mask is made from `normed` as it is stored.
 Oracles: `reference.add_rmsnorm_ref` for the sums, `reference.compact_ref` on the returned `normed_K` for the rest.
 """
 
@@ -15,9 +15,17 @@ from torch import Tensor
 
 from sparsetrace_kernels import checks
 from sparsetrace_kernels.compact import check_producer, empty_lists, section_grid
-from sparsetrace_kernels.primitives import finish_section, load_slot, load_thresholds, wait_for_producer
+from sparsetrace_kernels.primitives import (
+    ListArguments,
+    RingArguments,
+    finish_section,
+    load_slot,
+    load_thresholds,
+    pdl_options,
+    wait_for_producer,
+)
 
-# every program sums the squares of the whole vector: 8 entries a thread at K = 4096
+# each program sums the squares of the whole vector: 8 entries a thread at K = 4,096
 NUM_WARPS = 16
 
 
@@ -33,7 +41,7 @@ def load_total(residual_ptr, delta_ptr, o_k, m_k):
 
 @triton.jit
 def normalize(b_total, b_rms, b_weight):
-    """Scale by the reciprocal of the root mean square, round, multiply by the weight, round."""
+    """Multiply by the reciprocal root mean square, round, multiply by the weight, round."""
     dtype: tl.constexpr = b_total.dtype
     b_unit = (b_total.to(tl.float32) * b_rms).to(dtype)
     return (b_unit.to(tl.float32) * b_weight.to(tl.float32)).to(dtype)
@@ -47,7 +55,7 @@ def _add_rmsnorm_kernel(
     eps,
     threshold_ptr,  # [S] int32
     scale_ptr,  # [S, K] float32 or None
-    total_ptr,  # [K]; not residual_ptr: every program reads all of that
+    total_ptr,  # [K]; not residual_ptr, which every program reads whole
     normed_ptr,  # [K]
     lists_ptr,  # [S, I, L] int32
     counts_ptr,  # [S, I] int32
@@ -66,9 +74,14 @@ def _add_rmsnorm_kernel(
     PDL: tl.constexpr,
 ):
     i_section = tl.program_id(0)
+    ring = RingArguments(
+        values_ptr, mask_ptr, slot_ptr, num_slots, values_slot_stride, values_segment_stride, mask_slot_stride,
+        mask_segment_stride,
+    )  # fmt: skip
+    lists = ListArguments(scale_ptr, lists_ptr, counts_ptr)
     o_k = i_section * LENGTH + tl.arange(0, LENGTH)
     m_k = o_k < K
-    # the kernel before does not make these, so they are fetched while that one still runs
+    # the kernel before does not write these, so they are loaded while it still runs
     b_weight = tl.load(weight_ptr + o_k, mask=m_k, other=0.0)
     b_thresholds = load_thresholds(threshold_ptr, NUM_SEGMENTS)
     b_slot = load_slot(slot_ptr)
@@ -81,27 +94,7 @@ def _add_rmsnorm_kernel(
     tl.store(total_ptr + o_k, b_total, mask=m_k)
     tl.store(normed_ptr + o_k, b_x, mask=m_k)
     finish_section(
-        b_x,
-        o_k,
-        m_k,
-        b_thresholds,
-        scale_ptr,
-        lists_ptr,
-        counts_ptr,
-        values_ptr,
-        mask_ptr,
-        b_slot,
-        num_slots,
-        values_slot_stride,
-        values_segment_stride,
-        mask_slot_stride,
-        mask_segment_stride,
-        i_section,
-        tl.num_programs(0),
-        K,
-        NUM_SEGMENTS,
-        LENGTH,
-        LENGTH,
+        b_x, o_k, m_k, b_thresholds, lists, ring, b_slot, i_section, tl.num_programs(0), K, NUM_SEGMENTS, LENGTH
     )
 
 
@@ -123,7 +116,7 @@ def add_rmsnorm(
 
     Args:
         residual_K: residual stream, fp16 or bf16, K at most 65,536.
-        delta_K: what is added to it, or None before the first layer.
+        delta_K: what is added to it; None before the first layer.
         norm_weight_K: RMSNorm weight.
         eps: RMSNorm epsilon.
         threshold_bits_S: int32, as `sparse_gemv` takes them, 1 to 3.
@@ -131,12 +124,12 @@ def add_rmsnorm(
         values_RSK: ring that takes each segment's operand, dtype of `residual_K`; or None.
         mask_RSM: ring that takes the operand's bitmask, uint8, LSB first; or None.
         slot: [1] int64, the ring slot to write; outside [0, R) nothing is captured; None without a ring.
-        use_pdl: launch while the kernel before still drains (Hopper and later); of the tensors here that one may make
-            the first two only.
+        use_pdl: start while the kernel before still runs (Hopper and later); that kernel may write none of these
+            tensors but the first two.
 
     Returns:
         total_K: the new residual stream.
-        normed_K: the normalised vector as thresholded, before masking; error within 2x that of torch.
+        normed_K: the normalised vector before masking; error within 2x that of torch.
         list_SIL, counts_SI: as `compact` returns them for `normed_K`.
     """
     op = "add_rmsnorm"
@@ -154,7 +147,7 @@ def add_rmsnorm(
     _add_rmsnorm_kernel[grid](
         residual_K, delta_K, norm_weight_K, eps, threshold_bits_S, scale_SK, total_K, normed_K, list_SIL, counts_SI,
         *checks.ring_arguments(values_RSK, mask_RSM, slot), K,
-        PDL=use_pdl, **meta, **({"launch_pdl": True} if use_pdl else {}),
+        **meta, **pdl_options(use_pdl),
     )  # fmt: skip
     return total_K, normed_K, list_SIL, counts_SI
 

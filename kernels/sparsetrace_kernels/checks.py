@@ -1,4 +1,4 @@
-"""Checks that the ops share; each refuses with `<op>: <name> must be <rule>, got <value>`."""
+"""Checks that the ops share; each raises ValueError with `<op>: <name> must be <rule>, got <value>`."""
 
 # Shape suffixes: K = input features, N = output features, S = column segments, R = ring slots,
 # M = bitmask bytes of a row, ceil(K / 8); C = arrival counters, W = words of `new_partials`.  Of attention: B = slots,
@@ -12,7 +12,7 @@ HALF_TYPES = (torch.float16, torch.bfloat16)
 # a program addresses its tile of rows x N by int32 offsets from an int64 base
 MAX_COLUMNS = 1 << 20
 
-# one for each slot of a launch
+# a launch takes one for each slot
 MAX_ARRIVALS = 1 << 16
 
 # a list entry holds the row in 16 bits
@@ -41,7 +41,7 @@ def require_half_vector(op: str, name: str, tensor: Tensor) -> None:
 
 
 def require_half_rows(op: str, name: str, rows_TK: Tensor) -> None:
-    """Refuse anything but a nonempty fp16 or bf16 matrix with contiguous rows, which may lie at any distance."""
+    """Refuse anything but a nonempty fp16 or bf16 matrix with contiguous rows, at any distance from each other."""
     if rows_TK.ndim != 2 or rows_TK.numel() == 0 or rows_TK.dtype not in HALF_TYPES or rows_TK.stride(1) != 1:
         raise ValueError(
             f"{op}: {name} must be a nonempty fp16 or bf16 matrix with contiguous rows, got {_describe(rows_TK)}: "
@@ -50,7 +50,7 @@ def require_half_rows(op: str, name: str, rows_TK: Tensor) -> None:
 
 
 def require_like_rows(op: str, name: str, rows_TK: Tensor, like_TK: Tensor) -> None:
-    """Refuse rows that differ from others in shape, dtype or device, or are not contiguous in themselves."""
+    """Refuse rows that differ from others in shape, dtype or device, or that are not contiguous."""
     fits = rows_TK.shape == like_TK.shape and rows_TK.dtype == like_TK.dtype and rows_TK.device == like_TK.device
     if not fits or rows_TK.stride(1) != 1:
         raise ValueError(
@@ -73,7 +73,7 @@ def require_weight(op: str, weight_KN: Tensor, K: int, dtype: torch.dtype, devic
 
 
 def require_segments(op: str, segments: list[int], N: int) -> None:
-    """Refuse column segments that are not 1 to 3 positive widths which fill the weight."""
+    """Refuse column segments other than 1 to 3 positive widths that fill the weight."""
     if not 1 <= len(segments) <= 3 or min(segments) < 1 or sum(segments) != N:
         raise ValueError(f"{op}: segments must be 1 to 3 positive widths that sum to N={N}, got {list(segments)}")
 
@@ -88,17 +88,23 @@ def require_thresholds(
 
 
 def count_thresholds(op: str, name: str, threshold_bits: Tensor) -> int:
-    """How many thresholds there are, 1 to 3: one for each vector that is made of the input."""
+    """Return the number of thresholds, which must be 1 to 3: one for each operand that is made of the input."""
     count = threshold_bits.shape[0] if threshold_bits.ndim == 1 else 0
     if not 1 <= count <= 3:
         raise ValueError(f"{op}: {name} must hold 1 to 3 thresholds, got {tuple(threshold_bits.shape)}")
     return count
 
 
+def require_one_threshold(op: str, S: int, reader: str) -> None:
+    """Refuse several thresholds where only one matrix reads the vector."""
+    if S != 1:
+        raise ValueError(f"{op}: threshold_bits_S must hold one threshold, got {S}: only {reader}")
+
+
 def require_slots(
     op: str, name: str, ring: Tensor, S: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Refuse a ring whose rows do not fit; slots and segments may have any stride."""
+    """Refuse a ring whose rows do not fit; strides of slots and segments are free."""
     if ring.ndim != 3 or tuple(ring.shape[1:]) != (S, width) or ring.dtype != dtype or ring.device != device:
         raise ValueError(f"{op}: {name} must be {dtype} [R, {S}, {width}] on {device}, got {_describe(ring)}")
     if ring.stride(2) != 1:
@@ -115,7 +121,7 @@ def require_ring(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Refuse capture rings whose rows do not fit or whose slots differ, and a slot without a ring."""
+    """Refuse capture rings whose rows do not fit or whose numbers of slots differ, and a slot without a ring."""
     num_slots = None
     for name, ring, width, ring_dtype in (
         ("values_RSK", values_RSK, K, dtype),
@@ -137,7 +143,7 @@ def require_ring(
 
 
 def new_arrivals(device: torch.device | str) -> Tensor:
-    """Make the arrival counters that the kernels of one stream share: int32, zero, and left zero by every launch."""
+    """Allocate arrival counters, which kernels on one stream may share: int32, zero before and after every launch."""
     return torch.zeros(MAX_ARRIVALS, dtype=torch.int32, device=device)
 
 
@@ -147,7 +153,7 @@ def require_arrivals(op: str, arrivals_C: Tensor, num_counters: int, device: tor
 
 
 def require_partials(op: str, partials_W: Tensor, num_senders: int, words: int, device: torch.device) -> None:
-    """Refuse words for partial results that are too few for so many programs to send so many each."""
+    """Refuse too few words for `num_senders` programs that send `words` partial results each."""
     wanted = f"{num_senders} x {words} words"
     _require_zeros(op, "partials_W", partials_W, num_senders * words, wanted, "new_partials", device)
 
@@ -155,7 +161,7 @@ def require_partials(op: str, partials_W: Tensor, num_senders: int, words: int, 
 def _require_zeros(
     op: str, name: str, zeros: Tensor, least: int, wanted: str, maker: str, device: torch.device
 ) -> None:
-    """Refuse what launches share if it is of another type or too small; that it is zero is the launches' part."""
+    """Refuse shared zeros of another type or too few; the launches themselves keep them zero."""
     if zeros.ndim != 1 or zeros.dtype != torch.int32 or zeros.device != device:
         raise ValueError(f"{op}: {name} must be an int32 vector on {device}, got {_describe(zeros)}")
     if zeros.shape[0] < least or not zeros.is_contiguous():
@@ -165,7 +171,7 @@ def _require_zeros(
 
 
 def require_cache(op: str, keys_BSGD: Tensor, values_BSGD: Tensor) -> None:
-    """Refuse a layer's cache whose heads cannot be rotated or are not contiguous; the other strides may be any."""
+    """Refuse a layer's cache whose heads cannot be rotated or are not contiguous; the other strides are free."""
     if keys_BSGD.dtype not in HALF_TYPES:
         raise ValueError(
             f"{op}: keys_BSGD must be fp16 or bf16, got {_describe(keys_BSGD)}: fp32 models run on the torch engine"
@@ -185,7 +191,7 @@ def require_cache(op: str, keys_BSGD: Tensor, values_BSGD: Tensor) -> None:
 def ring_arguments(
     values_RSK: Tensor | None, mask_RSM: Tensor | None, slot: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, int, int, int, int, int]:
-    """Lay a checked ring out as the kernels take it: pointers, number of slots, strides in elements."""
+    """Lay a checked ring out as `primitives.RingArguments`: pointers, number of slots, strides in elements."""
     ring = values_RSK if values_RSK is not None else mask_RSM
     return (
         values_RSK,

@@ -1,7 +1,7 @@
 """Threshold, list and capture a vector that is already in memory.
 
-A list is left in sections, each of the inputs of one program: entries at its beginning, their count beside it, so that
-no program waits for another or does its work again.  Oracle: `reference.compact_ref`.
+A list has sections, one for the inputs of each program, with the entries at the section's start and their count beside
+it, so that no program waits for another or repeats its work. Oracle: `reference.compact_ref`.
 """
 
 # Shape suffixes: K = input features, S = column segments (1 to 3), I = sections of a list, L = inputs of a section,
@@ -13,12 +13,20 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsetrace_kernels import checks
-from sparsetrace_kernels.primitives import finish_section, load_slot, load_thresholds, wait_for_producer
+from sparsetrace_kernels.primitives import (
+    ListArguments,
+    RingArguments,
+    finish_section,
+    load_slot,
+    load_thresholds,
+    pdl_options,
+    wait_for_producer,
+)
 
-# inputs of a section: at least so many, and for wide inputs as many as make so few sections
+# inputs of a section are at least the first, and for wide vectors as many as leave at most the second of sections
 MIN_SECTION, FEW_SECTIONS = 512, 16
 
-# of the inputs that one program handles
+# inputs of a section for each warp
 ENTRIES_PER_WARP = 128
 
 
@@ -43,43 +51,29 @@ def _compact_kernel(
     PDL: tl.constexpr,
 ):
     i_section = tl.program_id(0)
+    ring = RingArguments(
+        values_ptr, mask_ptr, slot_ptr, num_slots, values_slot_stride, values_segment_stride, mask_slot_stride,
+        mask_segment_stride,
+    )  # fmt: skip
+    lists = ListArguments(scale_ptr, lists_ptr, counts_ptr)
     b_thresholds = load_thresholds(threshold_ptr, NUM_SEGMENTS)
     b_slot = load_slot(slot_ptr)
     wait_for_producer(PDL)
     o_k = i_section * LENGTH + tl.arange(0, LENGTH)
     m_k = o_k < K
+    b_x = tl.load(x_ptr + o_k, mask=m_k, other=0.0)
     finish_section(
-        tl.load(x_ptr + o_k, mask=m_k, other=0.0),
-        o_k,
-        m_k,
-        b_thresholds,
-        scale_ptr,
-        lists_ptr,
-        counts_ptr,
-        values_ptr,
-        mask_ptr,
-        b_slot,
-        num_slots,
-        values_slot_stride,
-        values_segment_stride,
-        mask_slot_stride,
-        mask_segment_stride,
-        i_section,
-        tl.num_programs(0),
-        K,
-        NUM_SEGMENTS,
-        LENGTH,
-        LENGTH,
+        b_x, o_k, m_k, b_thresholds, lists, ring, b_slot, i_section, tl.num_programs(0), K, NUM_SEGMENTS, LENGTH
     )
 
 
 def section_length(K: int) -> int:
-    """Inputs of a section, a power of two."""
+    """Number of inputs in a section, a power of two."""
     return max(MIN_SECTION, triton.next_power_of_2(triton.cdiv(K, FEW_SECTIONS)))
 
 
 def section_grid(list_SIL: Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """Give every section a program: the grid and the sizes that producers take."""
+    """Return the grid, with a program for each section, and the sizes that producers take."""
     S, num_sections, length = list_SIL.shape
     meta = {"NUM_SEGMENTS": S, "LENGTH": length, "num_warps": min(8, length // ENTRIES_PER_WARP)}
     return (num_sections,), meta
@@ -95,7 +89,7 @@ def check_producer(
     mask_RSM: Tensor | None,
     slot: Tensor | None,
 ) -> int:
-    """Refuse arguments that no producer takes; returns the number of segments."""
+    """Refuse arguments that no producer takes, and return the number of segments."""
     if K > checks.MAX_LIST_ROWS:
         raise ValueError(
             f"{op}: K must be at most {checks.MAX_LIST_ROWS}, got {K}: an entry holds the row in 16 bits; "
@@ -108,7 +102,7 @@ def check_producer(
 
 
 def empty_lists(S: int, K: int, device: torch.device, length: int | None = None) -> tuple[Tensor, Tensor]:
-    """Allocate list_SIL and counts_SI, with sections of `section_length` or of a length of one's own."""
+    """Allocate list_SIL and counts_SI, with sections of `length` inputs; None takes `section_length`."""
     length = length or section_length(K)
     num_sections = triton.cdiv(K, length)
     return (
@@ -137,13 +131,13 @@ def compact(
         values_RSK: ring that takes each segment's operand, dtype of `x_K`; or None.
         mask_RSM: ring that takes the operand's bitmask, uint8, LSB first; or None.
         slot: [1] int64, the ring slot to write; outside [0, R) nothing is captured; None without a ring.
-        use_pdl: launch while the kernel before still drains (Hopper and later); of the tensors here that one may make
-            the first only.
+        use_pdl: start while the kernel before still runs (Hopper and later); that kernel may write none of these
+            tensors but the first.
 
     Returns:
-        list_SIL: int32, `row << 16 | bit pattern of x`, rows ascending, section i of those in [i L, (i + 1) L); entries
-            from a section's count on are undefined.
-        counts_SI: int32.
+        list_SIL: int32, `row << 16 | bit pattern of x`, rows ascending; section i holds rows in [i L, (i + 1) L), and
+            its entries from its count on are undefined.
+        counts_SI: int32, number of entries in each section.
     """
     checks.require_half_vector("compact", "x_K", x_K)
     (K,) = x_K.shape
@@ -152,7 +146,7 @@ def compact(
     grid, meta = section_grid(list_SIL)
     _compact_kernel[grid](
         x_K, threshold_bits_S, scale_SK, list_SIL, counts_SI, *checks.ring_arguments(values_RSK, mask_RSM, slot), K,
-        PDL=use_pdl, **meta, **({"launch_pdl": True} if use_pdl else {}),
+        **meta, **pdl_options(use_pdl),
     )  # fmt: skip
     return list_SIL, counts_SI
 

@@ -1,8 +1,9 @@
 """Choice of a kernel configuration: from a table for the kind of GPU, else by a deterministic heuristic.
 
-The table is the user's own where `SPARSETRACE_TUNING` names one, else the committed one; `table_path` says which, so
-that a manifest can hold its hash.  Nothing is measured here, so the same table and the same shape give the same
-configuration, and the same bytes.  `tune.tune` measures and makes a table.
+The table is the user's own where `SPARSETRACE_TUNING` names one, else the committed one; `table_path` returns which, so
+that a manifest can record its hash. Nothing is measured here, so the same table and the same shape give the same
+configuration and the same bytes. `tune.tune` measures the engine's kernel, `list`, and makes a table; only the
+committed tables have entries of `single`, which benchmarks launch.
 
 Table file (JSON): `{"gpu", "torch", "triton", "entries": [{"op", "dtype", "k", "n", "sparsity", "config", "us"}]}`,
 op `single` or `list`, sparsity the fraction dropped, config as `GemvConfig.encode` writes it, us microseconds a call.
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 
 TABLES = Path(__file__).parent / "tuning"
-# environment variable that names a table of one's own, which then stands in for the committed one
+# environment variable that names the user's own table, used in place of the committed one
 OWN_TABLE = "SPARSETRACE_TUNING"
 KERNELS = ("predicated", "compacting", "list")
 
@@ -31,10 +32,10 @@ MAX_CHUNK_K = 8192
 
 @dataclass(frozen=True, slots=True)
 class GemvConfig:
-    """How one GEMV is cut into programs; it changes the order of summation and the speed, never a mask."""
+    """How one GEMV is divided among programs: it changes the order of summation and the speed, never a mask."""
 
     kernel: str  # one of KERNELS
-    split: int  # programs along K (predicated: one per tile, so it follows from block_k)
+    split: int  # programs along K (predicated: one for each tile, so block_k determines it)
     block_k: int  # weight rows in a tile
     block_n: int  # columns of a program
     num_warps: int
@@ -64,7 +65,7 @@ class GemvConfig:
             )
 
     def encode(self) -> str:
-        """Write the configuration as one word, which the ops take and manifests record."""
+        """Write the configuration as one word, which the ops take and tables hold."""
         return ":".join(str(int(v)) if isinstance(v, bool) else str(v) for v in astuple(self))
 
 
@@ -96,7 +97,7 @@ class TuningTable:
         return cls(document["gpu"], entries)
 
     def find(self, op: str, dtype: torch.dtype, K: int, N: int, sparsity: float) -> GemvConfig | None:
-        """Look up the nearest sparsity measured for a shape (the lower of two as near); None if there is none."""
+        """Look up the nearest sparsity measured for a shape, the lower of two equally near; None for other shapes."""
         name = str(dtype).removeprefix("torch.")
         # both 16-bit types move the same bytes, so one stands in for the other
         for candidate in (name, "float16", "bfloat16"):
@@ -107,12 +108,12 @@ class TuningTable:
 
 
 def table_name(gpu: str) -> str:
-    """File name of the table of a kind of GPU, as `torch.cuda.get_device_name` calls it."""
+    """File name of the table for a kind of GPU, named as by `torch.cuda.get_device_name`."""
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
 
 
 def table_path(gpu: str) -> Path:
-    """Name the table that chooses for a kind of GPU: one's own, else the committed one, which may not exist.
+    """Path of the table for a kind of GPU: the user's own, else the committed one, which may not exist.
 
     Raises:
         ValueError: `SPARSETRACE_TUNING` names no file.
@@ -126,16 +127,27 @@ def table_path(gpu: str) -> Path:
 
 
 def active_table(gpu: str) -> TuningTable | None:
-    """Load the table that chooses for a kind of GPU, or None if a heuristic does.
+    """Load the table at `table_path`; None if there is none, so that the heuristic chooses.
 
     Raises:
-        ValueError: one's own table is not there, is none, or was measured on another kind of GPU.
+        ValueError: the user's own table is not there, is no table, or was measured on another kind of GPU.
     """
     path = table_path(gpu)
     table = _read_table(path) if path.is_file() else None
     if table is not None and os.environ.get(OWN_TABLE) and table.gpu != gpu:
         raise ValueError(f"{OWN_TABLE} must name a table measured on {gpu}, got one of {table.gpu}: {path}")
     return table
+
+
+def table_for(op: str, gpu: str) -> TuningTable | None:
+    """Load the table that chooses for an op; None if the heuristic does.
+
+    `list` takes `active_table`; `single`, which `tune` does not measure, takes the committed table.
+    """
+    if op != "single":
+        return active_table(gpu)
+    path = TABLES / table_name(gpu)
+    return _read_table(path) if path.is_file() else None
 
 
 @functools.cache
@@ -147,14 +159,14 @@ def _read_table(path: Path) -> TuningTable:
 
 
 def heuristic_config(op: str, K: int, N: int, sparsity: float) -> GemvConfig:
-    """Choose without a table, from shape and sparsity alone; the figures behind the steps are those of an H100."""
+    """Choose from shape and sparsity alone; the limits were measured on an H100."""
     if op == "list":
         if K * N >= 1 << 27:
             return GemvConfig("list", 1, 64, 128, num_warps=4, num_stages=5, use_dot=True)
         # about three programs on each of 132 SMs
         split = max(1, min(8, 400 * 64 // N))
         return GemvConfig("list", split, 32, 64, num_warps=1, num_stages=5)
-    # where few rows are left, skipping loads one by one costs more than compacting them first
+    # where few rows are kept, loads by predicate cost more than compacting the rows first
     if sparsity >= 0.7:
         block_n = 128 if K * N >= 1 << 25 else 64
         return GemvConfig("compacting", -(-K // 512), 32, block_n, num_warps=1)
@@ -173,7 +185,7 @@ def choose_config(
         N: output features, of all segments together.
         dtype: fp16 or bf16.
         sparsity: expected fraction dropped, in [0, 1]; it affects the speed only.
-        table: measured table, such as `active_table`; None for the heuristic.
+        table: measured table, such as `table_for` loads; None leaves the choice to the heuristic.
 
     Returns:
         a configuration, a pure function of the arguments.
@@ -191,14 +203,14 @@ def config_for(op: str, K: int, N: int, dtype: torch.dtype, config: str | None, 
     if device.type == "cuda":
         if config is not None:
             return decode_config(config)
-        return choose_config(op, K, N, dtype, 0.5, active_table(torch.cuda.get_device_name(device)))
+        return choose_config(op, K, N, dtype, 0.5, table_for(op, torch.cuda.get_device_name(device)))
     chosen = decode_config(config) if config is not None else choose_config(op, K, N, dtype, 0.5)
     # Triton 3.7's interpreter has no dependent launch, and multiplies bf16 in tl.dot as integers
     return replace(chosen, use_pdl=False, use_dot=chosen.use_dot and dtype != torch.bfloat16)
 
 
 def segment_ends(segments: Iterable[int], N: int) -> tuple[int, int]:
-    """Give the two inner column bounds that the kernels take; N stands in for those that are missing."""
+    """Return the two inner column bounds that the kernels take; N stands in for a bound that is missing."""
     ends = [*segments][:-1]
     if not ends:
         return N, N

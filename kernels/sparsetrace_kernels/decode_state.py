@@ -1,11 +1,12 @@
 """Bookkeeping between decoding steps, one small launch each: where rows are captured, and what each slot is fed next.
 
-Written in torch these are a score of launches a step, each as long as its gap.  One program does each; integers only,
-so both equal their oracles exactly.  Oracles: `reference.place_rows_ref`, `reference.advance_ref`.
+In torch (`torch_ops`) these take about twenty launches a step, each hardly longer than the gap after it. Each kernel
+runs one program, on integers only, so the results equal the oracles exactly.
+Oracles: `reference.place_rows_ref`, `reference.advance_ref`.
 """
 
-# Shape suffixes: n = rows of a pass, R = rows of the capture ring and one for what is not captured, B = slots,
-# P = positions, V = eos tokens.
+# Shape suffixes: n = rows of a pass, R = rows of the capture ring and one more for rows that are not captured,
+# B = slots, P = positions, V = end tokens.
 
 import torch
 import triton
@@ -40,7 +41,7 @@ def _place_rows_kernel(
         b_one = b_captured.to(tl.int64)
         b_row = b_filled + tl.cumsum(b_one, 0) - b_one
         tl.store(rows_ptr + o_n, tl.where(b_captured, b_row, nowhere), mask=m_n)
-        # a ring that is full already takes nothing more
+        # a full ring takes no more rows
         m_label = b_captured & (b_row < nowhere)
         b_base = tl.load(bases_ptr + o_n, mask=m_n, other=0)
         tl.store(labels_ptr + 3 * b_row, b_base + b_position, mask=m_label)
@@ -60,19 +61,19 @@ def place_rows(
     labels_R3: Tensor,
     filled: Tensor,
 ) -> Tensor:
-    """Give each row that is captured the next free row of the ring, and label it.
+    """Assign the next free row of the ring to each row that is captured, and label it.
 
     Args:
-        chosen_n: bool, the rows that may be captured.
+        chosen_n: bool, rows that may be captured.
         positions_n: int64, not negative; a chosen row is captured if its position is a multiple of `every`.
         bases_n: int64, token number of each row's sequence at position 0.
         numbers_n: int64, number of each row's sequence.
         every: at least 1.
         labels_R3: int64, takes (token, sequence, position) of each captured row; R - 1 rows can be captured.
-        filled: [1] int64, rows of the ring filled so far; goes up by those captured.
+        filled: [1] int64, filled rows of the ring; increases by the number of rows captured.
 
     Returns:
-        rows_n: int64; R - 1 where a row is not captured.
+        rows_n: int64, the ring's row for each row, R - 1 for rows that are not captured.
     """
     op = "place_rows"
     device = chosen_n.device
@@ -146,18 +147,18 @@ def advance(
     running_B: Tensor,
     all_finite_B: Tensor,
 ) -> None:
-    """Note the tokens chosen, and say which slots go on.
+    """Record the tokens chosen, and decide which slots continue.
 
     Args:
-        next_B: int64, the token chosen for each slot.
-        finite_B: bool, whether all that it was chosen by is finite.
+        next_B: int64, token chosen for each slot.
+        finite_B: bool, whether all logits of the slot are finite.
         eos_V: int64, tokens that end a slot; may be empty.
-        limits_B: int64, how many tokens are chosen for each slot, at most.
-        chosen_PB: int64, takes `next_B` as its row `count`, which must be below P.
-        count: [1] int64, choices made before; goes up by one.
+        limits_B: int64, maximum number of tokens to choose for each slot.
+        chosen_PB: int64, takes `next_B` in row `count`, which must be below P.
+        count: [1] int64, tokens chosen so far for each slot; increases by one.
         tokens_B: int64, becomes `next_B`.
-        running_B: bool, stays set where the slot is fed the chosen token.
-        all_finite_B: bool, is cleared where a running slot's values are not finite.
+        running_B: bool, cleared where the slot ends, so that it is not fed the chosen token.
+        all_finite_B: bool, cleared where a running slot's logits are not finite.
     """
     op = "advance"
     device = next_B.device

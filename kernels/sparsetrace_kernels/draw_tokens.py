@@ -1,14 +1,14 @@
-"""Choose each slot's next token from its logits, in one launch: the likeliest, or a draw by the inverse distribution.
+"""Choose each slot's next token from its logits in one launch: the likeliest, or a draw by the inverse distribution.
 
-next = the first token at which the running sum of exp((l - max l) / temperature), in float64, exceeds u times the
-whole; with temperature 0 the first of the largest.  Written in torch, a draw is a dozen launches over the vocabulary.
-Every chunk of the vocabulary leaves its largest logit and its sum, taken against that; the last program of a slot to
-arrive picks the chunk in which the draw falls, and the token within it.
-Oracle: `reference.sample`, equal unless a draw lies within rounding of a boundary between two tokens.
+next = the first token at which the running sum of exp((l - max l) / temperature), in float64, exceeds u times the total
+sum; at temperature 0, the first token with the largest logit. In torch, a draw takes a dozen launches over the
+vocabulary. Here each program takes a chunk of the vocabulary and stores its largest logit and its sum relative to that;
+the last program of a slot to arrive finds the chunk in which the draw falls, and the token within the chunk.
+Oracle: `torch_ops.sample`; equal unless a draw lies within rounding of the boundary between two tokens.
 """
 
 # Shape suffixes: B = slots, V = vocabulary, P = positions of a sequence, C = chunks, F = fields of a chunk's entry;
-# of counters, C = arrival counters.
+# in `arrivals_C`, C = arrival counters.
 
 import torch
 import triton
@@ -21,13 +21,13 @@ from sparsetrace_kernels import checks
 CHUNK_V = 2048
 NUM_WARPS = 8
 
-# of a chunk: its largest logit, the sum against it, its first token with the largest, whether all of it is finite
+# of a chunk: its largest logit, the sum relative to it, the first token with that logit, whether all logits are finite
 NUM_FIELDS = tl.constexpr(4)
 
 
 @triton.jit
 def load_logits(logits_ptr, o_v, V):
-    """Load a slot's logits, minus infinity beyond the vocabulary."""
+    """Load logits of a slot, with minus infinity beyond the vocabulary."""
     return tl.load(logits_ptr + o_v, mask=o_v < V, other=float("-inf")).to(tl.float64)
 
 
@@ -36,7 +36,7 @@ def _draw_tokens_kernel(
     logits_ptr,  # [B, V]
     uniform_ptr,  # [B, P] float64
     positions_ptr,  # [B] int64
-    temperature_ptr,  # [1] float64, or None for the likeliest
+    temperature_ptr,  # [1] float64; None takes the likeliest token
     partials_ptr,  # [B, C, F] float64
     arrivals_ptr,  # [C] int32, zero before and after
     next_ptr,  # [B] int64
@@ -54,7 +54,7 @@ def _draw_tokens_kernel(
     o_v = i_c * CHUNK_V + tl.arange(0, CHUNK_V)
     b_l = load_logits(logits_ptr, o_v, V)
     b_top = tl.max(b_l, axis=0)
-    # false for NaN too
+    # also false for NaN
     b_finite = (tl.abs(b_l) < float("inf")) | (o_v >= V)
     field_ptr = partials_ptr + i_c * NUM_FIELDS
     tl.store(field_ptr, b_top)
@@ -64,14 +64,14 @@ def _draw_tokens_kernel(
     else:
         tl.store(field_ptr + 2, tl.min(tl.where(b_l == b_top, o_v, V), axis=0).to(tl.float64))
     tl.store(field_ptr + 3, tl.min(b_finite.to(tl.int32), axis=0).to(tl.float64))
-    # all threads' fields are stored before the one atomic publishes them
+    # all threads have stored their fields before the atomic publishes them
     tl.debug_barrier()
     num_arrived = tl.atomic_add(arrivals_ptr + i_b, 1, sem="acq_rel", scope="gpu")
     if num_arrived == num_chunks - 1:
         o_c = tl.arange(0, BLOCK_C)
         m_c = o_c < num_chunks
         fields_ptr = partials_ptr + o_c * NUM_FIELDS
-        # .cg reads L2: other SMs wrote these
+        # .cg bypasses L1, since other SMs wrote these
         b_tops = tl.load(fields_ptr, mask=m_c, other=float("-inf"), cache_modifier=".cg")
         b_all_finite = tl.load(fields_ptr + 3, mask=m_c, other=1.0, cache_modifier=".cg")
         b_best = tl.max(b_tops, axis=0)
@@ -83,7 +83,7 @@ def _draw_tokens_kernel(
             b_weights = b_sums * tl.exp((b_tops - b_best) / b_temperature)
             b_target = tl.load(uniform_ptr + i_b * P + tl.load(positions_ptr + i_b)) * tl.sum(b_weights, axis=0)
             b_passed = (tl.cumsum(b_weights, 0) <= b_target) & m_c
-            # rounding may pass all of them, within the chunk too
+            # clamped, here and within the chunk, since rounding may let the draw pass all of them
             i_chunk = tl.minimum(tl.sum(b_passed.to(tl.int32), axis=0), num_chunks - 1)
             b_before = tl.sum(tl.where(o_c < i_chunk, b_weights, 0.0), axis=0)
             o_again = i_chunk * CHUNK_V + tl.arange(0, CHUNK_V)
@@ -108,14 +108,14 @@ def draw_tokens(
 
     Args:
         logits_BV: fp16, bf16 or fp32.
-        uniform_BP: float64 in [0, 1), the draw of each slot and position.
+        uniform_BP: float64 in [0, 1), the draw for each slot and position.
         positions_B: int64, in [0, P).
-        temperature: [1] float64, above 0; None takes the likeliest.
+        temperature: [1] float64, above 0; None takes the likeliest token.
         arrivals_C: at least B counters from `new_arrivals`; launches that share them must be on one stream.
 
     Returns:
         next_B: int64, in [0, V).
-        finite_B: bool, whether all of a slot's logits are finite; where not, the token has no meaning.
+        finite_B: bool, whether all logits of the slot are finite; otherwise the token is meaningless.
     """
     op = "draw_tokens"
     if logits_BV.ndim != 2 or logits_BV.numel() == 0 or not logits_BV.is_floating_point():

@@ -1,11 +1,11 @@
 """Count the bit patterns of a 16-bit tensor: the exact distribution of its values in 65,536 integers.
 
-Integer atomics, so the counts are exact and the same in every order.  Oracle: `reference.histogram_ref`.
+Integer atomics, so the counts are exact in whatever order they are added. Oracle: `reference.histogram_ref`.
 
-Two kernels. The one in CUDA C++ counts in shared memory and adds to the result once a block: 250 G entries/s on an
-H200, also where half of them are zero. Triton has no shared-memory atomics on addresses of its own; its kernel adds to
-the result directly, 20 G entries/s, and 2.7 where every second entry hits the same counter. It serves wherever the
-other cannot be compiled (benchmarks/calibrate.py, results/calibrate.csv).
+There are two kernels. The one in CUDA C++ counts in shared memory and adds to the result once for each block: 250 G
+entries/s on an H200, even if half of them are zero. Triton has no atomics on computed addresses in shared memory, so
+its kernel adds to the result directly: 20 G entries/s, and 2.7 if every second entry is the same. It is used where the
+CUDA kernel cannot be compiled (benchmarks/calibrate.py, results/calibrate.csv).
 """
 
 import functools
@@ -23,7 +23,7 @@ NUM_PATTERNS = 1 << 16
 # entries counted by one program
 BLOCK = 1024
 
-# entries counted by one block in shared memory: its counters have 16 bits
+# entries counted by one block in shared memory, whose counters have 16 bits
 SHARED_ENTRIES = (1 << 16) - 1
 SHARED_BYTES = 2 * NUM_PATTERNS
 SHARED_THREADS = 1024
@@ -69,7 +69,7 @@ def _histogram_kernel(
 
 @functools.cache
 def shared_kernel(device_index: int) -> Callable[..., None] | None:
-    """The kernel in CUDA C++ for a device, or None where this torch or device cannot have it."""
+    """Compile the CUDA C++ kernel for a device; None if this torch cannot, or the device has too little memory."""
     compile_kernel = getattr(torch.cuda, "_compile_kernel", None)
     properties = torch.cuda.get_device_properties(device_index)
     if compile_kernel is None or getattr(properties, "shared_memory_per_block_optin", 0) < SHARED_BYTES:

@@ -1,13 +1,14 @@
-"""GEMV over lists of kept inputs: y_n = sum_j x_j W_(row_j, n), the list being that of n's column segment.
+"""GEMV over lists of kept inputs: y_n = sum_j x_j W_(row_j, n) over the list of n's column segment.
 
-A producer (`add_rmsnorm`, `silu_mul`, `compact`) has made the lists, and the capture, in a kernel that had to run
-anyway, so this one only gathers.  A list comes in sections, since no
-program of a producer waits for another to know how many entries are before its own.  Oracle: `reference.list_gemv_ref`.
+The engine's kernel for one sequence. The lists, and the capture, come from a producer (`add_rmsnorm`, `silu_mul`,
+`decode_attention_list`, `compact`), which had to run anyway, so this kernel only gathers weight rows. A list has
+sections, one for each program of the producer, none of which waits to learn how many entries lie before its own.
+Oracle: `reference.list_gemv_ref`.
 No floating-point atomics: sums along the list are added in one fixed order (`partials`).
 """
 
 # Shape suffixes: K = input features, N = output features, S = column segments (1 to 3), I = sections of a list,
-# L = entries that a section has room for, W = words of `new_partials`.
+# L = room for entries in a section, W = words of `new_partials`.
 
 import torch
 import triton
@@ -17,10 +18,10 @@ from torch import Tensor
 from sparsetrace_kernels import checks
 from sparsetrace_kernels.configs import GemvConfig, config_for, segment_ends
 from sparsetrace_kernels.partials import block_of_partials, store_sum
-from sparsetrace_kernels.primitives import gather_sum, segment_of_block, wait_for_producer
+from sparsetrace_kernels.primitives import block_columns, gather_sum, pdl_options, wait_for_producer
 from sparsetrace_kernels.sparse_gemv import count_blocks
 
-# every program compares its entries with the ends of all sections
+# each program compares its entries with the ends of all sections
 MAX_SECTIONS = 128
 
 
@@ -48,13 +49,11 @@ def _list_kernel(
 ):
     i_n = tl.program_id(0)
     i_k = tl.program_id(1)
-    i_segment, first, lo, hi = segment_of_block(i_n, N, end_0, end_1, NUM_SEGMENTS, BLOCK_N)
-    o_n = lo + (i_n - first) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < hi
+    i_segment, o_n, m_n = block_columns(i_n, N, end_0, end_1, NUM_SEGMENTS, BLOCK_N)
     o_i = tl.arange(0, BLOCK_I)
     wait_for_producer(PDL)
     b_counts = tl.load(counts_ptr + i_segment * num_sections + o_i, mask=o_i < num_sections, other=0)
-    # programs take tiles in turn, so that all get equally many whatever the counts
+    # programs take tiles in turn, so that all get as many, whatever the counts
     count = tl.sum(b_counts, 0)
     b_y = gather_sum(
         lists_ptr + i_segment * num_sections * length,
@@ -93,8 +92,7 @@ def launch_list_gemv(
         NUM_SEGMENTS=len(segments), BLOCK_I=triton.next_power_of_2(num_sections),
         BLOCK_K=config.block_k, BLOCK_N=config.block_n,
         BLOCK_S=block_of_partials(config.block_n, config.num_warps), NUM_STAGES=config.num_stages,
-        USE_DOT=config.use_dot, PDL=config.use_pdl, num_warps=config.num_warps,
-        **({"launch_pdl": True} if config.use_pdl else {}),
+        USE_DOT=config.use_dot, num_warps=config.num_warps, **pdl_options(config.use_pdl),
     )  # fmt: skip
     return y_N
 
@@ -112,11 +110,11 @@ def list_gemv(
 
     Args:
         list_SIL: int32 entries `row << 16 | bit pattern of x`, rows in [0, K), from a producer.
-        counts_SI: int32, the number of valid entries at the start of each section, at most L.
-        weight_KN: weight, input-major and contiguous, fp16 or bf16, the type of the lists' bit patterns.
+        counts_SI: int32, number of valid entries at the start of each section, at most L.
+        weight_KN: weight, input-major and contiguous, fp16 or bf16, whichever the bit patterns in the lists are of.
         partials_W: from `new_partials`, at least split x N words; launches that share them must be on one stream.
         segments: 1 to 3 widths that sum to N.
-        config: `GemvConfig.encode`, kernel `list`; None chooses for half the inputs dropped.
+        config: from `GemvConfig.encode`, kernel `list`; None chooses one for 50 % sparsity.
 
     Returns:
         y_N: dtype of `weight_KN`; float32 accumulation, error within 2x that of dense torch, bitwise repeatable

@@ -1,11 +1,13 @@
-"""Mask whole rows for a dense matrix product, and capture them: producers for batches, prefill and teacher forcing.
+"""Mask whole rows for a dense matrix multiply, and capture them: producers for batches, prefill and teacher forcing.
 
-The multiply that follows is an ordinary dense one, over the operand x where kept, else +0.0.  Matrices that read the
-same input under the same threshold and scale are one segment, with one operand and one row of the ring.
+An ordinary dense multiply follows; its operand is x where kept, else +0.0. Matrices that read the same input under the
+same threshold and scale form one segment, with one operand and one row of the ring.
 Oracles: `reference.mask_rows_ref`; `reference.add_rmsnorm_ref` and `silu_mul_ref` for the sums of a row.
 """
 
 # Shape suffixes: T = rows (tokens), K = features, S = column segments (1 to 3), R = ring slots.
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,52 +17,50 @@ from torch import Tensor
 from sparsetrace_kernels import checks
 from sparsetrace_kernels.add_rmsnorm import load_total, normalize
 from sparsetrace_kernels.primitives import keep_entries, load_threshold
-from sparsetrace_kernels.reference import DENSE
 from sparsetrace_kernels.silu_mul import load_product
+from sparsetrace_kernels.torch_ops import DENSE
 
-# entries of a row masked by one program
+# entries of a row that one program masks
 CHUNK_K = 2048
 
 # two loads of 16 bytes a thread for each input
 ENTRIES_PER_WARP = 512
 
-# one program normalises a whole row: 64 entries a thread
+# one program normalises a whole row: at most 64 entries a thread
 MAX_NORM_K = 1 << 15
 MAX_WARPS = 16
 
 
+class MaskArguments(NamedTuple):
+    """Kernel arguments that say how rows are masked and where they are captured, as `_mask_arguments` lays them out."""
+
+    threshold_ptr: Any  # [S] int32
+    scale_ptr: Any  # [S, K] float32 or None
+    operand_ptr: Any  # [S, T, K]
+    dest_ptr: Any  # [T] int64
+    values_ptr: Any  # [R, S, K] or None
+    num_slots: Any
+    slot_stride: Any
+    segment_stride: Any
+    operand_stride: Any
+
+
 @triton.jit
-def _store_rows(
-    b_x,
-    i_t,
-    o_k,
-    m_k,
-    threshold_ptr,  # [S] int32
-    scale_ptr,  # [S, K] float32 or None
-    operand_ptr,  # [S, T, K]
-    dest_ptr,  # [T] int64
-    values_ptr,  # [R, S, K] or None
-    num_slots,
-    slot_stride,
-    segment_stride,
-    operand_stride,
-    K,
-    NUM_SEGMENTS: tl.constexpr,
-    DENSE: tl.constexpr,
-):
-    """Write a block of a row into every segment's operand and into the ring."""
-    b_dest = tl.load(dest_ptr + i_t)
+def _store_rows(b_x, i_t, o_k, m_k, masking, K, NUM_SEGMENTS: tl.constexpr, DENSE: tl.constexpr):
+    """Write a block of a row to every segment's operand and to the ring."""
+    b_dest = tl.load(masking.dest_ptr + i_t)
     is_dense = b_dest == DENSE
-    in_ring = (b_dest >= 0) & (b_dest < num_slots)
-    segment_ptr = operand_ptr + i_t * K
+    in_ring = (b_dest >= 0) & (b_dest < masking.num_slots)
+    operand_ptr = masking.operand_ptr + i_t * K
     for i_segment in tl.static_range(NUM_SEGMENTS):
-        b_t = load_threshold(threshold_ptr, i_segment)
-        b_keep = keep_entries(b_x, b_t, scale_ptr, i_segment, o_k, m_k, K)
+        b_t = load_threshold(masking.threshold_ptr, i_segment)
+        b_keep = keep_entries(b_x, b_t, masking.scale_ptr, i_segment, o_k, m_k, K)
         b_operand = tl.where(b_keep | is_dense, b_x, 0.0)
-        tl.store(segment_ptr + o_k, b_operand, mask=m_k)
-        segment_ptr += operand_stride
-        if values_ptr is not None:
-            row_ptr = values_ptr + b_dest * slot_stride + tl.cast(i_segment, tl.int64) * segment_stride
+        tl.store(operand_ptr + o_k, b_operand, mask=m_k)
+        operand_ptr += masking.operand_stride
+        if masking.values_ptr is not None:
+            segment = tl.cast(i_segment, tl.int64) * masking.segment_stride
+            row_ptr = masking.values_ptr + b_dest * masking.slot_stride + segment
             tl.store(row_ptr + o_k, b_operand, mask=m_k & in_ring)
 
 
@@ -86,24 +86,11 @@ def _mask_rows_kernel(
     o_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = o_k < K
     b_x = tl.load(x_ptr + i_t * x_stride + o_k, mask=m_k, other=0.0)
-    _store_rows(
-        b_x,
-        i_t,
-        o_k,
-        m_k,
-        threshold_ptr,
-        scale_ptr,
-        operand_ptr,
-        dest_ptr,
-        values_ptr,
-        num_slots,
-        slot_stride,
-        segment_stride,
+    masking = MaskArguments(
+        threshold_ptr, scale_ptr, operand_ptr, dest_ptr, values_ptr, num_slots, slot_stride, segment_stride,
         operand_stride,
-        K,
-        NUM_SEGMENTS,
-        DENSE,
-    )
+    )  # fmt: skip
+    _store_rows(b_x, i_t, o_k, m_k, masking, K, NUM_SEGMENTS, DENSE)
 
 
 @triton.jit
@@ -141,24 +128,11 @@ def _add_rmsnorm_rows_kernel(
     b_weight = tl.load(weight_ptr + o_k, mask=m_k, other=0.0)
     b_x = normalize(b_total, tl.rsqrt(b_mean + eps), b_weight)
     tl.store(normed_ptr + i_t * K + o_k, b_x, mask=m_k)
-    _store_rows(
-        b_x,
-        i_t,
-        o_k,
-        m_k,
-        threshold_ptr,
-        scale_ptr,
-        operand_ptr,
-        dest_ptr,
-        values_ptr,
-        num_slots,
-        slot_stride,
-        segment_stride,
+    masking = MaskArguments(
+        threshold_ptr, scale_ptr, operand_ptr, dest_ptr, values_ptr, num_slots, slot_stride, segment_stride,
         operand_stride,
-        K,
-        NUM_SEGMENTS,
-        DENSE,
-    )
+    )  # fmt: skip
+    _store_rows(b_x, i_t, o_k, m_k, masking, K, NUM_SEGMENTS, DENSE)
 
 
 @triton.jit
@@ -185,28 +159,15 @@ def _silu_mul_rows_kernel(
     m_k = o_k < K
     b_x = load_product(gate_up_ptr + i_t * gate_up_stride, o_k, m_k, K)
     tl.store(product_ptr + i_t * K + o_k, b_x, mask=m_k)
-    _store_rows(
-        b_x,
-        i_t,
-        o_k,
-        m_k,
-        threshold_ptr,
-        scale_ptr,
-        operand_ptr,
-        dest_ptr,
-        values_ptr,
-        num_slots,
-        slot_stride,
-        segment_stride,
+    masking = MaskArguments(
+        threshold_ptr, scale_ptr, operand_ptr, dest_ptr, values_ptr, num_slots, slot_stride, segment_stride,
         operand_stride,
-        K,
-        NUM_SEGMENTS,
-        DENSE,
-    )
+    )  # fmt: skip
+    _store_rows(b_x, i_t, o_k, m_k, masking, K, NUM_SEGMENTS, DENSE)
 
 
 def _blocks(K: int) -> tuple[int, dict[str, int]]:
-    """Cut rows of K into chunks: how many, and the block size and warps that they take."""
+    """Divide rows of K entries into chunks: return their number, and the block size and warps of a program."""
     block = min(triton.next_power_of_2(K), CHUNK_K)
     return triton.cdiv(K, block), {"BLOCK_K": block, "num_warps": max(block // ENTRIES_PER_WARP, 1)}
 
@@ -222,7 +183,7 @@ def _mask_arguments(
     dest_T: Tensor,
     values_RSK: Tensor | None,
 ) -> tuple[list[Tensor | int | None], dict[str, int]]:
-    """Lay out what `_store_rows` takes: the arguments from threshold_ptr to K, and the constants."""
+    """Lay out what all three kernels take: the arguments from threshold_ptr to K, and the constants."""
     ring = (0, 0, 0) if values_RSK is None else (values_RSK.shape[0], values_RSK.stride(0), values_RSK.stride(1))
     S, T, K = operand_STK.shape
     arguments = [threshold_bits_S, scale_SK, operand_STK, dest_T, values_RSK, *ring, T * K, K]
@@ -238,7 +199,7 @@ def _check(
     dest_T: Tensor,
     values_RSK: Tensor | None,
 ) -> None:
-    """Refuse what no op here takes, beside the input itself."""
+    """Refuse arguments, other than the input itself, that none of the ops takes."""
     S = checks.count_thresholds(op, "threshold_bits_S", threshold_bits_S)
     checks.require_thresholds(op, threshold_bits_S, scale_SK, S, K, x_TK.device)
     checks.require(op, "dest_T", dest_T, (x_TK.shape[0],), torch.int64, x_TK.device)
@@ -253,7 +214,7 @@ def launch_mask_rows(
     dest_T: Tensor,
     values_RSK: Tensor | None,
 ) -> Tensor:
-    """Run `mask_rows` on arguments known to be right, without the dispatcher's overhead."""
+    """Launch `mask_rows` on arguments known to be right, without the overhead of torch's dispatcher."""
     T, K = x_TK.shape
     operand_STK = _empty((len(threshold_bits_S), T, K), x_TK)
     arguments, constants = _mask_arguments(operand_STK, threshold_bits_S, scale_SK, dest_T, values_RSK)
@@ -274,11 +235,11 @@ def mask_rows(
     """Mask rows that are already in memory, such as the attention output, and capture them.
 
     Args:
-        x_TK: inputs, fp16 or bf16, contiguous rows at any distance.
+        x_TK: inputs, fp16 or bf16; rows are contiguous, at any distance from each other.
         threshold_bits_S: int32, as `sparse_gemv` takes them, 1 to 3.
         scale_SK: float32 scale of |x| before the comparison, or None.
-        dest_T: int64; `DENSE` leaves the row as it is, in every segment, and uncaptured; any other row is masked, and
-            captured in the ring slot of this number; outside [0, R) nothing is captured.
+        dest_T: int64, what happens to each row: `DENSE` neither masks nor captures it; any other number masks it and
+            captures it in the ring slot of this number, or in none outside [0, R).
         values_RSK: ring that takes each segment's operand, dtype of `x_TK`, any strides of slots and segments; or
             None. Captured rows must have different slots.
 
@@ -305,7 +266,7 @@ def launch_add_rmsnorm_rows(
     dest_T: Tensor,
     values_RSK: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run `add_rmsnorm_rows` on arguments known to be right, without the dispatcher's overhead."""
+    """Launch `add_rmsnorm_rows` on arguments known to be right, without the overhead of torch's dispatcher."""
     T, K = residual_TK.shape
     total_TK, normed_TK = _empty((T, K), residual_TK), _empty((T, K), residual_TK)
     operand_STK = _empty((len(threshold_bits_S), T, K), residual_TK)
@@ -333,8 +294,8 @@ def add_rmsnorm_rows(
     """Add to the residual stream, normalise, mask and capture, row by row; each value is rounded as `add_rmsnorm` does.
 
     Args:
-        residual_TK: residual stream, fp16 or bf16, contiguous rows at any distance, K at most 32,768.
-        delta_TK: what is added to it, likewise, or None before the first layer.
+        residual_TK: residual stream, fp16 or bf16, rows as in `mask_rows`, K at most 32,768.
+        delta_TK: what is added to it, likewise; None before the first layer.
         norm_weight_K: RMSNorm weight.
         eps: RMSNorm epsilon.
         threshold_bits_S, scale_SK, dest_T, values_RSK: as `mask_rows` takes them.
@@ -375,7 +336,7 @@ def launch_silu_mul_rows(
     dest_T: Tensor,
     values_RSK: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Run `silu_mul_rows` on arguments known to be right, without the dispatcher's overhead."""
+    """Launch `silu_mul_rows` on arguments known to be right, without the overhead of torch's dispatcher."""
     T, K = gate_up_T2K.shape[0], gate_up_T2K.shape[1] // 2
     product_TK, operand_TK = _empty((T, K), gate_up_T2K), _empty((T, K), gate_up_T2K)
     arguments, constants = _mask_arguments(operand_TK[None], threshold_bits_S, scale_SK, dest_T, values_RSK)
@@ -397,20 +358,19 @@ def silu_mul_rows(
     """Gate the up projection, mask and capture, row by row; each value is rounded as `silu_mul` does.
 
     Args:
-        gate_up_T2K: rows of gate and up outputs one after the other, fp16 or bf16, contiguous rows at any distance.
-        threshold_bits_S, scale_SK, dest_T, values_RSK: as `mask_rows` takes them, of the one segment `down`.
+        gate_up_T2K: in each row the gate outputs, then the up outputs, fp16 or bf16, rows as in `mask_rows`.
+        threshold_bits_S, scale_SK, dest_T, values_RSK: as `mask_rows` takes them, for the single segment `down`.
 
     Returns:
         product_TK: the product before masking; error within 2x that of torch.
-        operand_TK: as `mask_rows` returns it for `product_TK`, of one segment.
+        operand_TK: as `mask_rows` returns it for `product_TK`, without the dimension of segments.
     """
     op = "silu_mul_rows"
     checks.require_half_rows(op, "gate_up_T2K", gate_up_T2K)
     if gate_up_T2K.shape[1] % 2:
         raise ValueError(f"{op}: gate_up_T2K must hold two halves a row, got {gate_up_T2K.shape[1]} entries")
     S = len(threshold_bits_S)
-    if S != 1:
-        raise ValueError(f"{op}: threshold_bits_S must hold one threshold, got {S}: only `down` reads the product")
+    checks.require_one_threshold(op, S, "`down` reads the product")
     _check(op, gate_up_T2K, gate_up_T2K.shape[1] // 2, threshold_bits_S, scale_SK, dest_T, values_RSK)
     return launch_silu_mul_rows(gate_up_T2K, threshold_bits_S, scale_SK, dest_T, values_RSK)
 

@@ -1,8 +1,8 @@
-"""Pack masked rows on the device: bitmask, kept bit patterns, row starts.
+"""Pack masked rows on the device into bitmask, kept bit patterns and row starts.
 
-`pack` takes one [T, K] block; `pack_regions` a ring that holds such a block for each of many matrices, of any widths,
-in one buffer.  Both in two kernels: count and bitmask by chunks of a row, a running sum over the chunks, then every
-chunk stores its kept patterns at its own offset.
+`pack` takes one [T, K] block; `pack_regions` takes a ring, one buffer that holds such a block for each of many matrices
+of any widths. Both run two kernels over chunks of rows: the first counts kept entries and writes the bitmask, and after
+a running sum over the counts, the second stores each chunk's kept patterns at the chunk's offset.
 Oracles: `reference.pack_ref`, `reference.pack_regions_ref`.
 """
 
@@ -18,14 +18,16 @@ from torch import Tensor
 
 from sparsetrace_kernels.checks import require
 
-# entries that a program handles at a time: fastest of 128 to 4096 by 1 to 8 warps on an H200, with a program for each
+# entries that a program processes at a time: the fastest of 128 to 4,096 by 1 to 8 warps on an H200, with one program
+# for each block
 BLOCK_K = 1024
-# and in all, so that reading the table and starting a program cost a quarter of that; a multiple of the block
+# entries of a program, a multiple of the block: four blocks share the cost of reading the table and starting a program
 CHUNK_K = 4096
 NUM_WARPS = 1
 
-# per chunk: first entry of its region, width of the region's rows, bitmask bytes of a row of all regions before, and
-# of its own; number of the region; chunks of a row of all regions before, number in its row, chunks of its row
+# of a chunk: first entry of its region; width of the region's rows; bitmask bytes of a row of all regions before, and
+# of its own; number of the region; chunks in a row of all regions before; number of the chunk in its row; chunks in its
+# row
 NUM_FIELDS = 8
 
 # grid dimension y
@@ -47,7 +49,12 @@ def _locate(
     NUM_FIELDS: tl.constexpr,
     CHUNK_K: tl.constexpr,
 ):
-    """Find the program's chunk: (first entry of its row, [start, stop) in the row, mask row, its bytes, count, row)."""
+    """Locate the program's chunk.
+
+    Returns:
+        offset of its row in the input, [start, stop) of the chunk in the row, offset of the row in the bitmasks, its
+        bytes there, offset of the chunk in the counts, offset of the row in the row starts.
+    """
     i_t = tl.program_id(0).to(tl.int64)
     i_c = tl.program_id(1)
     if chunks_ptr is None:
@@ -61,7 +68,7 @@ def _locate(
     else:
         rows = tl.num_programs(0).to(tl.int64)
         field_ptr = chunks_ptr + i_c * NUM_FIELDS
-        # the factors tell the compiler how far accesses are aligned, which it cannot see in loaded numbers
+        # multiplied here, so that the compiler knows the alignment, which it cannot tell from loaded numbers
         BYTES: tl.constexpr = (ALIGNMENT + 7) // 8
         o_first = tl.load(field_ptr) * ALIGNMENT
         width = tl.load(field_ptr + 1).to(tl.int32) * ALIGNMENT
@@ -105,14 +112,14 @@ def _count_kernel(
         chunks_ptr, row_stride, K, ALIGNMENT, NUM_FIELDS, CHUNK_K
     )
     used = _is_used(num_rows_ptr)
-    # one sum gives a byte of the mask, and above it how many bits are set
+    # one sum yields a byte of the mask in bits 0 to 7, and the number of its set bits above them
     b_bit = (1 << tl.arange(0, 8)) | 256
     b_count = tl.zeros([BLOCK_K // 8], dtype=tl.int32)
     b_max = tl.zeros([BLOCK_K], dtype=tl.int32)
     for start in tl.range(begin, stop, BLOCK_K):
         o_k = start + tl.arange(0, BLOCK_K)
         b_bits = tl.load(bits_ptr + o_first + o_k, mask=(o_k < stop) & used, other=0)
-        # without the sign, so -0.0 counts as dropped
+        # without the sign, so that -0.0 counts as dropped
         b_magnitude = b_bits.to(tl.int32) & MAGNITUDE
         b_keep = tl.reshape(b_magnitude != 0, [BLOCK_K // 8, 8])
         b_byte = tl.sum(tl.where(b_keep, b_bit[None, :], 0), axis=1)
@@ -153,12 +160,13 @@ def _scatter_kernel(
             o_k = start + tl.arange(0, BLOCK_K)
             b_bits = tl.load(bits_ptr + o_first + o_k, mask=o_k < stop, other=0)
             b_one = tl.reshape(((b_bits & MAGNITUDE) != 0).to(tl.int32), [BLOCK_K // 8, 8])
-            # by bytes of the mask, so that the scan that crosses threads is an eighth as long; from 1, 0 if dropped
+            # place among the kept entries, from 1, and 0 if dropped; scanned by bytes of the mask, so that the scan
+            # across threads is an eighth as long
             b_byte = tl.sum(b_one, axis=1)
             b_place = (tl.cumsum(b_byte, 0) - b_byte)[:, None] + tl.cumsum(b_one, 1)
             b_place = tl.reshape(tl.where(b_one != 0, b_place, 0).to(tl.int16), [BLOCK_K])
-            # coalesced stores want neighbouring entries in neighbouring threads; triton 3.6 moves them there where the
-            # number widens, 16 bits an entry: 776 instructions on sm_90, 1016 by triton 3.7, which moves pointers
+            # Coalesced stores need neighbouring entries in neighbouring threads. Triton 3.6 exchanges them where the
+            # number is widened, 16 bits an entry: 776 instructions on sm_90. Triton 3.7 exchanges pointers: 1,016.
             b_place = b_place.to(tl.int32)
             tl.store(packed_ptr + b_start - 1 + b_place, b_bits, mask=b_place > 0)
             b_start += tl.sum(b_byte, axis=0)
@@ -178,7 +186,7 @@ def _launch(
     K: int,
     alignment: int,
 ) -> None:
-    """Run both kernels and the running sum between them."""
+    """Launch both kernels, with the running sum between them."""
     constants = {
         "MAGNITUDE": _MAGNITUDES[bits.dtype], "ALIGNMENT": alignment, "NUM_FIELDS": NUM_FIELDS,
         "CHUNK_K": CHUNK_K, "BLOCK_K": BLOCK_K, "num_warps": NUM_WARPS,
@@ -197,10 +205,10 @@ def pack(x_TK: Tensor, packed: Tensor, mask_TM: Tensor, offsets: Tensor) -> None
 
     Args:
         x_TK: masked block, fp16, bf16 or fp32, contiguous rows at any distance.
-        packed: takes the kept bit patterns, row after row; int16 (int32 for fp32), at least T * K, since how
-            many are kept is known on the device only. Entries from `offsets[T]` on are left as they were.
+        packed: takes the kept bit patterns row by row, int16 (int32 for fp32), at least T * K entries, since only the
+            device knows how many are kept. Entries from `offsets[T]` on are not changed.
         mask_TM: takes the bitmask, uint8, M = ceil(K / 8), LSB first, trailing bits zero.
-        offsets: [T + 1] int64, takes the start of every row in `packed`, and the end of the last.
+        offsets: [T + 1] int64, takes the start of each row in `packed`, and the end of the last.
     """
     op = "pack"
     if x_TK.ndim != 2 or x_TK.dtype not in _PATTERNS or x_TK.numel() == 0 or x_TK.stride(1) != 1:
@@ -225,7 +233,7 @@ def _(x_TK, packed, mask_TM, offsets):
 
 
 def _alignment(widths: list[int]) -> int:
-    """Give the largest power of two, up to `MAX_ALIGNMENT`, that every row's width is a multiple of."""
+    """Return the largest power of two, up to `MAX_ALIGNMENT`, that divides all widths."""
     return math.gcd(MAX_ALIGNMENT, *widths)
 
 
@@ -234,17 +242,17 @@ def _num_chunks(widths: list[int]) -> int:
 
 
 def chunk_table(widths: list[int], capacity: int, device: torch.device, starts: list[int] | None = None) -> Tensor:
-    """Say where each chunk of a row lies in a ring of regions, and where its results go.
+    """Tabulate where each chunk of a row lies in a ring of regions, and where its results go.
 
     Args:
-        widths: entries of a row of each region, in the order of the results.
+        widths: entries in a row of each region, in the order of the results.
         capacity: rows of each region.
         device: of the ring.
-        starts: first entry of each region, where the ring holds others between them, of like widths; None where it
-            holds these alone, one after the other.
+        starts: first entry of each region, if the ring holds other regions between these; None if it holds these
+            alone, one after the other.
 
     Returns:
-        chunks_CF: int64, what `pack_regions` takes with the same widths and capacity.
+        chunks_CF: int64, for `pack_regions` with the same widths and capacity.
     """
     alignment = _alignment(widths)
     byte_alignment = triton.cdiv(alignment, 8)
@@ -281,19 +289,19 @@ def pack_regions(
 
     Args:
         bits_flat: ring of bit patterns, int16 or int32; regions of `capacity` rows each.
-        chunks_CF: `chunk_table` of the same widths and capacity.
-        widths: entries of a row of each region.
+        chunks_CF: from `chunk_table`, for the same widths and capacity.
+        widths: entries in a row of each region.
         capacity: rows of each region.
-        rows: how many rows of each region to look at, at most `capacity`.
-        num_rows: [1] int64, how many of these are used, known on the device only; the others count as wholly dropped.
-        packed: takes the kept patterns, region after region and in each row after row; dtype of `bits_flat`, at least
-            `rows` times the sum of widths. Entries from `row_starts[-1]` on are left as they were.
-        masks: takes the bitmasks [rows, M] region after region, uint8, M = ceil(width / 8), LSB first, trailing bits
+        rows: rows of each region to pack, at most `capacity`.
+        num_rows: [1] int64, how many of these rows are used, known on the device only; the others count as dropped.
+        packed: takes the kept patterns region by region, each row by row; dtype of `bits_flat`, at least `rows` times
+            the sum of widths. Entries from `row_starts[-1]` on are not changed.
+        masks: takes the bitmasks [rows, M] region by region, uint8, M = ceil(width / 8), LSB first, trailing bits
             zero; at least `rows` times the sum of all M.
-        row_starts: [len(widths) * rows + 1] int64, takes the start in `packed` of every row, region after region,
-            and the end of the last.
-        nonfinite: [1] int32, set to 1 if a used row holds a magnitude of `infinity` or above, else left as it was.
-        infinity: bit pattern of positive infinity in the type that the patterns stand for.
+        row_starts: [len(widths) * rows + 1] int64, takes the start in `packed` of each row, region by region, and the
+            end of the last.
+        nonfinite: [1] int32, set to 1 if a used row holds a magnitude of `infinity` or above, else not changed.
+        infinity: bit pattern of positive infinity in the type of the patterns.
     """
     op = "pack_regions"
     if not widths or min(widths) < 1:

@@ -1,14 +1,43 @@
 """Device functions that several kernels share: thresholding, capture, list entries.
 
-Contract (DESIGN's numeric contract 1 and 3): magnitudes are compared as bit patterns of x as stored; an entry is kept
-if its pattern (or that of its float32 score) is above the threshold's and the entry is not zero.
+Masks are exact: magnitudes are compared as bit patterns of x as it is stored. An entry is kept if it is not zero and
+its pattern, or that of its float32 score, is above the threshold's.
 """
 
-# Shape suffixes: K = input features, N = output features, S = column segments.
+# Shape suffixes: K = input features, N = output features, S = column segments, I = sections of a list, L = inputs of a
+# section, R = ring slots, M = bitmask bytes of a row, ceil(K / 8).
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+class RingArguments(NamedTuple):
+    """Kernel arguments that say where an operand is captured, as `checks.ring_arguments` lays them out."""
+
+    values_ptr: Any  # [R, S, K] or None
+    mask_ptr: Any  # [R, S, M] or None
+    slot_ptr: Any  # [1] int64 or None
+    num_slots: Any
+    values_slot_stride: Any
+    values_segment_stride: Any
+    mask_slot_stride: Any
+    mask_segment_stride: Any
+
+
+class ListArguments(NamedTuple):
+    """Kernel arguments that say how a producer lists its output."""
+
+    scale_ptr: Any  # [S, K] float32 or None
+    entries_ptr: Any  # [S, I, L] int32
+    counts_ptr: Any  # [S, I] int32
+
+
+def pdl_options(use_pdl: bool) -> dict[str, bool]:
+    """Launch options of a kernel that calls `wait_for_producer`."""
+    return {"PDL": use_pdl, **({"launch_pdl": True} if use_pdl else {})}
 
 
 @triton.jit
@@ -23,8 +52,8 @@ def wait_for_producer(PDL: tl.constexpr):
 
 
 @triton.jit
-def segment_of_block(i_n, N, end_0, end_1, NUM_SEGMENTS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Map a column block to (segment, first block, first column, last column + 1); no block spans two segments."""
+def block_columns(i_n, N, end_0, end_1, NUM_SEGMENTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Map a column block to its segment, its columns and their mask; no block spans two segments."""
     i_segment = 0
     first = 0
     lo = 0
@@ -41,20 +70,22 @@ def segment_of_block(i_n, N, end_0, end_1, NUM_SEGMENTS: tl.constexpr, BLOCK_N: 
             first = tl.where(i_n >= first_2, first_2, first)
             lo = tl.where(i_n >= first_2, end_1, lo)
             hi = tl.where(i_n >= first_2, N, hi)
-    return i_segment, first, lo, hi
+    o_n = lo + (i_n - first) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return i_segment, o_n, o_n < hi
 
 
 @triton.jit
 def load_threshold(threshold_ptr, i_segment):
-    """Load a segment's threshold pattern; a negative one counts as 0, so that zeros are never kept."""
+    """Load a segment's threshold pattern; a negative one counts as 0, so zeros are never kept."""
     return tl.maximum(tl.load(threshold_ptr + i_segment), 0)
 
 
 @triton.jit
 def load_thresholds(threshold_ptr, NUM_SEGMENTS: tl.constexpr):
-    """Load the thresholds of 1 to 3 segments; where there are fewer, the first stands in.
+    """Load the thresholds of 1 to 3 segments; the first stands in for those that are missing.
 
-    A producer does it before it waits: since the last time, a step's weights have passed through the L2 cache.
+    Producers call it before they wait: the L2 cache holds no thresholds any more, since the weights of a whole step
+    have passed through it.
     """
     b_0 = load_threshold(threshold_ptr, 0)
     b_1 = b_0
@@ -68,7 +99,7 @@ def load_thresholds(threshold_ptr, NUM_SEGMENTS: tl.constexpr):
 
 @triton.jit
 def load_slot(slot_ptr):
-    """Load the ring slot to write; outside every ring if there is none."""
+    """Load the ring slot to write, or a number outside every ring if there is none."""
     b_slot = tl.full([], -1, tl.int64)
     if slot_ptr is not None:
         b_slot = tl.load(slot_ptr).to(tl.int64)
@@ -77,7 +108,7 @@ def load_slot(slot_ptr):
 
 @triton.jit
 def keep_entries(b_x, b_t, scale_ptr, i_segment, o_k, m_k, K):
-    """Threshold a block of inputs: the one definition of the mask on the device."""
+    """Return which of a block of inputs are kept: the only definition of the mask on the device."""
     b_bits = b_x.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
     if scale_ptr is None:
         b_keep = (b_bits > b_t) & m_k
@@ -96,34 +127,22 @@ def mask_bytes(b_keep, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def store_capture(
-    b_x,
-    b_keep,
-    values_ptr,  # [R, S, K] or None
-    mask_ptr,  # [R, S, M] or None
-    b_slot,
-    num_slots,
-    values_slot_stride,
-    values_segment_stride,
-    mask_slot_stride,
-    mask_segment_stride,
-    i_segment,
-    start,
-    stop,
-    BLOCK_K: tl.constexpr,
-):
-    """Write inputs [start, stop) of the operand and its bitmask into the ring slot; none is written outside the ring.
+def store_capture(b_x, b_keep, ring, b_slot, i_segment, start, stop):
+    """Write inputs [start, stop) of the operand and its bitmask into the ring slot; outside the ring, write nothing.
 
     With a mask ring, start is a multiple of 8, and so is stop unless it is the operand's end.
     """
-    in_ring = (b_slot >= 0) & (b_slot < num_slots)
-    if values_ptr is not None:
+    BLOCK_K: tl.constexpr = b_x.shape[0]
+    in_ring = (b_slot >= 0) & (b_slot < ring.num_slots)
+    if ring.values_ptr is not None:
         o_k = start + tl.arange(0, BLOCK_K)
-        row_ptr = values_ptr + b_slot * values_slot_stride + tl.cast(i_segment, tl.int64) * values_segment_stride
+        segment = tl.cast(i_segment, tl.int64) * ring.values_segment_stride
+        row_ptr = ring.values_ptr + b_slot * ring.values_slot_stride + segment
         tl.store(row_ptr + o_k, tl.where(b_keep, b_x, 0.0), mask=(o_k < stop) & in_ring)
-    if mask_ptr is not None:
+    if ring.mask_ptr is not None:
         o_m = start // 8 + tl.arange(0, BLOCK_K // 8)
-        row_ptr = mask_ptr + b_slot * mask_slot_stride + tl.cast(i_segment, tl.int64) * mask_segment_stride
+        segment = tl.cast(i_segment, tl.int64) * ring.mask_segment_stride
+        row_ptr = ring.mask_ptr + b_slot * ring.mask_slot_stride + segment
         tl.store(row_ptr + o_m, mask_bytes(b_keep, BLOCK_K), mask=(o_m < tl.cdiv(stop, 8)) & in_ring)
 
 
@@ -135,7 +154,7 @@ def list_entry(b_row, b_x):
 
 @triton.jit
 def entry_row(b_entry):
-    # the mask undoes the sign extension of rows from 32768 on
+    # the mask undoes the sign extension of rows from 32,768 on
     return (b_entry >> 16) & 0xFFFF
 
 
@@ -146,7 +165,7 @@ def entry_x(b_entry, dtype: tl.constexpr):
 
 @triton.jit
 def place_entries(o_list, b_ends, b_gaps):
-    """Find where entries of a list lie that was left in sections: each section before an entry's own leaves a gap."""
+    """Return where the entries o_list of a list lie, given that each section before an entry's own leaves a gap."""
     # sections along the slow axis, so that a thread holds all of them for its entries and adds without shuffles
     b_passed = o_list[None, :] >= b_ends[:, None]
     return o_list + tl.sum(tl.where(b_passed, b_gaps[:, None], 0), axis=0)
@@ -155,9 +174,9 @@ def place_entries(o_list, b_ends, b_gaps):
 @triton.jit
 def gather_sum(
     entries_ptr,  # list entries
-    b_ends,  # [sections] entries of each section and those before; None for a list without gaps
-    b_gaps,  # [sections] entries that each section leaves unused
-    w_ptr,  # row 0 of the rows that entries number
+    b_ends,  # [sections] number of entries up to the end of each section; None for a list without gaps
+    b_gaps,  # [sections] unused entries of each section
+    w_ptr,  # weight row that an entry calls row 0
     lo,
     count,
     step,
@@ -169,9 +188,9 @@ def gather_sum(
     NUM_STAGES: tl.constexpr,
     USE_DOT: tl.constexpr,
 ):
-    """Sum x * weight row over the list entries lo, lo + step, ... in tiles of BLOCK_K; float32 accumulation."""
+    """Sum x * weight row over tiles of BLOCK_K list entries that start at lo, lo + step, ...; float32 accumulation."""
     dtype: tl.constexpr = w_ptr.dtype.element_ty
-    # mma m16n8k16 needs 16 rows of A, of which the first holds x; the weights then go through cp.async
+    # mma m16n8k16 needs 16 rows of A, of which the first holds x; the weights are then loaded by cp.async
     o_16 = tl.arange(0, 16)
     ROWS: tl.constexpr = 16 if USE_DOT else BLOCK_K
     b_acc = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
@@ -201,45 +220,22 @@ def finish_section(
     o_k,
     m_k,
     b_thresholds,  # from `load_thresholds`
-    scale_ptr,  # [S, K] float32 or None
-    lists_ptr,  # [S, sections, LENGTH] int32
-    counts_ptr,  # [S, sections] int32
-    values_ptr,  # [R, S, K] or None
-    mask_ptr,  # [R, S, M] or None
-    b_slot,
-    num_slots,
-    values_slot_stride,
-    values_segment_stride,
-    mask_slot_stride,
-    mask_segment_stride,
+    lists,  # ListArguments
+    ring,  # RingArguments
+    b_slot,  # from `load_slot`
     i_section,
     num_sections,
     K,
     NUM_SEGMENTS: tl.constexpr,
     LENGTH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     """Threshold, list and capture inputs o_k of a producer's output, where m_k: section i_section of LENGTH inputs."""
     for i_segment in tl.static_range(NUM_SEGMENTS):
-        b_keep = keep_entries(b_x, b_thresholds[i_segment], scale_ptr, i_segment, o_k, m_k, K)
+        b_keep = keep_entries(b_x, b_thresholds[i_segment], lists.scale_ptr, i_segment, o_k, m_k, K)
         b_one = b_keep.to(tl.int32)
         i_list = i_segment * num_sections + i_section
         o_list = i_list * LENGTH + tl.cumsum(b_one, 0) - b_one
-        tl.store(lists_ptr + o_list, list_entry(o_k, b_x), mask=b_keep)
-        tl.store(counts_ptr + i_list, tl.sum(b_one, 0))
-        store_capture(
-            b_x,
-            b_keep,
-            values_ptr,
-            mask_ptr,
-            b_slot,
-            num_slots,
-            values_slot_stride,
-            values_segment_stride,
-            mask_slot_stride,
-            mask_segment_stride,
-            i_segment,
-            i_section * LENGTH,
-            tl.minimum(i_section * LENGTH + LENGTH, K),
-            BLOCK_K,
-        )
+        tl.store(lists.entries_ptr + o_list, list_entry(o_k, b_x), mask=b_keep)
+        tl.store(lists.counts_ptr + i_list, tl.sum(b_one, 0))
+        start = i_section * LENGTH
+        store_capture(b_x, b_keep, ring, b_slot, i_segment, start, tl.minimum(start + LENGTH, K))

@@ -1,92 +1,28 @@
-"""Plain-torch oracles for the kernels in this folder, and the reference ops that the torch engine shares.
+"""Oracles for the kernels in this folder: the same contracts in plain torch, in float64 or one row at a time.
 
-Imports torch only, so it runs on any device and without Triton.  Sums are accumulated in float64.
+Only tests and benchmarks call them. This module imports torch only, so it runs on any device, also where Triton is not
+installed.
 """
 
 # Shape suffixes: K = input features, N = output features, T = tokens, S = column segments, I = sections of a list,
-# L = inputs of a section, R = ring slots.  Of attention: B = slots, H = query heads, G = kv heads, D = head dim,
-# S = cache positions, P = rows of the rotary tables, E = D / 2.
+# L = inputs of a section, R = ring slots, n = rows of a pass.  Of attention: B = slots, H = query heads, G = kv heads,
+# D = head dim, S = cache positions, P = rows of the rotary tables, E = D / 2.  Of a decoding step: B = slots,
+# P = positions, V = end tokens.
 
 import torch
 from torch import Tensor
 
-# the destination of a row that `mask_rows` and its kin leave as it is
-DENSE = -2
-
-_SIGN_CLEARED = {
-    torch.float16: (torch.int16, 0x7FFF),
-    torch.bfloat16: (torch.int16, 0x7FFF),
-    torch.float32: (torch.int32, 0x7FFFFFFF),
-}
-
-
-def magnitude_bits(x: Tensor) -> Tensor:
-    """Bit pattern of |x|: ordered as |x| is, with Inf and NaN above every finite value.
-
-    Args:
-        x: any shape, fp16, bf16 or fp32.
-
-    Returns:
-        same shape, int16 for the 16-bit types and int32 for fp32, never negative.
-    """
-    if x.dtype not in _SIGN_CLEARED:
-        raise ValueError(
-            f"magnitude_bits: x must be fp16, bf16 or fp32, got {x.dtype}: masks are defined on stored bit patterns"
-        )
-    int_dtype, mask = _SIGN_CLEARED[x.dtype]
-    return x.view(int_dtype) & mask
-
-
-def keep_above(x: Tensor, threshold_bits: int | Tensor) -> Tensor:
-    """Say which entries lie strictly above a threshold, comparing magnitudes as bit patterns.
-
-    Args:
-        x: any shape, fp16, bf16 or fp32.
-        threshold_bits: `magnitude_bits` of the threshold in the dtype of `x`; a tensor is broadcast.
-
-    Returns:
-        bool, shape of `x`; NaN and Inf are kept by every finite threshold.
-    """
-    return magnitude_bits(x) > threshold_bits
-
-
-def mask_operand(x: Tensor, keep: Tensor) -> Tensor:
-    """Build the operand that the multiply consumes: x where kept, else +0.0.
-
-    A kept -0.0 becomes +0.0 too, so an entry of the result is nonzero, as bits, exactly if it is kept and nonzero.
-
-    Args:
-        x: any shape, floating point.
-        keep: bool, broadcast to `x`.
-
-    Returns:
-        shape and dtype of `x`, without any -0.0.
-    """
-    return torch.where(keep & (x != 0), x, torch.zeros((), dtype=x.dtype, device=x.device))
-
-
-def pack_bits(keep: Tensor) -> Tensor:
-    """Pack booleans along the last dim into bytes, LSB first.
-
-    Args:
-        keep: [..., K] bool.
-
-    Returns:
-        [..., ceil(K / 8)] uint8; the trailing bits of the last byte are zero.
-    """
-    padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -keep.shape[-1] % 8))
-    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=keep.device)
-    return (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+from sparsetrace_kernels.torch_ops import DENSE, keep_above, magnitude_bits, mask_operand, pack_bits
 
 
 def keep_segments(x_K: Tensor, threshold_bits_S: Tensor, scale_SK: Tensor | None = None) -> Tensor:
-    """Say which inputs each column segment keeps: a nonzero input whose score is strictly above the threshold.
+    """Return which inputs each column segment keeps: those that are not zero and whose score is above the threshold.
 
     Args:
         x_K: inputs, fp16 or bf16.
         threshold_bits_S: int32 bit patterns, of the dtype of `x_K`, or of float32 where `scale_SK` is given;
             a negative threshold counts as 0.
-        scale_SK: float32 score scale; score = |x| * scale in float32, one rounding.
+        scale_SK: float32 score scale; the score is |x| * scale in float32, rounded once.
 
     Returns:
         keep_SK, bool.
@@ -102,8 +38,8 @@ def sparse_gemv_ref(
 
     Returns:
         y_N: float64.
-        operand_SK: dtype of `x_K`, what the capture must hold.
-        mask_SM: uint8, its bitmask, M = ceil(K / 8).
+        operand_SK: dtype of `x_K`; what must be captured.
+        mask_SM: uint8, bitmask of the operand, M = ceil(K / 8).
     """
     keep_SK = keep_segments(x_K, threshold_bits_S, scale_SK)
     operand_SK = mask_operand(x_K.expand_as(keep_SK), keep_SK)
@@ -115,7 +51,11 @@ def sparse_gemv_ref(
 def compact_ref(
     x_K: Tensor, threshold_bits_S: Tensor, scale_SK: Tensor | None = None, length: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as `compact`, with sections of any length, None for one section; behind the counts are zeros.
+    """Same contract as `compact`, with zeros behind the counts.
+
+    Args:
+        x_K, threshold_bits_S, scale_SK: as `compact` takes them.
+        length: inputs of a section; None makes one section.
 
     Returns:
         list_SIL: int32, `row << 16 | bit pattern of x`, rows ascending.
@@ -145,7 +85,7 @@ def mask_rows_ref(
     dest_T: Tensor,
     values_RSK: Tensor | None,
 ) -> Tensor:
-    """Same contract as `mask_rows`, a row at a time."""
+    """Same contract as `mask_rows`, one row at a time."""
     operand_STK = x_TK.new_empty(len(threshold_bits_S), *x_TK.shape)
     for t, dest in enumerate(dest_T.tolist()):
         keep_SK = keep_segments(x_TK[t], threshold_bits_S, scale_SK)
@@ -157,25 +97,25 @@ def mask_rows_ref(
 
 def list_gemv_ref(list_SIL: Tensor, counts_SI: Tensor, weight_KN: Tensor, segments: list[int]) -> Tensor:
     """Same contract as `list_gemv`, accumulated in float64; returns y_N, float64."""
-    parts = []
+    columns = []
     for list_IL, counts_I, w in zip(
         list_SIL, counts_SI.tolist(), weight_KN.double().split(segments, dim=1), strict=True
     ):
         entries = torch.cat([list_L[:count] for list_L, count in zip(list_IL, counts_I, strict=True)])
         x = (entries & 0xFFFF).to(torch.int32).to(torch.int16).view(weight_KN.dtype)
         rows = (entries >> 16) & 0xFFFF
-        parts.append(x.double() @ w[rows.long()])
-    return torch.cat(parts)
+        columns.append(x.double() @ w[rows.long()])
+    return torch.cat(columns)
 
 
 def add_rmsnorm_ref(
     residual_K: Tensor, delta_K: Tensor | None, norm_weight_K: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Residual add and RMSNorm with the statistics in float64.
+    """Add to the residual, round the sum as it is stored, and apply RMSNorm to it in float64.
 
     Returns:
-        residual_K: the sum, rounded to the dtype of the inputs as it is stored.
-        normed_K: float64, from the rounded sum and not rounded again.
+        residual_K: the sum, rounded to the dtype of the inputs, as it is stored.
+        normed_K: float64, computed from the rounded sum without further rounding.
     """
     total_K = residual_K if delta_K is None else (residual_K.float() + delta_K.float()).to(residual_K.dtype)
     exact_K = total_K.double()
@@ -183,7 +123,7 @@ def add_rmsnorm_ref(
 
 
 def silu_mul_ref(gate_up_K2: Tensor) -> Tensor:
-    """SiLU(gate) * up in float64, from the two halves of the last dim; returns float64, half as long."""
+    """SiLU(gate) * up in float64; gate and up are the two halves of the last dim."""
     gate_K, up_K = gate_up_K2.double().chunk(2, dim=-1)
     return torch.nn.functional.silu(gate_K) * up_K
 
@@ -197,11 +137,15 @@ def place_rows_ref(
     labels_R3: Tensor,
     filled: Tensor,
 ) -> Tensor:
-    """Same contract as `place_rows`; the last row of the labels is written to, with no meaning."""
-    captured_n = chosen_n & (positions_n % every == 0)
-    rows_n = torch.where(captured_n, captured_n.cumsum(0) - 1 + filled, labels_R3.shape[0] - 1)
-    labels_R3.index_copy_(0, rows_n, torch.stack([bases_n + positions_n, numbers_n, positions_n], dim=1))
-    filled += captured_n.sum()
+    """Same contract as `place_rows`, one row at a time."""
+    nowhere = labels_R3.shape[0] - 1
+    rows_n = torch.full_like(positions_n, nowhere)
+    for i, (chosen, position) in enumerate(zip(chosen_n.tolist(), positions_n.tolist(), strict=True)):
+        if chosen and position % every == 0:
+            rows_n[i] = filled[0]
+            if filled[0] < nowhere:
+                labels_R3[filled[0]] = torch.stack([bases_n[i] + position, numbers_n[i], positions_n[i]])
+            filled += 1
     return rows_n
 
 
@@ -216,41 +160,21 @@ def advance_ref(
     running_B: Tensor,
     all_finite_B: Tensor,
 ) -> None:
-    """Same contract as `advance`."""
-    all_finite_B &= finite_B | ~running_B
-    chosen_PB.index_copy_(0, count, next_B[None])
+    """Same contract as `advance`, one slot at a time."""
+    end_tokens, row = eos_V.tolist(), int(count)
+    for b, token in enumerate(next_B.tolist()):
+        chosen_PB[row, b] = tokens_B[b] = token
+        if running_B[b] and not finite_B[b]:
+            all_finite_B[b] = False
+        if token in end_tokens or row + 1 >= limits_B[b]:
+            running_B[b] = False
     count += 1
-    tokens_B.copy_(next_B)
-    running_B &= (count < limits_B) & (next_B[:, None] != eos_V).all(-1)
-
-
-def sample(logits_BV: Tensor, uniform_B1: Tensor, temperature: float, top_k: int) -> Tensor:
-    """Next token of each slot: the likeliest, or the inverse of the cumulative distribution at a uniform draw.
-
-    Args:
-        logits_BV: float32, finite.
-        uniform_B1: float64 in [0, 1).
-        temperature: 0 is greedy.
-        top_k: 0 is all.
-
-    Returns:
-        int64 [B].
-    """
-    if temperature == 0:
-        return logits_BV.argmax(-1)
-    scaled_BV = logits_BV.double() / temperature
-    if 0 < top_k < logits_BV.shape[-1]:
-        least_B1 = scaled_BV.topk(top_k, dim=-1).values[:, -1:]
-        scaled_BV = scaled_BV.masked_fill(scaled_BV < least_B1, -torch.inf)
-    cumulative_BV = scaled_BV.softmax(-1).cumsum(-1)
-    # scaled by the last sum, which rounding may leave off one, so that no draw falls beyond the vocabulary
-    return (cumulative_BV <= uniform_B1 * cumulative_BV[:, -1:]).sum(-1)
 
 
 def rotate_rows_ref(
     qkv_nN: Tensor, cos_PE: Tensor, sin_PE: Tensor, positions_n: Tensor, G: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Same contract as `rotate_rows` for positions in the cache; returns q [n, H D], k and v [n, G, D]."""
+    """Rotate as `rotate_rows` does, for positions inside the cache; returns q [n, H D], k and v [n, G, D]."""
     D = 2 * cos_PE.shape[1]
     q_nHD, k_nGD, v_nGD = qkv_nN.unflatten(1, (-1, D)).tensor_split((-2 * G, -G), dim=1)
     cos_n1E, sin_n1E = cos_PE[positions_n, None], sin_PE[positions_n, None]
@@ -271,12 +195,12 @@ def decode_attention_ref(
     values_BSGD: Tensor,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Same contract as `decode_attention`, rotated in the dtype and attended to in float64; the cache is only read.
+    """Same contract as `decode_attention`: rotation in the dtype, attention in float64; the cache is not written.
 
     Returns:
         y_BN: [B, H D] float64.
         keys_BGD: dtype of `qkv_BN`, the rotated keys that the cache must receive.
-        values_BGD: likewise the values.
+        values_BGD: the values that it must receive.
     """
     _, S, G, D = keys_BSGD.shape
     q_BHD, k_BGD, values_BGD = qkv_BN.unflatten(1, (-1, D)).tensor_split((-2 * G, -G), dim=1)
@@ -296,12 +220,12 @@ def decode_attention_ref(
 
 
 def pack_ref(x_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Same contract as `pack`, with exactly as many values as are kept.
+    """Same contract as `pack`, but `values` is as long as the number of kept entries.
 
     Returns:
         mask_TM: uint8.
-        values: int16 (int32 for fp32) bit patterns of the nonzero entries, row after row.
-        offsets: [T + 1] int64, the start of every row in `values`.
+        values: int16 (int32 for fp32) bit patterns of the nonzero entries, row by row.
+        offsets: [T + 1] int64, where each row starts in `values`, and the end.
     """
     keep_TK = magnitude_bits(x_TK) != 0
     bits_TK = x_TK.view(magnitude_bits(x_TK).dtype)
@@ -313,11 +237,11 @@ def pack_ref(x_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def pack_regions_ref(
     bits_flat: Tensor, widths: list[int], capacity: int, rows: int, num_rows: int, infinity: int
 ) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """Same contract as `pack_regions`, with exactly as many values and mask bytes as there are.
+    """Same contract as `pack_regions`, but each output is as long as its contents.
 
     Returns:
         packed: dtype of `bits_flat`.
-        masks: uint8, region after region.
+        masks: uint8, region by region.
         row_starts: [len(widths) * rows + 1] int64.
         nonfinite: whether a used row holds a magnitude of `infinity` or above.
     """
@@ -336,5 +260,5 @@ def pack_regions_ref(
 
 
 def histogram_ref(x: Tensor) -> Tensor:
-    """Counts of the 65,536 bit patterns of a 16-bit tensor, as int64, indexed by the unsigned pattern."""
+    """Count each of the 65,536 bit patterns of a 16-bit tensor: int64, indexed by the unsigned pattern."""
     return torch.bincount(x.flatten().view(torch.int16).long() & 0xFFFF, minlength=1 << 16)

@@ -1,7 +1,7 @@
-"""Rotary embedding of many rows, whose keys and values go straight into the cache.
+"""Rotary embedding of many rows, with their keys and values written to the cache.
 
-What stands between the q | k | v product and attention over a prompt, in one launch: q and k are rotated as
-`model.rotate` does, each product rounded before the sum is.  Oracle: `reference.rotate_rows_ref`.
+It does in one launch all that lies between the q|k|v product and attention over a prompt. q and k are rotated as by
+`model.rotate`, with each product rounded before they are added. Oracle: `reference.rotate_rows_ref`.
 """
 
 # Shape suffixes: B = slots, T = positions of a slot, H = query heads, G = kv heads, D = head dim, S = cache positions,
@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsetrace_kernels import checks
-from sparsetrace_kernels.decode_attention import rotate_head
+from sparsetrace_kernels.rotary import load_rotation, rotate_head
 
-# heads that one program takes, one after the other: 4 kB of q at D = 128
+# heads that a program processes, one after the other: 4 kB of q at D = 128
 HEADS = 16
 
 
@@ -48,11 +48,7 @@ def _rotate_rows_kernel(
     m_d = o_d < D
     b_position = tl.load(positions_ptr + i_row)
     in_cache = (b_position >= 0) & (b_position < S)
-    # clamped: an odd position must not read outside the tables
-    b_table = tl.minimum(tl.maximum(b_position, 0), P - 1)
-    o_table = b_table * (D // 2) + tl.where(o_d < D // 2, o_d, o_d - D // 2)
-    b_cos = tl.load(cos_ptr + o_table, mask=m_d, other=0.0).to(tl.float32)
-    b_sin = tl.load(sin_ptr + o_table, mask=m_d, other=0.0).to(tl.float32)
+    b_cos, b_sin = load_rotation(cos_ptr, sin_ptr, b_position, P, o_d, m_d, D)
     row_ptr = qkv_ptr + i_row * (H + 2 * G) * D
     keys_ptr += (i_row // T) * keys_slot_stride + b_position * keys_position_stride
     values_ptr += (i_row // T) * values_slot_stride + b_position * values_position_stride
@@ -100,17 +96,16 @@ def rotate_rows(
     """Rotate queries and keys, and store keys and values at their positions.
 
     Args:
-        qkv_nN: B T rows, those of a slot one after the other, fp16 or bf16: the query heads, the key heads, then the
-            value heads.
-        cos_PE: cosines by position, in the dtype of `qkv_nN`.
-        sin_PE: sines likewise.
-        positions_n: int64, each row's position, no two of a slot equal; outside [0, S) nothing is stored, and the
-            nearest row of the tables is taken.
-        keys_BSGD: rotated keys of one layer; any strides, but heads are contiguous.
-        values_BSGD: values likewise.
+        qkv_nN: B T rows, slot by slot, fp16 or bf16: the query heads, then the key heads, then the value heads.
+        cos_PE: cosines by position, dtype of `qkv_nN`.
+        sin_PE: sines by position, likewise.
+        positions_n: int64, position of each row, different for all rows of a slot. At a position outside [0, S)
+            nothing is stored, and the rotation is that of the nearest row of the tables.
+        keys_BSGD: rotated keys of one layer, any strides as long as each head is contiguous.
+        values_BSGD: values, likewise.
 
     Returns:
-        q_nK: [B T, H D], the rotated queries; they and the stored keys are bit for bit those of `model.rotate`.
+        q_nK: [B T, H D], rotated queries; these and the stored keys equal those of `model.rotate` bit for bit.
     """
     op = "rotate_rows"
     checks.require_cache(op, keys_BSGD, values_BSGD)

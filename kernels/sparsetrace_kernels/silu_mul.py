@@ -1,7 +1,7 @@
 """SiLU(gate) * up that also thresholds, lists and captures its output.
 
-product = round(SiLU(gate)) * up, rounded to its dtype after each step, as Llama does.  The mask is taken on the
-product as stored.
+product = round(SiLU(gate)) * up, rounded to the dtype after each step, as in Llama. The mask is made from the product
+as it is stored.
 Oracles: `reference.silu_mul_ref` for the product, `reference.compact_ref` on the returned `product_K` for the rest.
 """
 
@@ -15,12 +15,20 @@ from torch import Tensor
 
 from sparsetrace_kernels import checks
 from sparsetrace_kernels.compact import check_producer, empty_lists, section_grid
-from sparsetrace_kernels.primitives import finish_section, load_slot, load_thresholds, wait_for_producer
+from sparsetrace_kernels.primitives import (
+    ListArguments,
+    RingArguments,
+    finish_section,
+    load_slot,
+    load_thresholds,
+    pdl_options,
+    wait_for_producer,
+)
 
 
 @triton.jit
 def load_product(gate_up_ptr, o_k, m_k, K):
-    """Load gate and up, K apart, and give their product, each step rounded."""
+    """Load gate and up, which lie K apart, and return their product, rounded after each step."""
     dtype: tl.constexpr = gate_up_ptr.dtype.element_ty
     b_gate = tl.load(gate_up_ptr + o_k, mask=m_k, other=0.0).to(tl.float32)
     b_up = tl.load(gate_up_ptr + K + o_k, mask=m_k, other=0.0)
@@ -50,6 +58,11 @@ def _silu_mul_kernel(
     PDL: tl.constexpr,
 ):
     i_section = tl.program_id(0)
+    ring = RingArguments(
+        values_ptr, mask_ptr, slot_ptr, num_slots, values_slot_stride, values_segment_stride, mask_slot_stride,
+        mask_segment_stride,
+    )  # fmt: skip
+    lists = ListArguments(scale_ptr, lists_ptr, counts_ptr)
     b_thresholds = load_thresholds(threshold_ptr, NUM_SEGMENTS)
     b_slot = load_slot(slot_ptr)
     wait_for_producer(PDL)
@@ -58,27 +71,7 @@ def _silu_mul_kernel(
     b_x = load_product(gate_up_ptr, o_k, m_k, K)
     tl.store(product_ptr + o_k, b_x, mask=m_k)
     finish_section(
-        b_x,
-        o_k,
-        m_k,
-        b_thresholds,
-        scale_ptr,
-        lists_ptr,
-        counts_ptr,
-        values_ptr,
-        mask_ptr,
-        b_slot,
-        num_slots,
-        values_slot_stride,
-        values_segment_stride,
-        mask_slot_stride,
-        mask_segment_stride,
-        i_section,
-        tl.num_programs(0),
-        K,
-        NUM_SEGMENTS,
-        LENGTH,
-        LENGTH,
+        b_x, o_k, m_k, b_thresholds, lists, ring, b_slot, i_section, tl.num_programs(0), K, NUM_SEGMENTS, LENGTH
     )
 
 
@@ -96,17 +89,17 @@ def silu_mul(
     """Gate the up projection, and list and capture what the down projection keeps of the result.
 
     Args:
-        gate_up_K2: gate and up outputs one after the other, 2 K entries, fp16 or bf16, K at most 65,536.
+        gate_up_K2: the gate outputs, then the up outputs, 2 K entries, fp16 or bf16, K at most 65,536.
         threshold_bits_S: int32, as `sparse_gemv` takes it, one.
         scale_SK: float32 scale of |x| before the comparison, or None.
         values_RSK: ring that takes the operand, dtype of `gate_up_K2`; or None.
         mask_RSM: ring that takes the operand's bitmask, uint8, LSB first; or None.
         slot: [1] int64, the ring slot to write; outside [0, R) nothing is captured; None without a ring.
-        use_pdl: launch while the kernel before still drains (Hopper and later); of the tensors here that one may make
-            the first only.
+        use_pdl: start while the kernel before still runs (Hopper and later); that kernel may write none of these
+            tensors but the first.
 
     Returns:
-        product_K: the product as thresholded, before masking; error within 2x that of torch.
+        product_K: the product before masking; error within 2x that of torch.
         list_SIL, counts_SI: as `compact` returns them for `product_K`.
     """
     op = "silu_mul"
@@ -115,15 +108,14 @@ def silu_mul(
         raise ValueError(f"{op}: gate_up_K2 must hold two halves, got {gate_up_K2.shape[0]} entries")
     K = gate_up_K2.shape[0] // 2
     S = check_producer(op, gate_up_K2, K, threshold_bits_S, scale_SK, values_RSK, mask_RSM, slot)
-    if S != 1:
-        raise ValueError(f"{op}: threshold_bits_S must hold one threshold, got {S}: only `down` reads the product")
+    checks.require_one_threshold(op, S, "`down` reads the product")
     product_K = gate_up_K2.new_empty(K)
     list_SIL, counts_SI = empty_lists(S, K, gate_up_K2.device)
     grid, meta = section_grid(list_SIL)
     _silu_mul_kernel[grid](
         gate_up_K2, threshold_bits_S, scale_SK, product_K, list_SIL, counts_SI,
         *checks.ring_arguments(values_RSK, mask_RSM, slot), K,
-        PDL=use_pdl, **meta, **({"launch_pdl": True} if use_pdl else {}),
+        **meta, **pdl_options(use_pdl),
     )  # fmt: skip
     return product_K, list_SIL, counts_SI
 

@@ -1,8 +1,11 @@
-"""Sparse GEMV with fused capture, one launch: y_n = sum_k keep_sk x_k W_kn, s the column segment of n.
+"""Sparse GEMV with fused capture in one launch: y_n = sum_k keep_sk x_k W_kn, where s is the column segment of n.
 
-keep_sk = (score of x_k > threshold of s), so q|k|v or gate|up go through one launch with their own thresholds.
-Two kernels, chosen by configuration: `predicated` loads a tile's kept rows by predicate, one tile a program;
-`compacting` first lists the chunk's kept rows, then gathers them in full tiles, better where few rows are left.
+keep_sk = (score of x_k > threshold of s), so q|k|v or gate|up take one launch with a threshold for each matrix.
+The configuration chooses between two kernels: `predicated` loads the kept rows of a tile by predicate, and each program
+has one tile; `compacting` first lists the kept rows of a chunk, then gathers them in full tiles, which is faster where
+few rows are kept.
+
+No engine launches this op: `list_gemv`, after a producer, is faster. Benchmarks compare both with TEAL's kernel.
 Source: TEAL, arXiv:2408.14690 (predicated row loads).  Oracle: `reference.sparse_gemv_ref`.
 No floating-point atomics: sums along K are added in one fixed order (`partials`).
 """
@@ -19,62 +22,33 @@ from sparsetrace_kernels import checks
 from sparsetrace_kernels.configs import MAX_CHUNK_K, GemvConfig, config_for, segment_ends
 from sparsetrace_kernels.partials import block_of_partials, store_sum
 from sparsetrace_kernels.primitives import (
+    RingArguments,
+    block_columns,
     gather_sum,
     keep_entries,
     list_entry,
     load_slot,
     load_threshold,
-    segment_of_block,
+    pdl_options,
     store_capture,
     wait_for_producer,
 )
 
-# rows captured at a time; a multiple of 8, since a byte of the bitmask has one writer
+# inputs captured at a time; a multiple of 8, since one program writes each byte of the bitmask
 CAPTURE_BLOCK_K = 128
 
 
 @triton.jit
-def _capture_rows(
-    x_ptr,
-    threshold_ptr,
-    scale_ptr,
-    values_ptr,
-    mask_ptr,
-    slot_ptr,
-    num_slots,
-    values_slot_stride,
-    values_segment_stride,
-    mask_slot_stride,
-    mask_segment_stride,
-    i_segment,
-    k_lo,
-    k_hi,
-    K,
-    CAPTURE_K: tl.constexpr,
-):
+def _capture_rows(x_ptr, threshold_ptr, scale_ptr, ring, i_segment, k_lo, k_hi, K, CAPTURE_K: tl.constexpr):
+    """Capture inputs [k_lo, k_hi) of one segment."""
     b_t = load_threshold(threshold_ptr, i_segment)
-    b_slot = load_slot(slot_ptr)
+    b_slot = load_slot(ring.slot_ptr)
     for start in tl.range(k_lo, k_hi, CAPTURE_K):
         o_k = start + tl.arange(0, CAPTURE_K)
         m_k = o_k < K
         b_x = tl.load(x_ptr + o_k, mask=m_k, other=0.0)
         b_keep = keep_entries(b_x, b_t, scale_ptr, i_segment, o_k, m_k, K)
-        store_capture(
-            b_x,
-            b_keep,
-            values_ptr,
-            mask_ptr,
-            b_slot,
-            num_slots,
-            values_slot_stride,
-            values_segment_stride,
-            mask_slot_stride,
-            mask_segment_stride,
-            i_segment,
-            start,
-            K,
-            CAPTURE_K,
-        )
+        store_capture(b_x, b_keep, ring, b_slot, i_segment, start, K)
 
 
 @triton.jit(do_not_specialize_on_alignment=["num_blocks", "split"])
@@ -108,12 +82,14 @@ def _predicated_kernel(
 ):
     i_n = tl.program_id(0)
     i_k = tl.program_id(1)
+    ring = RingArguments(
+        values_ptr, mask_ptr, slot_ptr, num_slots, values_slot_stride, values_segment_stride, mask_slot_stride,
+        mask_segment_stride,
+    )  # fmt: skip
     wait_for_producer(PDL)
     k_lo = i_k * BLOCK_K
     if i_n < num_blocks:
-        i_segment, first, lo, hi = segment_of_block(i_n, N, end_0, end_1, NUM_SEGMENTS, BLOCK_N)
-        o_n = lo + (i_n - first) * BLOCK_N + tl.arange(0, BLOCK_N)
-        m_n = o_n < hi
+        i_segment, o_n, m_n = block_columns(i_n, N, end_0, end_1, NUM_SEGMENTS, BLOCK_N)
         b_t = load_threshold(threshold_ptr, i_segment)
         o_tile = tl.arange(0, BLOCK_K)
         o_k = k_lo + o_tile
@@ -122,7 +98,7 @@ def _predicated_kernel(
         b_keep = keep_entries(b_x, b_t, scale_ptr, i_segment, o_k, m_k, K)
         # int64 base, int32 offsets within the tile: half the address registers
         tile_ptr = w_ptr + k_lo.to(tl.int64) * N
-        # a kept entry is never zero, so one operand, brought to the tile's layout once, is its own mask
+        # kept entries are never zero, so the operand, converted to the tile's layout once, is the mask too
         b_operand = tl.where(b_keep, b_x, 0.0).to(tl.float32)[:, None]
         b_w = tl.load(
             tile_ptr + (o_tile[:, None] * N + o_n[None, :]),
@@ -133,25 +109,9 @@ def _predicated_kernel(
         b_y = tl.sum(b_w.to(tl.float32) * b_operand, axis=0)
         store_sum(b_y, y_ptr, partials_ptr, i_k, o_n, m_n, N, split, BLOCK_S)
     else:
-        # programs of their own: beside the product, the capture's registers made it spill
-        _capture_rows(
-            x_ptr,
-            threshold_ptr,
-            scale_ptr,
-            values_ptr,
-            mask_ptr,
-            slot_ptr,
-            num_slots,
-            values_slot_stride,
-            values_segment_stride,
-            mask_slot_stride,
-            mask_segment_stride,
-            i_n - num_blocks,
-            k_lo,
-            tl.minimum(k_lo + BLOCK_K, K),
-            K,
-            CAPTURE_K,
-        )
+        # in programs of their own, since the capture's registers made the product spill
+        k_hi = tl.minimum(k_lo + BLOCK_K, K)
+        _capture_rows(x_ptr, threshold_ptr, scale_ptr, ring, i_n - num_blocks, k_lo, k_hi, K, CAPTURE_K)
 
 
 @triton.jit(do_not_specialize_on_alignment=["num_blocks", "split"])
@@ -190,12 +150,14 @@ def _compacting_kernel(
 ):
     i_n = tl.program_id(0)
     i_k = tl.program_id(1)
+    ring = RingArguments(
+        values_ptr, mask_ptr, slot_ptr, num_slots, values_slot_stride, values_segment_stride, mask_slot_stride,
+        mask_segment_stride,
+    )  # fmt: skip
     wait_for_producer(PDL)
     k_lo = i_k * chunk_k
     if i_n < num_blocks:
-        i_segment, first, lo, hi = segment_of_block(i_n, N, end_0, end_1, NUM_SEGMENTS, BLOCK_N)
-        o_n = lo + (i_n - first) * BLOCK_N + tl.arange(0, BLOCK_N)
-        m_n = o_n < hi
+        i_segment, o_n, m_n = block_columns(i_n, N, end_0, end_1, NUM_SEGMENTS, BLOCK_N)
         b_t = load_threshold(threshold_ptr, i_segment)
         o_chunk = tl.arange(0, CHUNK_K)
         o_k = k_lo + o_chunk
@@ -207,7 +169,7 @@ def _compacting_kernel(
         count = tl.sum(b_one, 0)
         list_ptr = lists_ptr + (i_k.to(tl.int64) * num_blocks + i_n) * chunk_k
         tl.store(list_ptr + o_list, list_entry(o_chunk, b_x), mask=b_keep)
-        # every thread gathers by entries that other threads of this program stored
+        # each thread reads entries that other threads of this program stored
         tl.debug_barrier()
         chunk_ptr = w_ptr + k_lo.to(tl.int64) * N
         b_y = gather_sum(
@@ -215,39 +177,23 @@ def _compacting_kernel(
         )
         store_sum(b_y, y_ptr, partials_ptr, i_k, o_n, m_n, N, split, BLOCK_S)
     else:
-        # programs of their own: beside the product, the capture's registers made it spill
-        _capture_rows(
-            x_ptr,
-            threshold_ptr,
-            scale_ptr,
-            values_ptr,
-            mask_ptr,
-            slot_ptr,
-            num_slots,
-            values_slot_stride,
-            values_segment_stride,
-            mask_slot_stride,
-            mask_segment_stride,
-            i_n - num_blocks,
-            k_lo,
-            tl.minimum(k_lo + chunk_k, K),
-            K,
-            CAPTURE_K,
-        )
+        # in programs of their own, since the capture's registers made the product spill
+        k_hi = tl.minimum(k_lo + chunk_k, K)
+        _capture_rows(x_ptr, threshold_ptr, scale_ptr, ring, i_n - num_blocks, k_lo, k_hi, K, CAPTURE_K)
 
 
 def count_blocks(segments: list[int], block_n: int) -> int:
-    """Count the column blocks of a launch; no block spans two segments."""
+    """Number of column blocks of a launch; no block spans two segments."""
     return sum(triton.cdiv(width, block_n) for width in segments)
 
 
 def chunk_inputs(K: int, split: int) -> int:
-    """Inputs of a chunk of the compacting kernel."""
+    """Number of inputs in a chunk of the compacting kernel."""
     return triton.cdiv(triton.cdiv(K, split), CAPTURE_BLOCK_K) * CAPTURE_BLOCK_K
 
 
 def count_splits(K: int, config: GemvConfig) -> int:
-    """Count the programs along K of a launch of `sparse_gemv`."""
+    """Number of programs along K in a launch of `sparse_gemv`."""
     return triton.cdiv(K, config.block_k if config.kernel == "predicated" else chunk_inputs(K, config.split))
 
 
@@ -274,9 +220,8 @@ def launch_sparse_gemv(
         "BLOCK_K": config.block_k,
         "BLOCK_N": config.block_n,
         "BLOCK_S": block_of_partials(config.block_n, config.num_warps),
-        "PDL": config.use_pdl,
         "num_warps": config.num_warps,
-        **({"launch_pdl": True} if config.use_pdl else {}),
+        **pdl_options(config.use_pdl),
     }
     ring = checks.ring_arguments(values_RSK, mask_RSM, slot)
     if config.kernel == "predicated":
@@ -323,11 +268,11 @@ def sparse_gemv(
         values_RSK: ring that takes each segment's operand: x where kept, else +0.0; dtype of `x_K`; or None.
         mask_RSM: ring that takes the operand's bitmask, uint8, LSB first, trailing bits zero; or None.
         slot: [1] int64, the ring slot to write; outside [0, R) nothing is captured; None without a ring.
-        config: `GemvConfig.encode`, kernel `predicated` or `compacting`; None chooses for half the inputs dropped.
+        config: from `GemvConfig.encode`, kernel `predicated` or `compacting`; None chooses one for 50 % sparsity.
 
     Returns:
         y_N: dtype of `x_K`; float32 accumulation, error within 2x that of dense torch, bitwise repeatable
-        for one config. The ring holds exactly what `sparse_gemv_ref` says.
+        for one config. What is captured equals `sparse_gemv_ref` bit for bit.
     """
     op = "sparse_gemv"
     checks.require_half_vector(op, "x_K", x_K)

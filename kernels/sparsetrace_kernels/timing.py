@@ -1,4 +1,4 @@
-"""Timing of short GPU calls: replays of a CUDA graph over rotating inputs, without launch gaps and L2 hits."""
+"""Timing of short GPU calls by replays of a CUDA graph over rotating inputs, without launch gaps or L2 hits."""
 
 # Shape suffixes: K = input features, N = output features.
 
@@ -11,15 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-# touched bytes of one graph, in multiples of the L2 cache: what one replay leaves there, the next has overwritten
+# bytes that a graph touches, as a multiple of the L2 cache, so that nothing that a replay leaves there serves the next
 L2_MULTIPLE = 2.5
 
-# calls in one graph: with fewer, the gap between two replays shows in the time of a call
+# calls in one graph; with fewer, the gap between two replays adds to the time of a call
 MIN_CALLS = 40
 
 
 def num_copies(touched_bytes: float, device: torch.device) -> int:
-    """Say how many rotating copies of a weight a graph needs when one call reads `touched_bytes` of its copy."""
+    """Return how many rotating copies of a weight a graph needs if each call reads `touched_bytes` of its copy."""
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     return max(2, min(64, int(L2_MULTIPLE * l2_bytes / touched_bytes) + 1))
 
@@ -30,9 +30,9 @@ def time_in_graph(
     """Time calls on the current GPU by replays of one graph that holds them all.
 
     Args:
-        calls: what to time, one call for each copy of the inputs, taken in turn; the first also runs beforehand.
+        calls: one for each copy of the inputs, taken in turn; the first also runs once before.
         num_replays: replays measured, after one that is not.
-        min_calls: how many calls one graph holds at least.
+        min_calls: minimum number of calls in the graph.
 
     Returns:
         20th, 50th and 80th percentile over the replays, microseconds per call.
@@ -68,7 +68,7 @@ def _read_kernel(x_ptr, out_ptr, num_rows, BLOCK: tl.constexpr):
 
 
 def read_floor(num_bytes: int, device: torch.device) -> float:
-    """Measure the least time of one launch that reads `num_bytes` and does nothing else, microseconds."""
+    """Measure the time of one launch that only reads `num_bytes`: the least over launch shapes, in microseconds."""
     block = 4096
     num_rows = max(1, round(num_bytes / (4 * block)))
     copies = num_copies(num_rows * 4 * block, device)

@@ -1,10 +1,10 @@
-"""Measure GEMV configurations on this GPU and make a table of the fastest, in the format of `configs`.
+"""Measure configurations of `list_gemv`, which the engine launches, and make a table of the fastest for `configs`.
 
-Two rounds for every shape: all candidates at a few sparsities, then the fastest of each at all sparsities, also with
-programmatic dependent launch.  Kernels are compiled ahead by worker processes through Triton's disk cache.
+Each shape is measured in two rounds: all candidates at a few sparsities, then the fastest of these at all sparsities,
+with and without programmatic dependent launch. Worker processes compile the kernels into Triton's disk cache before.
 """
 
-# Shape suffixes: K = input features, N = output features, S = column segments, R = ring slots.
+# Shape suffixes: K = input features, N = output features.
 
 import json
 import multiprocessing
@@ -15,63 +15,50 @@ from dataclasses import replace
 
 import torch
 import triton
-from torch import Tensor
 
-from sparsetrace_kernels.compact import compact
-from sparsetrace_kernels.configs import MAX_CHUNK_K, GemvConfig
-from sparsetrace_kernels.list_gemv import launch_list_gemv
-from sparsetrace_kernels.partials import new_partials
-from sparsetrace_kernels.reference import magnitude_bits
-from sparsetrace_kernels.sparse_gemv import chunk_inputs, launch_sparse_gemv
+from sparsetrace_kernels.compact import section_length
+from sparsetrace_kernels.configs import GemvConfig
+from sparsetrace_kernels.gemv_problem import Problem
 from sparsetrace_kernels.timing import num_copies, time_in_graph
 
 SPARSITIES = (0.0, 0.25, 0.4, 0.5, 0.65, 0.75, 0.9)
 SCREENED = (0.25, 0.5, 0.75, 0.9)
 NUM_FINALISTS = 4
 
-# op, dtype name, K, configuration: what one compilation needs to know
-Job = tuple[str, str, int, GemvConfig]
+# dtype name, K, configuration: what determines a kernel's compilation
+Job = tuple[str, int, GemvConfig]
 
 # programs of a launch: fewer leave most SMs idle, more only add partial sums
 MIN_PROGRAMS, MAX_PROGRAMS = 96, 1 << 14
 
+SPLITS = (1, 2, 3, 4, 6, 8, 16, 32)
+BLOCKS_N = (32, 64, 128, 256)
 
-def candidates(op: str, K: int, N: int) -> list[GemvConfig]:
-    """List the configurations worth measuring for a shape, without dependent launch."""
+
+def candidates(N: int) -> list[GemvConfig]:
+    """List the configurations worth measuring for N output features, without dependent launch."""
     found: dict[str, GemvConfig] = {}
+    # a narrow weight has too few columns for more
+    least = min(MIN_PROGRAMS, triton.cdiv(N, min(BLOCKS_N)) * max(SPLITS))
 
     def add(config: GemvConfig) -> None:
-        if MIN_PROGRAMS <= triton.cdiv(N, config.block_n) * config.split <= MAX_PROGRAMS:
+        if least <= triton.cdiv(N, config.block_n) * config.split <= MAX_PROGRAMS:
             found[config.encode()] = config
 
-    if op == "single":
-        for block_k in (64, 128, 256, 512):
-            for block_n in (16, 32, 64, 128):
-                for num_warps in (1, 2, 4):
-                    if 64 <= block_k * block_n // (32 * num_warps) <= 512:
-                        add(GemvConfig("predicated", triton.cdiv(K, block_k), block_k, block_n, num_warps))
     tiles = [
         (block_k, block_n, num_warps)
         for block_k in (32, 64)
-        for block_n in (32, 64, 128, 256)
+        for block_n in BLOCKS_N
         for num_warps in (1, 2, 4, 8)
+        if 32 <= block_k * block_n // (32 * num_warps) <= 128
     ]
-    for split in (2, 3, 4, 8, 11, 16, 22) if op == "single" else (1, 2, 3, 4, 6, 8, 16, 32):
-        chunk_k = chunk_inputs(K, split)
-        if op == "single" and not 256 <= chunk_k <= MAX_CHUNK_K:
-            continue
+    for split in SPLITS:
         for block_k, block_n, num_warps in tiles:
-            if op == "single" and triton.next_power_of_2(chunk_k) > 4096 * num_warps:
-                continue
-            kernel = "compacting" if op == "single" else "list"
-            if not 32 <= block_k * block_n // (32 * num_warps) <= 128:
-                continue
-            plain = GemvConfig(kernel, split, block_k, block_n, num_warps)
             # Triton spreads the stages over the two levels of an indirect load, so fewer leave none for the rows
-            pipelined = replace(plain, num_stages=5)
-            add(plain if op == "single" else pipelined)
+            config = GemvConfig("list", split, block_k, block_n, num_warps, num_stages=5)
+            add(config)
             if block_n >= 16 * num_warps:
-                add(replace(pipelined, use_dot=True))
+                add(replace(config, use_dot=True))
     return list(found.values())
 
 
@@ -82,98 +69,39 @@ def format_table(document: dict) -> str:
     return f'{{\n{head}  "entries": [\n{entries}\n  ]\n}}\n'
 
 
-def threshold_bits_for(x_K: Tensor, sparsity: float) -> Tensor:
-    """Give the [1] int32 threshold pattern that drops the fraction `sparsity` of x_K (0 keeps what is nonzero)."""
-    bits_K = magnitude_bits(x_K).int().sort().values
-    index = round(sparsity * bits_K.shape[0])
-    return bits_K[index - 1 : index].clone() if index else bits_K.new_zeros(1)
-
-
-class Problem:
-    """One shape and dtype on one GPU: rotating weights, an input, a ring."""
-
-    def __init__(self, K: int, N: int, dtype: torch.dtype, copies: int, device: torch.device) -> None:
-        generator = torch.Generator(device).manual_seed(0)
-        self.K, self.N, self.dtype = K, N, dtype
-        self.x_K = torch.randn(K, generator=generator, device=device).to(dtype)
-        self.weights = [
-            torch.randn(K, N, generator=generator, device=device, dtype=dtype).mul_(K**-0.5) for _ in range(copies)
-        ]
-        self.partials_W = new_partials(device)
-        self.values_RSK = torch.zeros(4, 1, K, dtype=dtype, device=device)
-        self.mask_RSM = torch.zeros(4, 1, triton.cdiv(K, 8), dtype=torch.uint8, device=device)
-        self.slot = torch.ones(1, dtype=torch.int64, device=device)
-
-    def rotate(self, sparsity: float) -> list[Tensor]:
-        """Choose as many weight copies as a graph needs at a sparsity."""
-        touched_bytes = (1 - sparsity) * self.K * self.N * self.dtype.itemsize
-        return self.weights[: num_copies(max(touched_bytes, 1.0), self.x_K.device)]
-
-    def dense_calls(self) -> list[list[Callable[[], Tensor]]]:
-        """Make dense multiplies of each rotating weight, in either layout."""
-        weights = self.rotate(0.0)
-        transposed = [w.T.contiguous() for w in weights]
-        return [
-            [lambda w=w: torch.mv(w.T, self.x_K) for w in weights],
-            [lambda w=w: torch.mv(w, self.x_K) for w in transposed],
-        ]
-
-    def calls(self, op: str, sparsity: float, config: GemvConfig, capture: bool = True) -> list[Callable[[], Tensor]]:
-        """Make one call of an op for each rotating weight."""
-        bits_S = threshold_bits_for(self.x_K, sparsity)
-        weights = self.rotate(sparsity)
-        if op == "list":
-            lists = compact(self.x_K, bits_S, None, None, None, None)
-            return [lambda w=w: launch_list_gemv(*lists, w, self.partials_W, [self.N], config) for w in weights]
-        ring = (self.values_RSK, self.mask_RSM, self.slot) if capture else (None, None, None)
-        return [
-            lambda w=w: launch_sparse_gemv(self.x_K, w, bits_S, self.partials_W, [self.N], None, *ring, config)
-            for w in weights
-        ]
-
-
 def _compile_worker(job: Job) -> None:
-    """Compile into Triton's disk cache, by a launch on a small shape that Triton specialises in the same way."""
-    op, dtype_name, K, config = job
+    """Compile into Triton's disk cache, by a launch over few columns that Triton specialises in the same way."""
+    dtype_name, K, config = job
     device = torch.device("cuda", torch.cuda.current_device())
-    small_k, small = K, config
-    if config.kernel == "predicated":
-        small_k = config.block_k * min(config.split, 2)
-    elif config.kernel == "compacting":
-        small_k = chunk_inputs(K, config.split) * min(config.split, 2)
-        small = replace(config, split=min(config.split, 2))
-    Problem(small_k, 2 * config.block_n, getattr(torch, dtype_name), 1, device).calls(op, 0.5, small)[0]()
+    Problem(K, 2 * config.block_n, getattr(torch, dtype_name), 1, device).calls("list", 0.5, config)[0]()
     torch.cuda.synchronize()
 
 
-def _compile_key(op: str, K: int, config: GemvConfig) -> tuple:
-    """What Triton compiles anew: all but the split, of which only `one or several` and the chunk's size count."""
-    chunk = triton.next_power_of_2(chunk_inputs(K, config.split)) if config.kernel == "compacting" else 0
-    return op, replace(config, split=min(config.split, 2)), chunk
+def _compile_key(job: Job) -> tuple:
+    """Return what Triton compiles anew: of the split only whether there is one, of K only the number of sections."""
+    dtype_name, K, config = job
+    num_sections = triton.next_power_of_2(triton.cdiv(K, section_length(K)))
+    return dtype_name, replace(config, split=min(config.split, 2)), num_sections
 
 
 def distinct_kernels(jobs: Iterable[Job]) -> list[Job]:
-    """Of some jobs, one for each kernel that Triton compiles."""
-    return list(
-        {(dtype, _compile_key(op, K, config)): (op, dtype, K, config) for op, dtype, K, config in jobs}.values()
-    )
+    """Return one job for each kernel that Triton compiles."""
+    return list({_compile_key(job): job for job in jobs}.values())
 
 
-def compile_ahead(jobs: Iterable[Job], pool: Executor) -> Iterator[str]:
-    """Compile the distinct kernels of jobs, yielding the name of each that is done."""
-    distinct = distinct_kernels(jobs)
-    for (op, *_), _ in zip(distinct, pool.map(_compile_worker, distinct), strict=True):
-        yield f"{op} kernel compiled"
+def compile_ahead(jobs: Iterable[Job], pool: Executor) -> Iterator[None]:
+    """Compile the distinct kernels of jobs, and yield after each."""
+    yield from pool.map(_compile_worker, distinct_kernels(jobs))
 
 
-def _screen(problem: Problem, op: str) -> Iterator[GemvConfig]:
+def _screen(problem: Problem) -> Iterator[GemvConfig]:
     """Yield the fastest candidates at any of the screened sparsities, each also with dependent launch."""
     kept: dict[str, GemvConfig] = {}
-    tried = candidates(op, problem.K, problem.N)
+    tried = candidates(problem.N)
     for sparsity in SCREENED:
         times = {}
         for config in tried:
-            _, times[config], _ = time_in_graph(problem.calls(op, sparsity, config), num_replays=3, min_calls=8)
+            _, times[config], _ = time_in_graph(problem.calls("list", sparsity, config), num_replays=3, min_calls=8)
         for config in sorted(times, key=times.__getitem__)[:NUM_FINALISTS]:
             kept[config.encode()] = config
     for config in kept.values():
@@ -184,7 +112,6 @@ def _screen(problem: Problem, op: str) -> Iterator[GemvConfig]:
 def tune(
     shapes: Sequence[tuple[int, int]],
     dtypes: Sequence[torch.dtype],
-    ops: Sequence[str] = ("single", "list"),
     sparsities: Sequence[float] = SPARSITIES,
     num_workers: int | None = None,
     report: Callable[[int, int, str], None] | None = None,
@@ -193,22 +120,18 @@ def tune(
 
     Args:
         shapes: (K, N) pairs, N the width of all segments together.
-        dtypes: fp16, bf16; one of them will do, since `TuningTable.find` lets one stand in for the other.
-        ops: `single`, `list`.
-        sparsities: fractions dropped to measure at.
-        num_workers: compiling processes, by default one for each CPU.
-        report: called with (steps done, steps in all, what was done last), a step being a kernel compiled or an entry
-            measured.
+        dtypes: fp16, bf16; one of them is enough, since `TuningTable.find` lets one stand in for the other.
+        sparsities: fractions of the inputs dropped.
+        num_workers: compiling processes; None starts one for each CPU.
+        report: called with (steps done, steps in all, the last step); a step is a kernel compiled or an entry measured.
 
     Returns:
-        a table document; `format_table` makes a table file of it.
+        a table document, which `format_table` writes as a table file.
     """
     device = torch.device("cuda", torch.cuda.current_device())
     names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-    jobs = distinct_kernels(
-        (op, name, K, config) for name in names for op in ops for K, N in shapes for config in candidates(op, K, N)
-    )
-    num_steps = len(jobs) + len(names) * len(shapes) * len(ops) * len(sparsities)
+    jobs = distinct_kernels((name, K, config) for name in names for K, N in shapes for config in candidates(N))
+    num_steps = len(jobs) + len(names) * len(shapes) * len(sparsities)
     done = 0
 
     def step(what: str) -> None:
@@ -220,26 +143,25 @@ def tune(
     entries = []
     pool = ProcessPoolExecutor(num_workers or os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
     try:
-        for what in compile_ahead(jobs, pool):
-            step(what)
+        for _ in compile_ahead(jobs, pool):
+            step("kernel compiled")
         for dtype, name in zip(dtypes, names, strict=True):
             for K, N in shapes:
                 touched_bytes = (1 - max(sparsities)) * K * N * dtype.itemsize
                 problem = Problem(K, N, dtype, num_copies(max(touched_bytes, 1.0), device), device)
-                for op in ops:
-                    finalists = list(_screen(problem, op))
-                    # these differ from the candidates in dependent launch alone
-                    for _ in compile_ahead(((op, name, K, config) for config in finalists), pool):
-                        pass
-                    for sparsity in sparsities:
-                        times = {
-                            config: time_in_graph(problem.calls(op, sparsity, config), num_replays=7)[1]
-                            for config in finalists
-                        }
-                        best = min(times, key=times.__getitem__)
-                        entry = {"op": op, "dtype": name, "k": K, "n": N, "sparsity": sparsity}
-                        entries.append(entry | {"config": best.encode(), "us": round(times[best], 3)})
-                        step(f"{op} {K}x{N} at {sparsity:.0%}: {times[best]:.1f} us")
+                finalists = list(_screen(problem))
+                # these differ from the candidates in dependent launch alone
+                for _ in compile_ahead(((name, K, config) for config in finalists), pool):
+                    pass
+                for sparsity in sparsities:
+                    times = {
+                        config: time_in_graph(problem.calls("list", sparsity, config), num_replays=7)[1]
+                        for config in finalists
+                    }
+                    best = min(times, key=times.__getitem__)
+                    entry = {"op": "list", "dtype": name, "k": K, "n": N, "sparsity": sparsity}
+                    entries.append(entry | {"config": best.encode(), "us": round(times[best], 3)})
+                    step(f"{K}x{N} at {sparsity:.0%}: {times[best]:.1f} us")
     finally:
         # an interrupted run does not wait for the hundreds of kernels that are still to be compiled
         pool.shutdown(cancel_futures=True)

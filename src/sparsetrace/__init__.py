@@ -8,7 +8,7 @@ __all__ = ["InputError", "Workload", "__version__", "open"]
 
 
 def __getattr__(name: str) -> object:
-    # PEP 562: importing `sparsetrace.study.study`, which every dry run does, must not load pyarrow.
+    # loaded on first use (PEP 562): every dry run imports a part of this package, and must not load pyarrow
     if name in ("open", "Workload"):
         from sparsetrace.workload import reader
 

@@ -1,4 +1,4 @@
-"""Kernel tests run on the GPU if there is one, else on the CPU through Triton's interpreter."""
+"""Kernel tests run on the GPU if there is one, else on the CPU in Triton's interpreter."""
 
 import os
 import sys
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-# Triton reads this when it is imported, so before the test modules are
+# set before the test modules are imported, since Triton reads it when it is imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-    # For each launch and each call of a device function, `_patch_lang` wraps every function of triton.language: half of
-    # a kernel's time here. Once is enough, where nothing is compiled.
+    # `_patch_lang` wraps every function of triton.language anew for each launch and each call of a device function,
+    # which takes half of a kernel's time here. As nothing is compiled, once is enough.
     from triton.runtime import interpreter
 
     patch_lang = interpreter._patch_lang
@@ -23,9 +23,9 @@ if not torch.cuda.is_available():
             patch_lang(function)
         return interpreter._LangPatchScope()
 
-    # an older Triton keeps no account of what it wraps
+    # older versions of Triton do not record what they wrap
     if hasattr(interpreter, "_LangPatchScope"):
         interpreter._patch_lang = patch_once
 
-# the importlib import mode leaves a test's own folder off the path
+# with import mode importlib, pytest does not put a test's folder on the path
 sys.path.insert(0, str(Path(__file__).parent))

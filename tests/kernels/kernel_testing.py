@@ -1,19 +1,17 @@
-"""What the kernel tests share: inputs at a sparsity, poisoned rings, the bound on a sum's error."""
+"""Helpers of the kernel tests: inputs, poisoned rings, the bound on the error of a sum."""
 
 # Shape suffixes: K = input features, N = output features, S = column segments, R = ring slots, M = ceil(K / 8).
 
 import torch
 
-from sparsetrace_kernels.reference import magnitude_bits
-
 NUM_SLOTS = 3
-# for partial sums: few, since tests look whether all are zero again
+# words for partial sums; few, since tests check that all are zero again
 WORDS = 1 << 19
 POISON_BYTE = 0xA5
 
 
 def make_input(K, dtype, device, seed=0):
-    """Draw a normal vector that also holds both zeros and a subnormal."""
+    """Draw a normal vector that also holds zeros of both signs and a subnormal."""
     generator = torch.Generator().manual_seed(seed)
     x_K = torch.randn(K, generator=generator).to(dtype)
     if K >= 4:
@@ -26,15 +24,8 @@ def make_weight(K, N, dtype, device, seed=1):
     return torch.randn(K, N, generator=generator).to(dtype).to(device)
 
 
-def threshold_bits(score_K, sparsity):
-    """Give the [1] int32 pattern under which the wanted fraction lies: 0 keeps what is nonzero, 1 keeps nothing."""
-    bits_K = magnitude_bits(score_K).int().sort().values
-    index = round(sparsity * score_K.shape[0])
-    return bits_K[index - 1 : index].clone() if index else bits_K.new_zeros(1)
-
-
 def make_ring(S, K, dtype, device):
-    """Make poisoned rings whose segments lie inside wider rows, as views of one big ring do."""
+    """Make poisoned rings whose segments lie in wider rows, as in views of one large ring."""
     num_bytes = -(-K // 8)
     values = torch.full((NUM_SLOTS, S + 1, K + 5), float("nan"), dtype=dtype, device=device)
     mask = torch.full((NUM_SLOTS, S + 1, num_bytes + 3), POISON_BYTE, dtype=torch.uint8, device=device)
@@ -56,13 +47,13 @@ def assert_untouched(values_RSK, mask_RSM, except_slot=None):
     others = [r for r in range(NUM_SLOTS) if r != except_slot]
     assert values_RSK[others].isnan().all()
     assert (mask_RSM[others] == POISON_BYTE).all()
-    # the segment row in front of the views' first
+    # the row of a segment before the first one of the views
     base = values_RSK._base
     assert base is None or base[:, 0].isnan().all()
 
 
 def assert_sum_close(y_N, ref_N, torch_N):
-    """Error against float64 at most twice torch's own in the same dtype, and one rounding more."""
+    """The error against float64 is at most twice that of torch in the same dtype, plus one rounding."""
     assert not y_N.isnan().any()
     ulp = torch.finfo(y_N.dtype).eps * ref_N.abs().max()
     assert (y_N.double() - ref_N).abs().max() <= 2 * (torch_N.double() - ref_N).abs().max() + ulp

@@ -1,4 +1,4 @@
-"""The choice of configurations is a pure function of shape, sparsity and table; every committed table can be run."""
+"""The choice of a configuration depends on shape, sparsity and table alone; every committed table can be run."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_config_round_trips_as_text():
     assert decode_config(LIST_CONFIG.encode()) == LIST_CONFIG
 
 
-def test_nearest_sparsity_wins_and_the_lower_of_two():
+def test_nearest_sparsity_wins_and_the_lower_of_two_equally_near():
     table = make_table()
     assert choose_config("list", 64, 32, torch.float16, 0.5, table) == LIST_CONFIG
     assert choose_config("list", 64, 32, torch.float16, 0.6, table).split == 1
@@ -63,11 +63,24 @@ def test_committed_table_is_named_after_its_gpu_and_fits_its_shapes(path):
             assert triton.cdiv(entry["k"], config.split) <= configs.MAX_CHUNK_K
 
 
-@pytest.mark.parametrize("op", ["single", "list"])
-def test_candidates_are_distinct_and_of_the_op(op):
-    found = candidates(op, 4096, 4096)
+def test_candidates_are_distinct_and_of_the_kernel_that_the_engine_launches():
+    found = candidates(4096)
     assert len({config.encode() for config in found}) == len(found) > 50
-    assert all((config.kernel == "list") == (op == "list") for config in found)
+    assert all(config.kernel == "list" for config in found)
+    # some for every shape that a model may have
+    assert all(candidates(N) for N in (1, 16, 64, 65, 128))
+
+
+def test_the_kernel_that_is_not_tuned_keeps_the_committed_table(monkeypatch, tmp_path):
+    gpu = "NVIDIA H200"
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"gpu": gpu, "entries": []}))
+    monkeypatch.delenv(configs.OWN_TABLE, raising=False)
+    committed = configs.active_table(gpu)
+    monkeypatch.setenv(configs.OWN_TABLE, str(own))
+    assert configs.table_for("list", gpu) == TuningTable(gpu, {})
+    assert configs.table_for("single", gpu) == committed != TuningTable(gpu, {})
+    assert configs.table_for("single", "Other GPU") is None
 
 
 @pytest.mark.parametrize(

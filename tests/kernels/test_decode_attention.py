@@ -1,16 +1,17 @@
-"""decode_attention: stored keys equal `model.rotate`'s bit for bit, the output within twice torch's own error."""
+"""decode_attention: stored keys equal those of `model.rotate` bit for bit; outputs lie within twice torch's error."""
 
 # Shape suffixes: B = slots, H = query heads, G = kv heads, D = head dim, S = cache positions, P = rows of the rotary
 # tables, E = D / 2, N = (H + 2 G) D, T = 1 token.
 
 import pytest
 import torch
-from kernel_testing import WORDS, assert_sum_close, make_slot, threshold_bits
+from kernel_testing import WORDS, assert_sum_close, make_slot
 
 from sparsetrace.model.decoder import rotate
 from sparsetrace_kernels.decode_attention import MAX_SPLITS, choose_splits, decode_attention, decode_attention_list
 from sparsetrace_kernels.partials import new_partials
-from sparsetrace_kernels.reference import compact_ref, decode_attention_ref, keep_segments, mask_operand
+from sparsetrace_kernels.reference import compact_ref, decode_attention_ref, keep_segments
+from sparsetrace_kernels.torch_ops import mask_operand, threshold_bits_for
 
 HALF = [torch.float16, torch.bfloat16]
 LENGTH = 90
@@ -18,27 +19,27 @@ LENGTH = 90
 CASES = [
     # H, G, D, window, num_splits
     (4, 4, 64, 0, 1),
-    (4, 1, 24, 0, 3),  # three tiles' turn; a head that fills no power of two
+    (4, 1, 24, 0, 3),  # three splits that take tiles in turn; a head dim that is no power of two
     (2, 1, 8, 0, 8),  # more splits than tiles
     (2, 2, 96, 0, 2),
     (2, 1, 128, 0, 5),
     (4, 2, 24, 7, 1),
-    (4, 1, 64, 20, 4),  # two tiles, for four splits
-    (1, 1, 6, 1, 2),  # the current token alone
+    (4, 1, 64, 20, 4),  # two tiles for four splits
+    (1, 1, 6, 1, 2),  # attends to the current token alone
     (2, 1, 320, 0, 3),
 ]
 POSITIONS = [0, 1, 37, 64, LENGTH - 1]
 
 
 def coarsen(x, dtype, device):
-    """Where Triton's interpreter truncates and the GPU rounds, to bf16, take eighths: their rotations are exact."""
+    """Round to eighths, whose rotations are exact, where the interpreter truncates to bf16 and the GPU rounds."""
     if device.type == "cpu" and dtype is torch.bfloat16:
         return (x * 8).round().clamp(-8, 8) / 8
     return x
 
 
 def make_values(generator, shape, dtype, device):
-    """Draw normal values that include both zeros and a subnormal."""
+    """Draw normal values that include zeros of both signs and a subnormal."""
     x = torch.randn(shape, generator=generator)
     x.view(-1)[:3] = torch.tensor([0.0, -0.0, torch.finfo(dtype).smallest_normal / 4])
     return coarsen(x, dtype, device).to(dtype).to(device)
@@ -50,11 +51,11 @@ def make_tables(P, D, dtype, device):
 
 
 def make_caches(generator, positions, S, G, D, dtype, device):
-    """Give layer 1 of keys and values with three layers, NaN from every slot's position on."""
+    """Make keys and values of three layers, NaN from each slot's position on, and return layer 1."""
     caches = []
     for _ in range(2):
         cache_LBSGD = torch.full((3, len(positions), S, G, D), float("nan"), dtype=dtype, device=device)
-        # drawn at full length, so that caches of another one hold the same
+        # drawn at full length, so that caches of another length hold the same values
         drawn_BSGD = make_values(generator, (len(positions), LENGTH, G, D), dtype, device)
         for b, position in enumerate(positions):
             stop = max(0, min(position, S, LENGTH))
@@ -64,7 +65,7 @@ def make_caches(generator, positions, S, G, D, dtype, device):
 
 
 class Problem:
-    """Inputs of one launch, from a seed; the cache starts as the model leaves it for these positions."""
+    """Inputs of one launch, drawn from a fixed seed; the cache holds what the model stored before these positions."""
 
     def __init__(self, device, dtype, H, G, D, positions, S=LENGTH):
         generator = torch.Generator().manual_seed(0)
@@ -96,7 +97,7 @@ class Problem:
         return decode_attention_ref(*self.arguments()[:6], window)
 
     def torch_heads(self):
-        """Give q, k and v of the tokens, [B, T, heads, D], the first two rotated by the model's function."""
+        """Return q, k and v of the tokens, [B, T, heads, D], with q and k rotated by the model's function."""
         B, _, G, D = self.keys_BSGD.shape
         heads = self.qkv_BN.reshape(B, 1, -1, D)
         rows_B = self.positions_B.clamp(0, self.cos_PE.shape[0] - 1)
@@ -110,7 +111,7 @@ class Problem:
         S = self.keys_BSGD.shape[1]
         distance_BS = self.positions_B[:, None] - torch.arange(S, device=q_BTHD.device)
         mask_BS = (distance_BS >= 0) & (distance_BS < (window or S))
-        # torch multiplies what the mask hides by zero, which leaves NaN
+        # torch multiplies masked values by zero, so NaN would remain NaN
         k_BGSD, v_BGSD = (x.nan_to_num().transpose(1, 2) for x in (self.keys_BSGD, self.values_BSGD))
         y_BHTD = torch.nn.functional.scaled_dot_product_attention(
             q_BTHD.transpose(1, 2), k_BGSD, v_BGSD, attn_mask=mask_BS[:, None, None], enable_gqa=True
@@ -123,7 +124,7 @@ def bits(x):
 
 
 def assert_stored(problem, before):
-    """The caches hold the tokens at their positions, bit for bit, and what they held everywhere else."""
+    """The caches hold the tokens at their positions, bit for bit, and are unchanged everywhere else."""
     _, k_BTGD, v_BTGD = problem.torch_heads()
     S = problem.keys_BSGD.shape[1]
     for cache_BSGD, old_LBSGD, new_BTGD in zip(
@@ -169,7 +170,7 @@ def test_positions_outside_the_cache_store_nothing(device, num_splits):
 
 
 def test_a_single_split_needs_no_words(device):
-    # as many as a batch of a thousand slots would ask for are not there
+    # so that a batch of a thousand slots does not ask for more words than there are
     shape = (device, torch.float16, 2, 1, 24, POSITIONS)
     problem = Problem(*shape)
     problem.partials_W = problem.partials_W[:1]
@@ -181,7 +182,7 @@ def test_depends_on_the_slots_own_tokens_only(device, window, num_splits):
     shape = (device, torch.float16, 2, 1, 24)
     y_BN = Problem(*shape, POSITIONS).run(window, num_splits)
     assert torch.equal(Problem(*shape, POSITIONS).run(window, num_splits), y_BN)
-    # another cache length, of other alignment
+    # another cache length, with another alignment
     assert torch.equal(Problem(*shape, POSITIONS, S=LENGTH + 37).run(window, num_splits), y_BN)
     for b in range(len(POSITIONS)):
         problem = Problem(*shape, POSITIONS)
@@ -194,7 +195,7 @@ def test_takes_any_strides(device):
     problem = Problem(device, torch.float16, 4, 2, 24, POSITIONS)
     y_BN = problem.run(0, 2)
     strided = Problem(device, torch.float16, 4, 2, 24, POSITIONS)
-    # heads first, and values inside wider rows
+    # keys with heads before positions, and values in wider rows
     strided.keys_BSGD = strided.keys_BSGD.transpose(1, 2).contiguous().transpose(1, 2)
     strided.values_BSGD = torch.nn.functional.pad(strided.values_BSGD, (3, 2))[..., 3:-2]
     assert torch.equal(strided.run(0, 2), y_BN)
@@ -218,12 +219,12 @@ def test_nan_and_infinity_reach_the_output_of_their_head_only(device):
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize(("H", "G", "D", "num_splits"), [(4, 2, 24, 1), (4, 1, 64, 3), (2, 2, 128, 8)])
 def test_lists_and_captures(device, H, G, D, num_splits, dtype, has_scale):
-    """Output and cache as without; list, counts and ring equal the oracle's on the output, bit for bit."""
+    """Output and cache equal those of decode_attention; list, counts and ring equal the oracle's for that output."""
     plain, listed = (Problem(device, dtype, H, G, D, [77]) for _ in range(2))
     y_BN = plain.run(0, num_splits)
     scale_SK = torch.rand(1, H * D, generator=torch.Generator().manual_seed(4)).to(device) if has_scale else None
     score_K = y_BN[0].float().abs() * scale_SK[0] if has_scale else y_BN[0]
-    bits_S = threshold_bits(score_K, 0.5)
+    bits_S = threshold_bits_for(score_K, 0.5)
     ring_RSK = torch.full((3, 1, H * D), float("nan"), dtype=dtype, device=device)
 
     def run(values_RSK, slot):
@@ -242,7 +243,7 @@ def test_lists_and_captures(device, H, G, D, num_splits, dtype, has_scale):
     operand_K = mask_operand(y_BN[0], keep_segments(y_BN[0], bits_S, scale_SK)[0])
     assert torch.equal(bits(ring_RSK[1, 0]), bits(operand_K))
     assert ring_RSK[[0, 2]].isnan().all()
-    # without a ring, and outside it, the same
+    # the same without a ring, and with a slot outside it
     before = bits(ring_RSK).clone()
     for again in (run(None, None), run(ring_RSK, make_slot(3, device))):
         assert torch.equal(bits(again[0]), bits(y_BN)) and torch.equal(again[2], counts_SI)
@@ -271,7 +272,7 @@ def test_splits_are_fewer_the_more_heads_there_are():
 
 def test_is_a_well_formed_op(device):
     problem = Problem(device, torch.float16, 2, 1, 8, [3, 0], S=5)
-    # opcheck compares in place, where NaN equals nothing
+    # opcheck compares the caches, and NaN equals nothing
     for cache_BSGD in (problem.keys_BSGD, problem.values_BSGD):
         cache_BSGD.nan_to_num_()
     torch.library.opcheck(decode_attention, problem.arguments(4, 2))

@@ -1,13 +1,13 @@
-"""draw_tokens against `reference.sample` on the same draws: the tokens are equal."""
+"""draw_tokens against `torch_ops.sample` on the same draws: the tokens are equal."""
 
-# Shape suffixes: B = slots, V = vocabulary, P = positions.
+# Shape suffixes: B = slots, V = vocabulary, P = positions, C = arrival counters, 1 = one entry.
 
 import pytest
 import torch
 
 from sparsetrace_kernels.checks import new_arrivals
 from sparsetrace_kernels.draw_tokens import CHUNK_V, draw_tokens
-from sparsetrace_kernels.reference import sample
+from sparsetrace_kernels.torch_ops import sample
 
 CASES = [
     # B, V, dtype
@@ -31,10 +31,10 @@ def problem(rng, device, B, V, dtype):
 @pytest.mark.parametrize(("B", "V", "dtype"), [pytest.param(*c, id="B{}-V{}-{}".format(*c)) for c in CASES])
 def test_matches_oracle(rng, device, B, V, dtype, temperature):
     arrivals_C = new_arrivals(device)
-    heat = torch.tensor([temperature], dtype=torch.float64, device=device) if temperature else None
+    temperature_1 = torch.tensor([temperature], dtype=torch.float64, device=device) if temperature else None
     for _ in range(4):
         logits_BV, uniform_BP, positions_B = problem(rng, device, B, V, dtype)
-        next_B, finite_B = draw_tokens(logits_BV, uniform_BP, positions_B, heat, arrivals_C)
+        next_B, finite_B = draw_tokens(logits_BV, uniform_BP, positions_B, temperature_1, arrivals_C)
         drawn_B1 = uniform_BP.gather(1, positions_B[:, None])
         assert torch.equal(next_B, sample(logits_BV.float(), drawn_B1, temperature, 0))
         assert finite_B.all() and not arrivals_C.any()
@@ -46,9 +46,9 @@ def test_no_draw_leaves_the_vocabulary(device, u):
     logits_BV = torch.zeros(2, V, device=device)
     logits_BV[1, 5:] = -1000
     uniform_BP = torch.full((2, 1), u, dtype=torch.float64, device=device)
-    heat = torch.ones(1, dtype=torch.float64, device=device)
+    temperature_1 = torch.ones(1, dtype=torch.float64, device=device)
     zeros_B = torch.zeros(2, dtype=torch.int64, device=device)
-    next_B, _ = draw_tokens(logits_BV, uniform_BP, zeros_B, heat, new_arrivals(device))
+    next_B, _ = draw_tokens(logits_BV, uniform_BP, zeros_B, temperature_1, new_arrivals(device))
     assert next_B.tolist() == ([0, 0] if u == 0 else [V - 1, 4])
 
 
@@ -62,25 +62,27 @@ def test_the_first_of_the_largest_is_the_likeliest(device):
     assert next_B.tolist() == [9, CHUNK_V + 4]
 
 
-# NaN compared in numpy, on which Triton's interpreter runs
+# Triton's interpreter compares NaN in numpy
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("temperature", [None, 0.7])
-def test_says_which_slot_is_not_finite(device, value, temperature):
+def test_reports_which_slot_is_not_finite(device, value, temperature):
     V = CHUNK_V + 60
     logits_BV = torch.zeros(3, V, device=device)
     logits_BV[1, V - 1] = value
-    heat = None if temperature is None else torch.tensor([temperature], dtype=torch.float64, device=device)
+    temperature_1 = None if temperature is None else torch.tensor([temperature], dtype=torch.float64, device=device)
     uniform_BP = torch.full((3, 1), 0.5, dtype=torch.float64, device=device)
     zeros_B = torch.zeros(3, dtype=torch.int64, device=device)
-    next_B, finite_B = draw_tokens(logits_BV, uniform_BP, zeros_B, heat, new_arrivals(device))
+    next_B, finite_B = draw_tokens(logits_BV, uniform_BP, zeros_B, temperature_1, new_arrivals(device))
     assert finite_B.tolist() == [True, False, True]
     assert ((next_B >= 0) & (next_B < V)).all()
 
 
 def test_is_a_well_formed_op(rng, device):
-    heat = torch.ones(1, dtype=torch.float64, device=device)
-    torch.library.opcheck(draw_tokens, (*problem(rng, device, 2, 33, torch.float16), heat, new_arrivals(device)))
+    temperature_1 = torch.ones(1, dtype=torch.float64, device=device)
+    torch.library.opcheck(
+        draw_tokens, (*problem(rng, device, 2, 33, torch.float16), temperature_1, new_arrivals(device))
+    )
 
 
 def test_refuses(rng, device):
@@ -106,12 +108,12 @@ def test_refuses(rng, device):
 @pytest.mark.parametrize("B", [1, 64])
 def test_repeats_in_a_graph(rng, device, B):
     logits_BV, uniform_BP, positions_B = problem(rng, device, B, 128_256, torch.bfloat16)
-    heat = torch.tensor([0.8], dtype=torch.float64, device=device)
+    temperature_1 = torch.tensor([0.8], dtype=torch.float64, device=device)
     arrivals_C = new_arrivals(device)
-    draw_tokens(logits_BV, uniform_BP, positions_B, heat, arrivals_C)
+    draw_tokens(logits_BV, uniform_BP, positions_B, temperature_1, arrivals_C)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        next_B, finite_B = draw_tokens(logits_BV, uniform_BP, positions_B, heat, arrivals_C)
+        next_B, finite_B = draw_tokens(logits_BV, uniform_BP, positions_B, temperature_1, arrivals_C)
     for _ in range(10):
         logits_BV.normal_(0, 3)
         uniform_BP.uniform_()

@@ -6,6 +6,7 @@ two engines on given tokens then agree to what 16-bit activations allow, and exa
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +15,18 @@ from safetensors.numpy import load_file
 
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Capture, Decoding
-from sparsetrace.formats.schema import FORMATS, MATRICES, SITES
-from sparsetrace.generation.capture import Recorder, _pack_on_host, _Stage, captured_matrices, holders
-from sparsetrace.generation.engine import Engine, choose_kind
+from sparsetrace.formats.architecture import sites_of
+from sparsetrace.formats.numbers import FORMATS
+from sparsetrace.formats.sites import by_leaf
+from sparsetrace.generation.backend import EngineSetup
+from sparsetrace.generation.backends import choose_backend
+from sparsetrace.generation.blocks import pack_on_host
+from sparsetrace.generation.capture import Recorder
+from sparsetrace.generation.engine import Engine
 from sparsetrace.generation.fused import FusedDecoder
 from sparsetrace.generation.prompts import Sequence
+from sparsetrace.generation.selection import holders, select
+from sparsetrace.generation.stage import Stage
 from sparsetrace.methods import Dense, MatrixRule, Teal, TopK, Wina
 from sparsetrace.model.decoder import KVCache
 from sparsetrace.model.patch import install
@@ -26,7 +34,7 @@ from sparsetrace_kernels import decode_attention
 from sparsetrace_kernels.add_rmsnorm import add_rmsnorm
 from sparsetrace_kernels.list_gemv import list_gemv
 from sparsetrace_kernels.masked_rows import add_rmsnorm_rows
-from sparsetrace_kernels.reference import DENSE, mask_operand
+from sparsetrace_kernels.torch_ops import DENSE, mask_operand
 
 # Triton 3.7's interpreter rounds bf16 by truncation, so there it is tried on the GPU alone
 DTYPES = ["float16"] + (["bfloat16"] if torch.cuda.is_available() else [])
@@ -44,6 +52,9 @@ METHODS = {
     "dense": lambda rules: (Dense(), [MatrixRule(rule.layer, rule.matrix, None) for rule in rules]),
 }
 
+
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+SITE_NAMES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")
 
 # the second is what each is tried with where not everything is
 KINDS = {"torch": "half", "triton": "all"}
@@ -79,16 +90,22 @@ def engine_of(
     decoder, patch, decoding, batch, kind="triton", new_tokens=9 if WHOLE else 3, eos=frozenset(), positions=1
 ):
     batching = Batching(max_new_tokens=new_tokens, batch_size=batch)
-    return Engine(decoder, patch, decoding, batching, eos, kind, positions)
+    return Engine(EngineSetup(decoder, patch, decoding, batching, eos, kind, positions))
+
+
+def recorder_of(decoder, patch, rows, device):
+    return Recorder(select(decoder.sites, decoder.config.dtype, patch, Capture()), rows, device)
 
 
 def recorded(engine, group, folder, given=None, capture=None):
     """A group's result and its operands: {(layer, matrix, token): (mask, values)} as bytes, for all that read one."""
-    recorder = Recorder(engine.model.config, engine.block_rows, engine.device, engine.patch.parts, capture=capture)
+    setup = engine.setup
+    selection = select(setup.model.sites, setup.model.config.dtype, setup.patch, capture or Capture())
+    recorder = Recorder(selection, engine.block_rows, engine.device)
     recorder.open(folder, 0)
     result = engine.run(group, recorder, given)
     found = {}
-    held = holders(captured_matrices(engine.model.config, capture or Capture()), engine.patch.parts)
+    held = holders(selection.leaves, selection.parts)
     for name in recorder.close()[0]:
         arrays = load_file(folder / name)
         for stem in {key.rsplit(".", 1)[0] for key in arrays} - {"rows"}:
@@ -114,8 +131,8 @@ def test_every_product(tiny, tmp_path, rng, device, model, method, one, dtype):
     decoder, patch = installed(tiny, tmp_path, rng, device, method, dtype, layers=2, **MODELS[model])
     config = decoder.config
     fused = FusedDecoder(decoder, patch, 16, None)
-    recorder = Recorder(config, 8, device, patch.parts)
-    fused.use(recorder)
+    recorder = recorder_of(decoder, patch, 8, device)
+    fused.capture_into(recorder)
     B, T = (1, 1) if one else (2, 3)
     cache = KVCache(config, B, 16, device)
     for part in (cache.k_LBSGD, cache.v_LBSGD):
@@ -126,10 +143,10 @@ def test_every_product(tiny, tmp_path, rng, device, model, method, one, dtype):
     rows_n = torch.tensor([3] if one else [2, 7, DENSE, 8, 0, -1], device=device)
     seen = []
     fused.probe = lambda layer, site, x, y: seen.append((layer, site, x.clone(), y.clone()))
-    recorder._ring.fill_(torch.nan)
+    recorder._ring.operands.fill_(torch.nan)
     fused(tokens_BT, positions_BT, cache, rows_n, one=one)
 
-    assert [(layer, site) for layer, site, *_ in seen] == [(layer, site) for layer in range(2) for site in SITES]
+    assert [(layer, site) for layer, site, *_ in seen] == [(layer, site) for layer in range(2) for site in SITE_NAMES]
     dropped = []
     for layer, site, x_nK, y_nN in seen:
         module = patch.modules[layer, site]
@@ -139,7 +156,7 @@ def test_every_product(tiny, tmp_path, rng, device, model, method, one, dtype):
             keep = patch.method.keep(x_nK, rule)
             operand_nK = mask_operand(x_nK, torch.ones_like(x_nK, dtype=torch.bool) if keep is None else keep)
             operand_nK = torch.where((rows_n == DENSE)[:, None], x_nK, operand_nK)
-            region = recorder._regions[layer, holder[matrix]]
+            region = recorder._ring._regions[layer, holder[matrix]]
             for row, place in enumerate(rows_n.tolist()):
                 if 0 <= place < 8:
                     assert torch.equal(region[place].view(torch.int16), operand_nK[row].view(torch.int16)), matrix
@@ -197,8 +214,8 @@ def test_engines_agree_on_given_tokens(tiny, tmp_path, rng, device, batch, metho
 
 def dense_of(config, key, mask, values):
     """A captured row as float64 [K]."""
-    site = next(site for site, matrices in SITES.items() if key[1] in matrices)
-    keep = np.unpackbits(np.frombuffer(mask, np.uint8), count=config.in_features(site), bitorder="little").astype(bool)
+    width = by_leaf(sites_of(config))[key[:2]].in_features
+    keep = np.unpackbits(np.frombuffer(mask, np.uint8), count=width, bitorder="little").astype(bool)
     row = np.zeros(len(keep))
     row[keep] = FORMATS[config.dtype].to_float(np.frombuffer(values, np.uint16))
     return row
@@ -301,19 +318,90 @@ def test_stage_packs_as_the_host_does(rng, device, dtype):
             base += width * (rows + 1)
         labels = torch.from_numpy(rng.integers(0, 1 << 40, (rows + 1, 3))).to(device)
         # the second region is not captured
-        stage = _Stage(ring, [regions[0], regions[2]], FORMATS[dtype].infinity)
-        stage.take(ring, bound, torch.tensor([filled], device=device), labels, {})
-        found_labels, packed, _ = stage.fetch()
-        assert stage.finite
-        assert np.array_equal(found_labels, labels[:filled].cpu().numpy())
-        for region, arrays in zip((regions[0], regions[2]), packed, strict=True):
-            expected = _pack_on_host(region[:filled].cpu())
+        held = {(0, "q"): regions[0], (1, "q"): regions[2]}
+        filled_rows = torch.tensor([filled], device=device)
+        full = SimpleNamespace(operands=ring, rows=rows, held=held, filled=filled_rows, labels=labels, dropped={})
+        stage = Stage(full, FORMATS[dtype].infinity)
+        stage.take(full, bound)
+        block = stage.fetch()
+        assert block.finite and list(block.packed) == list(held)
+        assert np.array_equal(block.labels, labels[:filled].cpu().numpy())
+        for region, arrays in zip(held.values(), block.packed.values(), strict=True):
+            expected = pack_on_host(region[:filled].cpu())
             for one, other in zip(arrays, expected, strict=True):
                 assert one.dtype == other.dtype and np.array_equal(one, other)
     regions[2][0, 17] = torch.inf
-    stage.take(ring, 3, torch.tensor([1], device=device), labels, {})
-    stage.fetch()
-    assert not stage.finite
+    full.filled.fill_(1)
+    stage.take(full, 3)
+    assert not stage.fetch().finite
+
+
+@pytest.mark.parametrize("prefill", ["none", "half", "all"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_head_reads_what_is_captured_of_it(tiny, tmp_path, rng, device, backend, prefill, monkeypatch):
+    """`lm_head` has a row for each captured token whose logits are computed, of just the bits that they come from."""
+    if prefill == "half" and not WHOLE:
+        # passes of two positions, so that the prompts end in different ones
+        monkeypatch.setattr("sparsetrace.generation.selection.BLOCK_BYTES", 2_000)
+    decoder, patch = installed(tiny, tmp_path, rng, device, layers=1)
+    engine = engine_of(decoder, patch, Decoding(prefill=prefill), 2, backend)
+    if device.type == "cuda" and backend == "triton":
+        # a graph calls no Python
+        engine.backend.graphs = False
+    read, plain = [], engine.backend._draw
+
+    def watched(hidden_BC):
+        read.append(hidden_BC.clone())
+        return plain(hidden_BC)
+
+    engine.backend._draw = watched
+    group = group_of(rng, [5, 3])
+    capture = Capture(matrices=("down", "lm_head"))
+    recorder = Recorder(select(decoder.sites, decoder.config.dtype, patch, capture), engine.block_rows, device)
+    # what is not filled must not be taken
+    recorder._ring.operands.fill_(torch.nan)
+    recorder.open(tmp_path, 0, {sequence.sequence: len(sequence.prompt_ids) - 1 for sequence in group})
+    read.clear()
+    result = engine.run(group, recorder)
+    read = read[-NEW:]
+    expected = {}
+    for slot, sequence in enumerate(group):
+        last = len(sequence.prompt_ids) - 1
+        for step in range(len(result.output_ids[slot])):
+            if step or prefill != "none":
+                expected[sequence.base + last + step] = read[step][slot].cpu().view(torch.int16).numpy().view(np.uint16)
+    found, downs = {}, 0
+    for name in recorder.close()[0]:
+        arrays = load_file(tmp_path / name)
+        downs += len(arrays["L00.down.mask"])
+        rows = arrays.get("model.lm_head.rows", np.arange(len(arrays["rows.token"])))
+        assert len(arrays["model.lm_head.mask"]) == len(rows) == len(arrays["model.lm_head.offsets"]) - 1
+        for row, place in enumerate(rows.tolist()):
+            dense = np.zeros(decoder.config.hidden_size, np.uint16)
+            keep = np.unpackbits(arrays["model.lm_head.mask"][row], count=len(dense), bitorder="little").astype(bool)
+            start, stop = arrays["model.lm_head.offsets"][row : row + 2]
+            dense[keep] = arrays["model.lm_head.values"][start:stop]
+            found[int(arrays["rows.token"][place])] = dense
+    recorder.shutdown()
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[token], expected[token]) for token in expected)
+    assert downs == len(found) if prefill == "none" else downs > len(found)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_capturing_the_head_changes_nothing(tiny, tmp_path, rng, device, backend):
+    decoder, patch = installed(tiny, tmp_path, rng, device, layers=1)
+    group = group_of(rng, [5, 3])
+    outputs = []
+    for capture in (None, Capture(matrices=("lm_head",))):
+        engine = engine_of(decoder, patch, Decoding(prefill="half", temperature=0.8), 2, backend)
+        recorder = None
+        if capture is not None:
+            recorder = Recorder(select(decoder.sites, decoder.config.dtype, patch, capture), engine.block_rows, device)
+            recorder.open(tmp_path, 0, {sequence.sequence: len(sequence.prompt_ids) - 1 for sequence in group})
+        result = engine.run(group, recorder)
+        outputs.append((result.output_ids, result.fed.drop_columns(["captured"]).to_pydict()))
+    assert outputs[0] == outputs[1]
 
 
 def test_refuses_what_the_kernels_cannot_run(tiny, tmp_path, rng):
@@ -322,11 +410,11 @@ def test_refuses_what_the_kernels_cannot_run(tiny, tmp_path, rng):
     rules = tiny.rules(half, rng)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     teal, topk = Teal(sparsity=0.5), TopK(sparsity=0.5)
-    assert choose_kind("auto", cpu, half.config, teal, rules) == "torch"
-    assert choose_kind("auto", gpu, half.config, teal, rules) == "triton"
-    assert choose_kind("torch", gpu, half.config, teal, rules) == "torch"
-    assert choose_kind("auto", gpu, wide.config, teal, rules) == "torch"
-    assert choose_kind("auto", gpu, half.config, topk, rules) == "torch"
+    assert choose_backend("auto", cpu, half.config, teal, rules) == "torch"
+    assert choose_backend("auto", gpu, half.config, teal, rules) == "triton"
+    assert choose_backend("torch", gpu, half.config, teal, rules) == "torch"
+    assert choose_backend("auto", gpu, wide.config, teal, rules) == "torch"
+    assert choose_backend("auto", gpu, half.config, topk, rules) == "torch"
     many = replace(half.config, num_attention_heads=132)
     for device, config, method, words in (
         (cpu, half.config, teal, "without a GPU"),
@@ -335,7 +423,7 @@ def test_refuses_what_the_kernels_cannot_run(tiny, tmp_path, rng):
         (gpu, half.config, topk, "method topk decides by more than a threshold"),
     ):
         with pytest.raises(InputError, match=words):
-            choose_kind("triton", device, config, method, rules)
+            choose_backend("triton", device, config, method, rules)
 
 
 @pytest.mark.gpu
@@ -347,7 +435,7 @@ def test_graph_equals_eager(tiny, tmp_path, rng, device, batch, monkeypatch):
     found = []
     for graphs in (True, False):
         engine = engine_of(decoder, patch, Decoding(prefill="half"), batch, new_tokens=30)
-        engine._fused.graphs = graphs
+        engine.backend.graphs = graphs
         found.append(recorded(engine, group, tmp_path / str(graphs)))
     assert found[0][1] == found[1][1]
     assert found[0][0].output_ids == found[1][0].output_ids
@@ -357,15 +445,15 @@ def test_graph_equals_eager(tiny, tmp_path, rng, device, batch, monkeypatch):
 @pytest.mark.parametrize("prefill", ["all", "half"])
 def test_passes_in_a_graph_equal_eager(tiny, tmp_path, rng, device, prefill, monkeypatch):
     """Bitwise equal operands of given texts in passes of one shape, and of groups of other lengths between them."""
-    monkeypatch.setattr("sparsetrace.generation.capture.GPU_BLOCK_BYTES", 20_000)
+    monkeypatch.setattr("sparsetrace.generation.selection.GPU_BLOCK_BYTES", 20_000)
     decoder, patch = installed(tiny, tmp_path, rng, device)
     groups = [group_of(rng, lengths) for lengths in ([61, 40], [57, 57], [61, 9], [30, 30], [61, 61])]
     found = []
     for graphs in (True, False):
         decoding = Decoding(tokens_from="text", prefill=prefill)
         engine = engine_of(decoder, patch, decoding, 2, positions=61)
-        engine._fused.graphs = graphs
-        recorder = Recorder(decoder.config, engine.block_rows, device, patch.parts)
+        engine.backend.graphs = graphs
+        recorder = recorder_of(decoder, patch, engine.block_rows, device)
         arrays = []
         for number, group in enumerate(groups):
             folder = tmp_path / str(graphs)
@@ -375,7 +463,7 @@ def test_passes_in_a_graph_equal_eager(tiny, tmp_path, rng, device, prefill, mon
             arrays += [(folder / name).read_bytes() for name in recorder.close()[0]]
         recorder.shutdown()
         found.append(arrays)
-        assert any(taken._graph is not None for taken in engine._fused._passes.values()) == graphs
+        assert any(taken.graph is not None for taken in engine.backend.passes.passes.values()) == graphs
     assert len(found[0]) >= 2 * len(groups)
     assert found[0] == found[1]
 
@@ -401,13 +489,13 @@ def test_compiled_code_captures(tiny, tmp_path, rng, device, one):
 
     found = []
     for compiled in (False, True):
-        recorder = Recorder(decoder.config, 4, device, patch.parts)
-        recorder._ring.fill_(torch.nan)
+        recorder = recorder_of(decoder, patch, 4, device)
+        recorder._ring.operands.fill_(torch.nan)
         # without a GPU there may be no compiler; the passes that could drop or copy a ring run all the same
         backend = "inductor" if device.type == "cuda" else "aot_eager"
         call = torch.compile(part, fullgraph=True, backend=backend) if compiled else part
-        y_nN = call(residual_nC, recorder.ring(0, "attn_in"))
-        assert not recorder.ring(0, "attn_in")[2].isnan().any()
-        found.append([recorder._ring.view(torch.int16).clone(), y_nN.view(torch.int16)])
+        y_nN = call(residual_nC, recorder.region(0, "attn_in"))
+        assert not recorder.region(0, "attn_in")[2].isnan().any()
+        found.append([recorder._ring.operands.view(torch.int16).clone(), y_nN.view(torch.int16)])
     for eager, compiled in zip(*found, strict=True):
         assert torch.equal(eager, compiled)

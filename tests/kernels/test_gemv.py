@@ -15,26 +15,26 @@ from kernel_testing import (
     make_ring,
     make_slot,
     make_weight,
-    threshold_bits,
 )
 
 from sparsetrace_kernels.compact import compact
 from sparsetrace_kernels.configs import GemvConfig
 from sparsetrace_kernels.list_gemv import list_gemv
 from sparsetrace_kernels.partials import new_partials
-from sparsetrace_kernels.reference import compact_ref, keep_segments, list_gemv_ref, mask_operand, sparse_gemv_ref
+from sparsetrace_kernels.reference import compact_ref, keep_segments, list_gemv_ref, sparse_gemv_ref
 from sparsetrace_kernels.sparse_gemv import sparse_gemv
+from sparsetrace_kernels.torch_ops import mask_operand, threshold_bits_for
 
 HALF = [torch.float16, torch.bfloat16]
 
-# the interpreter runs programs one after the other
+# smaller cases without a GPU, since the interpreter runs programs one after the other
 WHOLE = torch.cuda.is_available()
 CASES = [
     # K, segments
     (1, [1]),
     (64, [128]),
     (100, [257 if WHOLE else 97]),  # neither is a multiple of a block
-    (344 if WHOLE else 168, [64, 24, 40]),  # three thresholds, widths that divide nothing
+    (344 if WHOLE else 168, [64, 24, 40]),  # three thresholds, widths that no block divides
     (523 if WHOLE else 211, [33, 95]),
 ]
 
@@ -65,11 +65,11 @@ def encode(config):
 
 
 def make_case(K, segments, dtype, device, sparsity):
-    """Every segment gets another threshold around the wanted sparsity."""
+    """Draw input, weight and a threshold for each segment, all different, up to the wanted sparsity."""
     x_K = make_input(K, dtype, device)
     weight_KN = make_weight(K, sum(segments), dtype, device)
     wanted = [sparsity, 0.9 * sparsity, 0.5 * sparsity][: len(segments)]
-    return x_K, weight_KN, torch.cat([threshold_bits(x_K, s) for s in wanted])
+    return x_K, weight_KN, torch.cat([threshold_bits_for(x_K, s) for s in wanted])
 
 
 def torch_gemv(operand_SK, weight_KN, segments):
@@ -98,7 +98,7 @@ def test_single_matches_oracle(device, case, config, dtype, sparsity):
     assert_ring(values_RSK, mask_RSM, 1, operand_SK, mask_SM)
     assert_sum_close(y_N, ref_N, torch_gemv(operand_SK, weight_KN, segments))
     assert not partials_W.any()
-    # capture changes nothing, and neither does running again
+    # neither capture nor a second run change any bit
     assert torch.equal(run(None, None, None), y_N)
 
 
@@ -113,10 +113,10 @@ def test_list_matches_oracle(device, case, config, dtype, sparsity):
     operand_SK = mask_operand(x_K.expand(len(segments), K), keep_segments(x_K, bits_S))
     partials_W = new_partials(device, WORDS)
     found = []
-    # one section; three that fill no power of two, the last with fewer inputs
+    # one section; three, which is no power of two, and the last is shorter
     for length in (K, -(-K // 3)):
         list_SIL, counts_SI = compact_ref(x_K, bits_S, length=length)
-        # what lies behind the counts must not matter
+        # entries behind the counts must not matter
         list_SIL = torch.where(torch.arange(length, device=device) < counts_SI[..., None], list_SIL, -1)
         lists = list_SIL, counts_SI, weight_KN
 
@@ -125,12 +125,12 @@ def test_list_matches_oracle(device, case, config, dtype, sparsity):
         assert_sum_close(y_N, list_gemv_ref(*lists, segments), torch_gemv(operand_SK, weight_KN, segments))
         assert not partials_W.any()
         found.append(y_N)
-    # the cut into sections changes no bit, and neither does running again
+    # neither other sections nor a second run change any bit
     found.append(list_gemv(*lists, partials_W, segments, config))
     assert all(torch.equal(y_N, found[0]) for y_N in found)
 
 
-# 0 * Inf in numpy, on which Triton's interpreter runs
+# Triton's interpreter multiplies 0 * Inf in numpy
 @pytest.mark.filterwarnings("ignore:invalid value encountered in multiply:RuntimeWarning")
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("config", SINGLE_CONFIGS[:3], ids=config_id)
@@ -138,9 +138,9 @@ def test_single_scales_the_score_and_not_the_operand(device, config, dtype):
     K, segments = 300, [40, 24]
     x_K, weight_KN, _ = make_case(K, segments, dtype, device, 0.5)
     scale_SK = torch.rand(2, K, generator=torch.Generator().manual_seed(2)).to(device)
-    # a score above zero of an input that is zero must not set its bit
+    # a score above zero must not set the bit of an input that is zero
     scale_SK[:, 0] = float("inf")
-    bits_S = torch.cat([threshold_bits(x_K[3:].float().abs() * scale_K[3:], 0.5) for scale_K in scale_SK])
+    bits_S = torch.cat([threshold_bits_for(x_K[3:].float().abs() * scale_K[3:], 0.5) for scale_K in scale_SK])
     values_RSK, mask_RSM = make_ring(2, K, dtype, device)
     y_N = sparse_gemv(
         x_K, weight_KN, bits_S, new_partials(device, WORDS), segments, scale_SK, values_RSK, mask_RSM,
@@ -295,7 +295,7 @@ def test_weight_beyond_two_to_the_31_elements(device):
     K, N = 65536, 32832
     x_K = make_input(K, torch.float16, device)
     weight_KN = torch.ones(K, N, dtype=torch.float16, device=device)
-    bits_S = threshold_bits(x_K, 0.999)
+    bits_S = threshold_bits_for(x_K, 0.999)
     partials_W = new_partials(device, 256 * N)
     expected = mask_operand(x_K, keep_segments(x_K, bits_S)[0]).double().sum()
     for kernel in ("predicated:256:256:64:1:1:0:0", "compacting:128:32:64:1:1:0:0"):

@@ -1,10 +1,10 @@
-"""The row producers: operands and ring equal the oracle's bit for bit, sums lie within twice torch's error."""
+"""The row producers: operands and ring equal the oracle's bit for bit; sums lie within twice torch's error."""
 
 # Shape suffixes: T = rows, K = features, S = segments, R = ring slots.
 
 import pytest
 import torch
-from kernel_testing import assert_sum_close, make_input, threshold_bits
+from kernel_testing import assert_sum_close, make_input
 
 from sparsetrace_kernels.masked_rows import (
     CHUNK_K,
@@ -17,12 +17,13 @@ from sparsetrace_kernels.masked_rows import (
     silu_mul_rows,
 )
 from sparsetrace_kernels.reference import add_rmsnorm_ref, mask_rows_ref, silu_mul_ref
+from sparsetrace_kernels.torch_ops import threshold_bits_for
 
 HALF = [torch.float16, torch.bfloat16]
 EPS = 1e-5
 NUM_SLOTS = 4
 
-# every code: a slot, as it is, masked alone, the last slot, the first behind the ring, far behind
+# captured, left dense, masked but not captured, the last slot, the first number beyond the ring, one far beyond
 DESTS = [1, DENSE, -1, NUM_SLOTS - 1, NUM_SLOTS, 1 << 40]
 
 CASES = [
@@ -36,34 +37,34 @@ case_ids = "T{0[0]}-K{0[1]}-S{0[2]}".format
 
 
 def make_rows(T, K, dtype, device, seed=0):
-    """Draw rows that hold both zeros and a subnormal, as the first columns of a wider matrix."""
+    """Draw rows that hold zeros of both signs and a subnormal, as the first columns of a wider matrix."""
     wide = torch.full((T, K + 16), float("nan"), dtype=dtype, device=device)
     wide[:, :K] = torch.stack([make_input(K, dtype, device, seed=100 * seed + t) for t in range(T)])
     return wide[:, :K]
 
 
 def make_thresholds(x_TK, S, sparsity):
-    """Draw a threshold for each segment, in ascending sparsity up to the wanted one."""
-    return torch.cat([threshold_bits(x_TK.flatten(), sparsity * (s + 1) / S) for s in range(S)])
+    """Derive a threshold for each segment, of ascending sparsity up to the wanted one."""
+    return torch.cat([threshold_bits_for(x_TK.flatten(), sparsity * (s + 1) / S) for s in range(S)])
 
 
 def make_dests(T, device):
-    # captured rows have different slots
+    # captured rows must have different slots
     return torch.tensor([DESTS[t] if t < len(DESTS) else -1 for t in range(T)], device=device)
 
 
 def make_regions(S, K, dtype, device):
-    """Make a poisoned ring whose segments are regions of one buffer: the rows of a segment follow one another."""
+    """Make a poisoned ring in which each segment is a region of one buffer, with its rows one after the other."""
     capacity = NUM_SLOTS + 3
     flat = torch.full((capacity * K * (S + 1),), float("nan"), dtype=dtype, device=device)
-    # the region in front belongs to another site
+    # the first region belongs to another site
     return flat, flat[capacity * K :].as_strided((NUM_SLOTS, S, K), (K, capacity * K, 1))
 
 
 def norm_ref(residual_TK, delta_TK, weight_K):
     deltas = [None] * residual_TK.shape[0] if delta_TK is None else delta_TK
     rows = [add_rmsnorm_ref(residual_TK[t], deltas[t], weight_K, EPS) for t in range(residual_TK.shape[0])]
-    return tuple(torch.stack(part) for part in zip(*rows, strict=True))
+    return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
 
 def assert_same_bits(ours, ref):
@@ -72,7 +73,7 @@ def assert_same_bits(ours, ref):
 
 
 def assert_masked(x_TK, bits_S, scale_SK, dest_T, operand_STK, ring):
-    """The operands are the oracle's; so is the ring's whole buffer, of which most must still be poisoned."""
+    """The operands equal the oracle's, and so does the ring's whole buffer, which must be poisoned elsewhere."""
     flat, _ = make_regions(len(bits_S), x_TK.shape[1], x_TK.dtype, x_TK.device)
     values_RSK = torch.as_strided(flat, ring[1].shape, ring[1].stride(), ring[1].storage_offset())
     assert_same_bits(operand_STK, mask_rows_ref(x_TK, bits_S, scale_SK, dest_T, values_RSK))
@@ -99,7 +100,7 @@ def test_rows_wider_than_a_chunk_keep_every_pattern(device, dtype):
     patterns = torch.arange(-(1 << 15), 1 << 15, device=device).to(torch.int16)
     x_TK = patterns[torch.randperm(1 << 16, generator=torch.Generator().manual_seed(8)).to(device)]
     x_TK = x_TK.view(dtype)[: 6 * K].view(6, K)
-    # the least and a negative threshold: all but the zeros are kept, NaN, Inf and subnormals among them
+    # the least and a negative threshold keep all but the zeros, including NaN, Inf and subnormals
     bits_S = torch.tensor([0, -5], dtype=torch.int32, device=device)
     dest_T = make_dests(6, device)
     ring = make_regions(2, K, dtype, device)
@@ -112,7 +113,7 @@ def test_mask_rows_scales_the_score(device, dtype):
     T, K = 4, 300
     x_TK = make_rows(T, K, dtype, device)
     scale_SK = torch.rand(2, K, generator=torch.Generator().manual_seed(3)).to(device)
-    bits_S = torch.cat([threshold_bits((x_TK.float().abs() * scale_K).flatten(), 0.5) for scale_K in scale_SK])
+    bits_S = torch.cat([threshold_bits_for((x_TK.float().abs() * scale_K).flatten(), 0.5) for scale_K in scale_SK])
     dest_T = make_dests(T, device)
     ring = make_regions(2, K, dtype, device)
     operand_STK = mask_rows(x_TK, bits_S, scale_SK, dest_T, ring[1])
@@ -235,7 +236,7 @@ def test_many_rows_in_a_graph(device, K):
     weight_K = make_input(K, dtype, device)
     bits_S = make_thresholds(x_TK[:8], 2, 0.5)
     dest_T = make_dests(T, device)
-    # one row for each slot, whatever the order of the programs
+    # one row for each slot, so that the order of the programs does not matter
     dest_T[len(DESTS) :] = -1
     rings = [make_regions(S, K, dtype, device) for S in (2, 2, 1)]
 
@@ -251,7 +252,7 @@ def test_many_rows_in_a_graph(device, K):
     with torch.cuda.graph(graph):
         operand_STK, (total_TK, normed_TK, normed_STK), (product_TK, operand_TK) = run()
     graph.replay()
-    # rows of every code, and the last ones
+    # rows with each kind of destination, and the last rows
     some = torch.cat([torch.arange(16), torch.arange(496, 512)]).to(device)
     assert_masked(x_TK[some], bits_S, None, dest_T[some], operand_STK[:, some], rings[0])
     assert_same_bits(total_TK, x_TK + x_TK)

@@ -1,4 +1,4 @@
-"""Packing and add_histogram against their oracles: all results are integers or bit patterns, so all must be equal."""
+"""Packing and add_histogram against their oracles: integers and bit patterns, so all results must be equal."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from kernel_testing import make_input
 
 from sparsetrace_kernels.histogram import NUM_PATTERNS, add_histogram
 from sparsetrace_kernels.pack import BLOCK_K, CHUNK_K, chunk_table, pack, pack_regions
-from sparsetrace_kernels.reference import histogram_ref, magnitude_bits, pack_ref, pack_regions_ref
+from sparsetrace_kernels.reference import histogram_ref, pack_ref, pack_regions_ref
+from sparsetrace_kernels.torch_ops import magnitude_bits
 
 PACK_CASES = [
     # T, K
@@ -18,7 +19,7 @@ PACK_CASES = [
 ]
 
 REGION_CASES = [
-    # widths, capacity, rows; wider and narrower than a chunk, a block and a byte
+    # widths, capacity, rows; widths above and below a chunk, a block and a byte
     ([1], 1, 1),
     ([7, 100, 1, 513], 5, 4),
     ([CHUNK_K + BLOCK_K + 9, 24], 2, 2),
@@ -83,7 +84,7 @@ def test_pack_refuses_too_little_room(device):
 
 
 def make_regions(widths, capacity, dtype, device, sparsity):
-    """Draw a ring of finite values, with some room behind it."""
+    """Draw a ring of finite values, followed by some unused room."""
     bits = make_block(capacity, sum(widths), dtype, device, sparsity).flatten().view(PATTERNS[dtype])
     return torch.cat([bits, bits.new_full((11,), -1)])
 
@@ -107,7 +108,7 @@ def assert_regions_packed(bits_flat, widths, capacity, rows, num_rows, infinity)
         bits_flat, widths, capacity, rows, num_rows, infinity
     )
     assert torch.equal(row_starts, ref_starts)
-    # behind the results the poison must remain
+    # the poison after the results must remain
     for ours, ref, poison in ((packed, ref_packed, -1), (masks, ref_masks, 255)):
         assert torch.equal(ours[: ref.shape[0]], ref)
         assert (ours[ref.shape[0] :] == poison).all()
@@ -124,17 +125,17 @@ def test_pack_regions(device, case, dtype, sparsity):
         assert_regions_packed(bits_flat, widths, capacity, rows, num_rows, INFINITY[dtype])
 
 
-def test_pack_regions_looks_at_no_row_beyond_its_bound(device):
+def test_pack_regions_reads_no_row_beyond_its_bound(device):
     bits_flat = make_regions([100, 30], 4, torch.float16, device, 0.5)
     assert_regions_packed(bits_flat, [100, 30], 4, 2, 3, INFINITY[torch.float16])
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_pack_regions_tells_of_values_not_finite(device, dtype, value):
+def test_pack_regions_reports_values_that_are_not_finite(device, dtype, value):
     widths, capacity = [40, 300], 3
     finite = make_regions(widths, capacity, dtype, device, 0.5)
-    # the greatest finite magnitude is none of them
+    # the greatest finite magnitude must not count
     finite[0] = INFINITY[dtype] - 1
     at = capacity * widths[0] + 1 * widths[1] + 299
     for num_rows, flag in ((1, 0), (2, 1)):

@@ -1,4 +1,4 @@
-"""Partial results handed over within a launch: every bit pattern arrives, and the words are zero again."""
+"""Partial results sent within a launch: every bit pattern arrives, and the words are zero again."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ NUM_SENDERS = 7
 
 
 @triton.jit
-def _hand_over_kernel(x_ptr, y_ptr, words_ptr, N, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
+def _send_kernel(x_ptr, y_ptr, words_ptr, N, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
     i_n = tl.program_id(0)
     i_sender = tl.program_id(1)
     num_senders = tl.num_programs(1) - 1
@@ -33,29 +33,29 @@ def _hand_over_kernel(x_ptr, y_ptr, words_ptr, N, BLOCK_N: tl.constexpr, BLOCK_S
 def test_every_pattern_arrives(device, num_warps):
     limits = torch.iinfo(torch.int32)
     patterns = torch.randint(limits.min, limits.max, (NUM_SENDERS, 1000), dtype=torch.int32, device=device)
-    # zeros of both signs, infinities, subnormals, and the one pattern that a word cannot hold
+    # zeros of both signs, NaN, subnormals, and the only pattern that a word cannot hold
     special = torch.tensor([0, limits.min, limits.max, 1, -2, -1], dtype=torch.int32, device=device)
     patterns[:, : len(special)] = special
     words = new_partials(device, WORDS)
     for _ in range(3):
         y_SN = torch.full_like(patterns, 0x5A).view(torch.float32)
-        _hand_over_kernel[(triton.cdiv(1000, 64), NUM_SENDERS + 1)](
+        _send_kernel[(triton.cdiv(1000, 64), NUM_SENDERS + 1)](
             patterns.view(torch.float32), y_SN, words, 1000, BLOCK_N=64, BLOCK_S=8, num_warps=num_warps
         )
         assert not words.any()
-        # all ones, a NaN, arrives as another NaN
+        # the pattern of all ones, a NaN, arrives as another NaN
         assert torch.equal(y_SN.view(torch.int32), torch.where(patterns == -1, -2, patterns))
     assert torch.tensor([-1, -2], dtype=torch.int32).view(torch.float32).isnan().all()
 
 
 @pytest.mark.gpu
 def test_no_warp_is_left_waiting(device):
-    # every warp holds all words of so small a tile; thousands of launches, since one in a few hundred stood still
+    # every warp holds all words of so small a tile; thousands of launches, since one in a few hundred used to hang
     x_SN = torch.randn(NUM_SENDERS, 1, device=device)
     words = new_partials(device, WORDS)
     y_SN = torch.full_like(x_SN, float("nan"))
     for _ in range(5000):
-        _hand_over_kernel[(1, NUM_SENDERS + 1)](x_SN, y_SN, words, 1, BLOCK_N=1, BLOCK_S=8, num_warps=8)
+        _send_kernel[(1, NUM_SENDERS + 1)](x_SN, y_SN, words, 1, BLOCK_N=1, BLOCK_S=8, num_warps=8)
     assert torch.equal(y_SN, x_SN)
     assert not words.any()
 
@@ -68,6 +68,6 @@ def test_partial_sums_fit_the_registers():
                     GemvConfig("predicated", 1, 256, block_n, num_warps)
                 continue
             block = block_of_partials(block_n, num_warps)
-            # four words or more for each thread, so that no two warps hold the same
+            # at least four words for each thread, so that no two warps hold the same words
             assert block in (8, 16, 32) and block * block_n >= 4 * 32 * num_warps
             assert block == 8 or block * block_n <= 16 * 32 * num_warps

@@ -1,8 +1,8 @@
-"""The producers: lists and capture equal the oracle's on the vector returned, that within twice torch's error."""
+"""The list producers: lists and capture equal the oracle's for the result, whose error is within twice torch's."""
 
 import pytest
 import torch
-from kernel_testing import assert_ring, assert_sum_close, make_input, make_ring, make_slot, threshold_bits
+from kernel_testing import assert_ring, assert_sum_close, make_input, make_ring, make_slot
 
 from sparsetrace_kernels.add_rmsnorm import add_rmsnorm
 from sparsetrace_kernels.compact import compact
@@ -10,11 +10,10 @@ from sparsetrace_kernels.reference import (
     add_rmsnorm_ref,
     compact_ref,
     keep_segments,
-    mask_operand,
-    pack_bits,
     silu_mul_ref,
 )
 from sparsetrace_kernels.silu_mul import silu_mul
+from sparsetrace_kernels.torch_ops import mask_operand, pack_bits, threshold_bits_for
 
 HALF = [torch.float16, torch.bfloat16]
 SIZES = [1, 100, 513, 1600]
@@ -37,7 +36,7 @@ def assert_lists_and_ring(x_K, bits_S, scale_SK, list_SIL, counts_SI, ring):
 
 
 def thresholds(x_K, sparsity, num_segments):
-    return torch.cat([threshold_bits(x_K, sparsity * f) for f in (1.0, 0.8, 0.5)[:num_segments]])
+    return torch.cat([threshold_bits_for(x_K, sparsity * f) for f in (1.0, 0.8, 0.5)[:num_segments]])
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0])
@@ -55,7 +54,7 @@ def test_compact(device, K, S, dtype, sparsity):
 def test_compact_scales_the_score(device, dtype):
     x_K = make_input(700, dtype, device)
     scale_SK = torch.rand(2, 700, generator=torch.Generator().manual_seed(3)).to(device)
-    bits_S = torch.cat([threshold_bits(x_K.float().abs() * scale_K, 0.5) for scale_K in scale_SK])
+    bits_S = torch.cat([threshold_bits_for(x_K.float().abs() * scale_K, 0.5) for scale_K in scale_SK])
     ring = make_ring_arguments(2, 700, dtype, device)
     assert_lists_and_ring(x_K, bits_S, scale_SK, *compact(x_K, bits_S, scale_SK, *ring), ring)
 

@@ -1,4 +1,4 @@
-"""rotate_rows against `model.rotate` in the dtype: every bit of queries, keys and values, and nothing else written."""
+"""rotate_rows equals `model.rotate` in every bit of queries, keys and values, and writes nothing else."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ CASES = [
     (2, 3, 4, 2, 8, 9),
     (3, 2, 20, 5, 24, 7),
 ]
-# Triton 3.7's interpreter rounds bf16 by truncation: values in eighths by cosines of 0 and 1 need no rounding
+# Triton 3.7's interpreter truncates to bf16, so bf16 takes eighths and cosines of 0 and 1, which need no rounding
 DTYPES = [torch.float16, torch.bfloat16]
 
 
@@ -46,7 +46,7 @@ def test_rotates_and_stores(device, rng, case, dtype):
     reference = rotate_rows_ref(qkv_nN, cos_PE, sin_PE, positions_n, G)
     assert torch.equal(reference[0], expected)
     for ours, theirs in ((q_nK, expected), (keys, expected_keys), (values, expected_values)):
-        # a cache that was not written is NaN in both
+        # where nothing was written, both are NaN
         assert torch.equal(ours.isnan(), theirs.isnan())
         assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
 

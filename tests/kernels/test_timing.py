@@ -1,4 +1,4 @@
-"""The kernel behind the pure-read floor reads every row once: its sums against torch's."""
+"""The kernel behind the pure-read floor reads every row once: its sums equal torch's."""
 
 import pytest
 import torch

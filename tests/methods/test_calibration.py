@@ -6,10 +6,14 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from sparsetrace.calibration import calibrate as step
-from sparsetrace.calibration.calibrate import calibrate
-from sparsetrace.calibration.histogram import ActivationCounter, Histograms, merge
+from sparsetrace.calibration import windows
+from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
+from sparsetrace.calibration.counter import ActivationCounter
+from sparsetrace.calibration.histogram import Histograms
+from sparsetrace.calibration.merge import merge
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Calibration, Machine
+from sparsetrace.formats.sites import Site, layer_sites
 
 CPU = Machine(device="cpu")
 SCORES = ("cats", "wina")
@@ -18,7 +22,7 @@ SCORES = ("cats", "wina")
 @pytest.fixture
 def made(tiny, tmp_path, rng, monkeypatch):
     """A model, a text, and what counts it in passes of four sequences."""
-    monkeypatch.setattr(step, "PASS_TOKENS", 68)
+    monkeypatch.setattr(windows, "PASS_TOKENS", 68)
     model = tiny.model(tmp_path, rng, torch_dtype="bfloat16")
 
     def count(name, report=None, words=None, shard=0, scores=SCORES, model=model, **changes):
@@ -26,7 +30,7 @@ def made(tiny, tmp_path, rng, monkeypatch):
         if not text.exists():
             text.write_text(tiny.words(rng, 500))
         settings = Calibration(**{"tokens": 300, "sequence_length": 17} | changes)
-        calibrate(model, text, tmp_path / name, settings, CPU, report, shard=shard, scores=scores)
+        calibrate(CalibrationJob(model, text, tmp_path / name, settings, CPU, shard, scores), report)
         return tmp_path / name
 
     return model, count
@@ -133,9 +137,11 @@ def test_padding_is_not_counted(made):
     """Every site has counted tokens x width, and no sequence is padded to make it so."""
     model, count = made
     histograms, provenance = Histograms.load(count("h", tokens=290))
+    widths = {site.key: site.in_features for site in layer_sites(model.sites)}
+    assert set(widths) < set(histograms.counts)
     for (layer, name), counts in histograms.counts.items():
-        if name in ("attn_in", "attn_out", "mlp_in", "mlp_mid"):
-            assert int(counts.sum()) == provenance.tokens * model.config.in_features(name), layer
+        if (layer, name) in widths:
+            assert int(counts.sum()) == provenance.tokens * widths[layer, name], layer
 
 
 def test_shards_are_refused(made):
@@ -153,7 +159,7 @@ def test_gpu_counts_as_the_cpu_does(rng):
         name = str(dtype).removeprefix("torch.")
         found = []
         for device in ("cpu", "cuda"):
-            counter = ActivationCounter(1, name, device)
+            counter = ActivationCounter([Site("attn_in", 0, ("q",), 1001, (1,))], name, device)
             counter.count(0, "attn_in", x.to(device))
             found.append(counter.histograms().counts[0, "attn_in"])
         assert np.array_equal(*found)

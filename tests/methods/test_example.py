@@ -9,11 +9,13 @@ import torch
 
 from sparsetrace import methods
 from sparsetrace.calibration import thresholds
-from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.calibration.derive import derive_thresholds
+from sparsetrace.calibration.thresholds import read_thresholds
 from sparsetrace.core.files import InputError
 from sparsetrace.methods import MatrixRule
-from sparsetrace.study import study as config
-from sparsetrace.study.study import method_options, parse_method, parse_study
+from sparsetrace.study import sections
+from sparsetrace.study.options import method_options, parse_method
+from sparsetrace.study.study import parse_study
 
 DOCS = Path(__file__).parents[2] / "docs" / "methods.md"
 
@@ -24,7 +26,7 @@ def example(monkeypatch):
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
     namespace = {}
     exec(code, namespace)  # noqa: S102  # the documentation is ours
-    for module in (methods, config, thresholds):
+    for module in (methods, sections, thresholds):
         monkeypatch.setitem(module.METHODS, "topp", namespace["TopP"])
     return namespace["TopP"]
 

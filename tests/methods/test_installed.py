@@ -10,14 +10,18 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from sparsetrace.calibration.calibrate import calibrate, calibration_windows
-from sparsetrace.calibration.thresholds import derive_thresholds, read_thresholds
+from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
+from sparsetrace.calibration.derive import derive_thresholds
+from sparsetrace.calibration.thresholds import read_thresholds
+from sparsetrace.calibration.windows import calibration_windows
 from sparsetrace.core.files import InputError
-from sparsetrace.core.settings import Batching, Calibration, Decoding, Machine, PromptSet
-from sparsetrace.formats.schema import MATRICES, SITE_OF
-from sparsetrace.generation.capture import Recorder, holders
+from sparsetrace.core.settings import Batching, Calibration, Capture, Decoding, Machine, PromptSet
+from sparsetrace.formats.sites import by_leaf, layer_sites
+from sparsetrace.generation.backend import EngineSetup
+from sparsetrace.generation.capture import Recorder
 from sparsetrace.generation.engine import Engine
 from sparsetrace.generation.prompts import Sequence
+from sparsetrace.generation.selection import holders, select
 from sparsetrace.methods import METHODS, NM, Cats, Dense, ExactZeros, Griffin, MatrixRule, Teal, TopK, Wina
 from sparsetrace.model.patch import install, observe
 
@@ -44,12 +48,13 @@ def group_of(rng, lengths):
 def run(folder, model, method, group, bits=0, prefill="none", new_tokens=4, rows=None):
     """Tokens and dump blocks of one group."""
     decoder = model.load(torch.device("cpu"))
-    wanted = method.thresholded
-    rules = [MatrixRule(la, m, bits if m in wanted else None) for la in range(2) for m in MATRICES]
+    leaves = by_leaf(layer_sites(model.sites))
+    rules = [MatrixRule(*leaf, bits if method.needs_threshold(leaf[1]) else None) for leaf in leaves]
     patch = install(decoder, method, rules)
     batching = Batching(max_new_tokens=new_tokens, batch_size=len(group))
-    engine = Engine(decoder, patch, Decoding(prefill=prefill), batching, frozenset())
-    recorder = Recorder(model.config, rows or engine.block_rows, engine.device, patch.parts, method.out_masks)
+    engine = Engine(EngineSetup(decoder, patch, Decoding(prefill=prefill), batching, frozenset()))
+    selection = select(model.sites, model.config.dtype, patch, Capture())
+    recorder = Recorder(selection, rows or engine.block_rows, engine.device)
     recorder.open(folder, 0)
     result = engine.run(group, recorder)
     held = holders([(rule.layer, rule.matrix) for rule in rules], patch.parts)
@@ -135,7 +140,7 @@ def test_griffin_in_the_dump(tiny, tmp_path, rng, prefill, rows, monkeypatch):
     from sparsetrace.generation import engine as engine_module
 
     if rows:
-        monkeypatch.setattr(engine_module, "block_rows", lambda config, parts, batch, device: rows)
+        monkeypatch.setattr(engine_module, "block_rows", lambda *_: rows)
     model = tiny.model(tmp_path, rng, **EVEN)
     group = group_of(rng, [9, 6])
     _, blocks = run(tmp_path / "dump", model, Griffin(sparsity=0.5), group, prefill=prefill)
@@ -171,8 +176,8 @@ def test_exact_counts_in_the_dump(tiny, tmp_path, rng, name):
     method = {"topk": TopK(sparsity=0.35), "nm": NM(pattern="2:4"), "wina": Wina(sparsity=0.35)}[name]
     _, blocks = run(tmp_path / "dump", model, method, group_of(rng, [5, 3]), prefill="all")
     for layer in range(2):
-        for matrix in MATRICES:
-            D = model.config.in_features(SITE_OF[matrix])
+        for matrix in (matrix for at, matrix in by_leaf(model.sites) if at == layer):
+            D = by_leaf(model.sites)[layer, matrix].in_features
             k = D // 2 if name == "nm" else D - int(0.35 * D)
             for arrays in blocks:
                 assert (np.diff(arrays[f"L{layer:02d}.{matrix}.offsets"]) == k).all()
@@ -185,7 +190,7 @@ def counted(tiny, tmp_path, rng, request):
     text = tmp_path / "text.txt"
     text.write_text(tiny.words(rng, 500))
     path = tmp_path / "h.safetensors"
-    calibrate(model, text, path, SETTINGS, CPU, scores=["wina", "cats"])
+    calibrate(CalibrationJob(model, text, path, SETTINGS, CPU, scores=["wina", "cats"]))
     decoder, seen = model.load(torch.device("cpu")), {}
 
     def see_output(layer, site, y):
@@ -203,6 +208,7 @@ def counted(tiny, tmp_path, rng, request):
 def test_thresholds_drop_what_was_predicted(counted, tmp_path, sparsity):
     """Every threshold method, through its own masks, on the counted text: equal as integers."""
     model, path, seen = counted
+    sites = by_leaf(model.sites)
     result = derive_thresholds("x", Cats(sparsity=sparsity), path, tmp_path / "cats.parquet")
     for row, rule in zip(result.rows, result.rules, strict=True):
         if rule.matrix not in ("up", "down"):
@@ -219,7 +225,7 @@ def test_thresholds_drop_what_was_predicted(counted, tmp_path, sparsity):
         result = derive_thresholds("x", method, path, tmp_path / "t.parquet")
         patch = install(model.load(torch.device("cpu")), method, result.rules)
         for row in result.rows:
-            place = row["layer"], SITE_OF[row["matrix"]]
+            place = sites[row["layer"], row["matrix"]].key
             rule = patch.modules[place].rules[row["matrix"]]
             x = seen[place]
             keep = method.keep(x, rule)
@@ -239,14 +245,14 @@ def test_refuses_to_start_without_what_it_needs(tiny, tmp_path, rng, method):
         InputError, match=f"method {method.name} needs, got none of .*: calibrate with --score {method.name}"
     ):
         derive_thresholds("x", method, tmp_path / "histograms.safetensors", tmp_path / "t.parquet")
-    bare = [MatrixRule(layer, matrix, None) for layer in range(2) for matrix in MATRICES]
+    bare = [MatrixRule(*leaf, None) for leaf in by_leaf(layer_sites(model.sites))]
     with pytest.raises(InputError, match=f"method {method.name} needs a threshold, got none for layer 0"):
         install(model.load(torch.device("cpu")), method, bare)
 
 
 def test_refuses_models_that_do_not_fit(tiny, tmp_path, rng):
     model = tiny.model(tmp_path, rng)
-    rules = [MatrixRule(layer, matrix, None) for layer in range(2) for matrix in MATRICES]
+    rules = [MatrixRule(*leaf, None) for leaf in by_leaf(layer_sites(model.sites))]
     with pytest.raises(InputError, match="inputs of every matrix must be a multiple of 8 for 4:8, got 36 at attn_in"):
         install(model.load(torch.device("cpu")), NM(pattern="4:8"), rules)
     with pytest.raises(InputError, match="hidden_act of the model must be relu, got silu"):
@@ -254,7 +260,7 @@ def test_refuses_models_that_do_not_fit(tiny, tmp_path, rng):
     decoder = model.load(torch.device("cpu"))
     patch = install(decoder, Griffin(sparsity=0.5), rules)
     with pytest.raises(InputError, match="prefill must be none or half with method griffin"):
-        Engine(decoder, patch, Decoding(prefill="all"), Batching(), frozenset())
+        Engine(EngineSetup(decoder, patch, Decoding(prefill="all"), Batching(), frozenset()))
 
 
 def test_relu_models_make_exact_zeros(tiny, tmp_path, rng):
@@ -276,8 +282,10 @@ def test_relu_models_make_exact_zeros(tiny, tmp_path, rng):
 def test_out_masks_reach_the_workload(tiny, tmp_path, rng):
     import sparsetrace
     from sparsetrace.generation.generate import generate
+    from sparsetrace.generation.job import Job
     from sparsetrace.generation.prompts import split, write_split
-    from sparsetrace.packing.pack import index, pack
+    from sparsetrace.packing.index import index
+    from sparsetrace.packing.pack import pack
 
     model = tiny.model(tmp_path, rng, **EVEN)
     tiny.thresholds(tmp_path, model, rng)
@@ -287,7 +295,8 @@ def test_out_masks_reach_the_workload(tiny, tmp_path, rng):
     groups, _ = split(tiny.prompts(tmp_path / "p.jsonl", rng, [4, 6]), model.tokenizer(), 128, PromptSet(), batching)
     write_split(groups, 1, tmp_path / "split.parquet")
     dump = tmp_path / "dump" / "manifest.json"
-    generate(model, table, tmp_path / "split.parquet", 0, dump, Decoding(ignore_eos=True), batching, CPU)
+    split_path, decoding = tmp_path / "split.parquet", Decoding(ignore_eos=True)
+    generate(Job(model, split_path, 0, dump, decoding, batching, CPU, thresholds=table))
     pack(dump, tmp_path / "w", tmp_path / "00000.json")
     index([tmp_path / "00000.json"], tmp_path / "w")
     rows = pq.read_table(tmp_path / "w/data/L01/up/part-00000.parquet").to_pylist()

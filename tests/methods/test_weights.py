@@ -9,19 +9,23 @@ import pytest
 import torch
 
 import sparsetrace
-from sparsetrace.calibration.calibrate import calibrate, calibration_windows
-from sparsetrace.calibration.thresholds import derive_thresholds
-from sparsetrace.calibration.weight_masks import prune
+from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
+from sparsetrace.calibration.derive import derive_thresholds
+from sparsetrace.calibration.weight_masks import PruneJob, prune
+from sparsetrace.calibration.windows import calibration_windows
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Calibration, Decoding, Machine, PromptSet
-from sparsetrace.formats.schema import MATRICES, SITE_OF
+from sparsetrace.formats.sites import by_leaf
 from sparsetrace.generation.generate import generate
+from sparsetrace.generation.job import Job
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.methods import WEIGHT_METHODS, Magnitude, Teal, Wanda
 from sparsetrace.model.patch import observe
 from sparsetrace.model.runtime import open_model
-from sparsetrace.packing.pack import index, pack
-from sparsetrace.study.study import parse_study, parse_weight_method
+from sparsetrace.packing.index import index
+from sparsetrace.packing.pack import pack
+from sparsetrace.study.options import parse_weight_method
+from sparsetrace.study.study import parse_study
 
 CPU = Machine(device="cpu")
 EVEN = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
@@ -68,7 +72,7 @@ def made(tiny, tmp_path, rng):
 def test_masks_are_those_of_numpy(made, tmp_path, name):
     """Layer by layer: norms of what enters the unpruned layer behind the pruned ones before it."""
     model, text = made
-    pruned = prune(model, text, tmp_path / "pruned", CASES[name], SETTINGS, CPU)
+    pruned = prune(PruneJob(model, text, tmp_path / "pruned", CASES[name], SETTINGS, CPU))
     found = pruned.load(torch.device("cpu"))
     decoder = model.load(torch.device("cpu"))
     windows = torch.from_numpy(calibration_windows(model.tokenizer(), text, SETTINGS, 128))
@@ -82,8 +86,9 @@ def test_masks_are_those_of_numpy(made, tmp_path, name):
 
         with torch.inference_mode(), observe(decoder, see):
             decoder(windows, torch.arange(17).expand_as(windows))
-        for matrix in MATRICES:
-            site = SITE_OF[matrix]
+        matrices = [(matrix, site.name) for (at, matrix), site in by_leaf(model.sites).items() if at == layer]
+        assert len(matrices) == 7
+        for matrix, site in matrices:
             projection, other = (getattr(m.layers[layer], site) for m in (decoder, found))
             weight = projection.weight[:, projection.columns[matrix]]
             mask = expected_mask(name, weight.double().numpy(), np.linalg.norm(seen[site], axis=0))
@@ -102,14 +107,15 @@ def test_masks_are_those_of_numpy(made, tmp_path, name):
 def test_counts_are_exact(made, tmp_path):
     model, text = made
     for name, method in CASES.items():
-        prune(model, text, tmp_path / name, method, SETTINGS, CPU)
+        prune(PruneJob(model, text, tmp_path / name, method, SETTINGS, CPU))
         for row in (
             pq.read_table(tmp_path / name / "weight_masks.parquet")
             .group_by(["layer", "matrix"])
             .aggregate([("nnz", "sum")])
             .to_pylist()
         ):
-            K, N = model.config.in_features(SITE_OF[row["matrix"]]), model.config.out_features(row["matrix"])
+            site = by_leaf(model.sites)[row["layer"], row["matrix"]]
+            K, N = site.in_features, site.outputs(row["matrix"])
             expected = K * N // 2 if ":" in name else (K - int(0.35 * K)) * N
             if name == "magnitude":
                 expected = K * N - int(0.35 * K * N)
@@ -119,28 +125,28 @@ def test_counts_are_exact(made, tmp_path):
 def test_zero_sparsity_is_the_dense_model(made, tmp_path):
     model, text = made
     for method in (Magnitude(sparsity=0), Wanda(sparsity=0), Magnitude(pattern="4:4")):
-        assert prune(model, text, tmp_path / "pruned", method, SETTINGS, CPU).model_hash == model.model_hash
+        job = PruneJob(model, text, tmp_path / "pruned", method, SETTINGS, CPU)
+        assert prune(job).model_hash == model.model_hash
 
 
 def test_goes_with_an_activation_method_into_a_workload(made, tiny, tmp_path, rng):
     """The pruned model is used like any other; the masks lie in the data set, and the operands are its own."""
     model, text = made
-    pruned = prune(model, text, tmp_path / "pruned", Wanda(pattern="2:4"), SETTINGS, CPU)
+    pruned = prune(PruneJob(model, text, tmp_path / "pruned", Wanda(pattern="2:4"), SETTINGS, CPU))
     assert pruned.model_hash != model.model_hash
     assert open_model(tmp_path / "pruned" / "config.json").model_hash == pruned.model_hash
     with pytest.raises(InputError, match="must be calibrated on this model"):
-        calibrate(model, text, tmp_path / "h", SETTINGS, CPU)
+        calibrate(CalibrationJob(model, text, tmp_path / "h", SETTINGS, CPU))
         derive_thresholds("x", Teal(sparsity=0.5), tmp_path / "h", tmp_path / "x.parquet")
-        generate(pruned, tmp_path / "x.parquet", tmp_path, 0, tmp_path / "d/m", Decoding(), Batching(), CPU)
-    calibrate(pruned, text, tmp_path / "h", SETTINGS, CPU)
+        generate(Job(pruned, tmp_path, 0, tmp_path / "d/m", Decoding(), Batching(), CPU, tmp_path / "x.parquet"))
+    calibrate(CalibrationJob(pruned, text, tmp_path / "h", SETTINGS, CPU))
     derive_thresholds("teal-0.5", Teal(sparsity=0.5), tmp_path / "h", tmp_path / "t.parquet")
     batching = Batching(max_new_tokens=4, batch_size=2)
     groups, _ = split(tiny.prompts(tmp_path / "p.jsonl", rng, [4, 6]), model.tokenizer(), 128, PromptSet(), batching)
     write_split(groups, 1, tmp_path / "split.parquet")
     dump = tmp_path / "dump" / "manifest.json"
-    generate(
-        pruned, tmp_path / "t.parquet", tmp_path / "split.parquet", 0, dump, Decoding(ignore_eos=True), batching, CPU
-    )
+    prompts, decoding = tmp_path / "split.parquet", Decoding(ignore_eos=True)
+    generate(Job(pruned, prompts, 0, dump, decoding, batching, CPU, tmp_path / "t.parquet"))
     pack(dump, tmp_path / "w", tmp_path / "00000.json")
     index([tmp_path / "00000.json"], tmp_path / "w", weight_masks=tmp_path / "pruned" / "weight_masks.parquet")
     workload = sparsetrace.open(tmp_path / "w", model=tmp_path / "pruned")
@@ -164,14 +170,14 @@ def test_goes_with_an_activation_method_into_a_workload(made, tiny, tmp_path, rn
 def test_refuses(made, tiny, tmp_path, rng):
     model, text = made
     with pytest.raises(InputError, match="--text must be given for method wanda, which reads activations"):
-        prune(model, None, tmp_path / "x", Wanda(sparsity=0.5), SETTINGS, CPU)
+        prune(PruneJob(model, None, tmp_path / "x", Wanda(sparsity=0.5), SETTINGS, CPU))
     with pytest.raises(InputError, match="must be a pruned model or not exist"):
-        prune(model, text, tmp_path / "model", Wanda(sparsity=0.5), SETTINGS, CPU)
+        prune(PruneJob(model, text, tmp_path / "model", Wanda(sparsity=0.5), SETTINGS, CPU))
     with pytest.raises(
         InputError, match="inputs of every matrix must be a multiple of 32 for 16:32, got 48 at mlp_mid"
     ):
-        prune(model, text, tmp_path / "x", Magnitude(pattern="16:32"), SETTINGS, CPU)
-    prune(model, None, tmp_path / "no-text", Magnitude(sparsity=0.5), SETTINGS, CPU)
+        prune(PruneJob(model, text, tmp_path / "x", Magnitude(pattern="16:32"), SETTINGS, CPU))
+    prune(PruneJob(model, None, tmp_path / "no-text", Magnitude(sparsity=0.5), SETTINGS, CPU))
     assert not (tmp_path / "x").exists()
     for entry, message in (
         ({"name": "wonder"}, "name must be one of magnitude, wanda, got 'wonder'"),

@@ -1,11 +1,11 @@
-"""Workload tests build small dumps of known operands; see `workload_testing`."""
+"""Workloads packed from small dumps of known operands; see `workload_testing`."""
 
 import sys
 from pathlib import Path
 
 import pytest
 
-# the importlib import mode leaves a test's own folder off the path
+# the import mode `importlib` does not add a test's own folder to the path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from workload_testing import build
@@ -19,5 +19,5 @@ def built(request, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def half(tmp_path_factory):
-    """The float16 workload alone, for what does not depend on the format."""
+    """A float16 workload, for tests that do not depend on the number format."""
     return build(tmp_path_factory.mktemp("half"), "float16")

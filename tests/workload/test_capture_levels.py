@@ -1,4 +1,4 @@
-"""Capture levels and samples, recomputing, and estimates, on a tiny model run through the whole pipeline.
+"""Capture levels, samples, and recomputing, on a tiny model run through the whole pipeline.
 
 The oracle of a lower level or a sample is the full workload of the same run: what is kept must be equal bit for bit.
 """
@@ -10,51 +10,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
+from run_testing import CPU, MATRICES, make_run
 
 import sparsetrace
-from sparsetrace.cli import main as cli
 from sparsetrace.core.files import InputError, sha256_file, sha256_json
-from sparsetrace.formats.rows import row_figures
-from sparsetrace.formats.schema import FORMATS, MATRICES
-from sparsetrace.generation.generate import generate
-from sparsetrace.generation.prompts import split, write_split
-from sparsetrace.packing.pack import index, pack
-from sparsetrace.study.study import Batching, Capture, Decoding, Machine, Packing, PromptSet, parse_study
-from sparsetrace.tools.estimate import Shape, captured_positions, estimate, sizes
+from sparsetrace.core.settings import Capture
+from sparsetrace.formats.numbers import FORMATS
+from sparsetrace.formats.row_statistics import row_norms
 from sparsetrace.tools.recompute import recompute
 from sparsetrace.workload.verify import verify
-
-BATCHING = Batching(max_new_tokens=6, batch_size=3, shards=2)
-DECODING = Decoding(prefill="half", ignore_eos=True)
-CPU = Machine(device="cpu")
-LENGTHS = [3, 9, 4, 5, 7, 2, 6]
 
 
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
-    """A function that takes one tiny model and prompt set to a workload, under a capture setting."""
-    folder = tmp_path_factory.mktemp("levels")
-    rng = tiny.rng("capture levels")
-    model = tiny.model(folder, rng)
-    table = tiny.thresholds(folder, model, rng)
-    prompts = tiny.prompts(folder / "prompts.jsonl", rng, LENGTHS)
-    groups, _ = split(prompts, model.tokenizer(), 128, PromptSet(), BATCHING)
-    write_split(groups, BATCHING.shards, folder / "split.parquet")
-
-    def make(name, capture=None, **packing):
-        parts = []
-        for shard in range(BATCHING.shards):
-            dump = folder / name / "dump" / f"{shard:05d}" / "manifest.json"
-            generate(model, table, folder / "split.parquet", shard, dump, DECODING, BATCHING, CPU, None, capture)
-            parts.append(folder / name / "parts" / f"{shard:05d}.json")
-            pack(dump, folder / name / "workload", parts[-1], **packing)
-        index(parts, folder / name / "workload")
-        return folder / name / "workload"
-
-    make.folder, make.model = folder, model
-    make.full = make("full")
-    return make
+    """A function that makes a workload under a capture setting, from one tiny model and prompt set."""
+    return make_run(tiny, tmp_path_factory.mktemp("runs"))
 
 
 def test_levels_and_samples_equal_the_full_run(run):
@@ -105,6 +75,25 @@ def test_recomputed_sequences_are_bitwise_equal(run):
     assert recompute(run("stats", Capture(level="stats")), run.model.folder, 1, CPU) == []
 
 
+def test_lm_head_gives_the_tokens_that_were_written(run):
+    """The operand of `lm_head` times its weight is what greedy decoding chose the next token by."""
+    folder = run("head", Capture(matrices=(*MATRICES, "lm_head")))
+    assert [str(fault) for fault in verify(folder)] == []
+    assert recompute(folder, run.model.folder, 5, CPU) == []
+    full = sparsetrace.open(run.full)
+    for model in (run.model.folder, run.folder / "checkpoint"):
+        ds = sparsetrace.open(folder, model=model)
+        assert ds.leaves == [*full.leaves, (None, "lm_head")]
+        assert ds.sequence_table.equals(full.sequence_table)
+        for row in ds.sequence_table.to_pylist():
+            first = row["base"] + len(row["prompt_ids"]) - 1
+            tokens = range(first, first + len(row["output_ids"]))
+            written = [int(ds.product(None, "lm_head", token).argmax()) for token in tokens if token in ds.tokens]
+            assert written == row["output_ids"][-len(written) :]
+            assert len(written) >= len(row["output_ids"]) - 1
+    assert np.array_equal(ds.matrix(0, "q").patterns, full.matrix(0, "q").patterns)
+
+
 def unnoticed_flip(table) -> tuple[int, int]:
     """A row and a value in it whose lowest bit changes neither the row's largest magnitude nor its rounded norm."""
     planes = [table[f"values_b{i}"].to_pylist() for i in range(4)]
@@ -112,11 +101,11 @@ def unnoticed_flip(table) -> tuple[int, int]:
         patterns = sum(
             np.frombuffer(plane[row], np.uint8).astype(np.uint32) << (8 * i) for i, plane in enumerate(planes)
         )
-        figures = row_figures(patterns, np.array([0, len(patterns)]), FORMATS["float32"])
+        figures = row_norms(patterns, np.array([0, len(patterns)]), FORMATS["float32"])
         for value in range(len(patterns)):
             flipped = patterns.copy()
             flipped[value] ^= 1
-            if row_figures(flipped, np.array([0, len(patterns)]), FORMATS["float32"]) == figures:
+            if row_norms(flipped, np.array([0, len(patterns)]), FORMATS["float32"]) == figures:
                 return row, value
     raise AssertionError("every value shows in its row's figures")
 
@@ -148,186 +137,3 @@ def test_recompute_refuses_another_model(run, tiny, tmp_path):
         recompute(run.full, other.folder, 1, CPU)
     with pytest.raises(InputError, match="must hold every layer and matrix to be recomputed"):
         recompute(run("sample", Capture(every=2, layers=(1,))), run.model.folder, 1, CPU)
-
-
-@pytest.mark.parametrize(
-    ("tokens_from", "prefill"),
-    [
-        *((kind, part) for kind in ("own", "dense") for part in ("none", "half", "all")),
-        ("text", "half"),
-        ("text", "all"),
-    ],
-)
-@pytest.mark.parametrize("every", [1, 2, 5])
-def test_captured_positions(tokens_from, prefill, every):
-    for length in range(1, 12):
-        first = {"none": length, "half": length - length // 2, "all": 0}[prefill]
-        # behind a text there is nothing
-        wanted = [p for p in range(first, length + (0 if tokens_from == "text" else 5)) if p % every == 0]
-        decoding = Decoding(prefill=prefill, tokens_from=tokens_from)
-        assert captured_positions(length, 6, decoding, Capture(every=every)) == len(wanted)
-
-
-def study(run, tmp_path, **changes):
-    content = {
-        "results": str(tmp_path / "results"),
-        "models": {"tiny": {"checkpoint": str(run.folder / "checkpoint"), "calibration_text": "x.txt"}},
-        "runs": {
-            "one": {
-                "prompts": str(run.folder / "prompts.jsonl"),
-                "batching": BATCHING.model_dump(),
-                "decoding": DECODING.model_dump(),
-                "methods": [{"name": "teal", "sparsity": 0.5}],
-                **changes,
-            }
-        },
-    }
-    path = tmp_path / "study.json"
-    path.write_text(json.dumps(content))
-    return parse_study(content, "study"), path
-
-
-def test_estimate_is_near_what_is_written(run, tmp_path, monkeypatch):
-    # words of the tiny tokenizer are three or four characters with their blank
-    monkeypatch.setattr("sparsetrace.tools.estimate.CHARACTERS_PER_TOKEN", 4)
-    (found,) = estimate(study(run, tmp_path)[0], CPU)
-    ds = sparsetrace.open(run.full)
-    assert found.name == "tiny/one/teal-0.5"
-    assert found.sizes.rows == 14 * found.sizes.tokens
-    assert found.sizes.tokens == pytest.approx(len(ds.tokens), rel=0.25)
-    dense = sum(len(ds.tokens) * ds.features(*leaf) * 4 for leaf in ds.leaves)
-    assert 0.3 * dense < found.sizes.dump_bytes < dense
-    assert found.seconds > 0
-    (sample,) = estimate(study(run, tmp_path, capture={"level": "stats", "layers": [1]})[0], CPU)
-    assert sample.sizes.rows == found.sizes.rows // 2
-    assert sample.sizes.workload_bytes < found.sizes.workload_bytes / 4
-
-
-TIMES = [
-    # id, decoding, rows of each pass of a group of one prompt of 8 tokens, with 4 new ones
-    ("own", {}, [8, 1, 1, 1]),
-    ("forced", {"tokens_from": "dense"}, [16, 8, 1, 1, 1]),
-    ("steps", {"tokens_from": "dense", "replay": "steps"}, [8, 1, 1, 1] * 2),
-    ("text", {"tokens_from": "text", "prefill": "half"}, [8]),
-    ("text-steps", {"tokens_from": "text", "prefill": "half", "replay": "steps"}, [4, 1, 1, 1, 1]),
-    ("text-steps-all", {"tokens_from": "text", "prefill": "all", "replay": "steps"}, [1] * 8),
-]
-
-
-@pytest.mark.parametrize(("decoding", "passes"), [pytest.param(*case[1:], id=case[0]) for case in TIMES])
-def test_estimated_time_is_that_of_the_passes(run, tmp_path, monkeypatch, decoding, passes):
-    """A row takes a second; what is fed at once counts up to a power of two. The dense run counts once."""
-    monkeypatch.setattr("sparsetrace.tools.estimate._layer_seconds", lambda shape, rows, machine: rows)
-    monkeypatch.setattr("sparsetrace.tools.estimate.prompt_lengths", lambda one, checkpoint: ([8] * 6, []))
-    monkeypatch.setattr("sparsetrace.tools.estimate.PACK_BYTES_PER_SECOND", float("inf"))
-    methods = [{"name": "teal", "sparsity": [0.3, 0.6]}]
-    batching = {"max_new_tokens": 4, "batch_size": 3}
-    first, second = estimate(study(run, tmp_path, decoding=decoding, batching=batching, methods=methods)[0], CPU)
-    layers, groups, batch = 2, 2, 3
-    assert first.seconds == layers * groups * batch * sum(passes)
-    dense = layers * groups * batch * sum([8, 1, 1, 1]) if decoding.get("tokens_from") == "dense" else 0
-    assert second.seconds == first.seconds - dense
-    told = [any("dense model's own run" in note for note in one.notes) for one in (first, second)]
-    assert told == [bool(dense), False]
-
-
-@pytest.mark.parametrize("encoding", ["split", "open"])
-@pytest.mark.parametrize("share_inputs", [False, True])
-def test_estimated_bytes_of_what_is_stored(encoding, share_inputs):
-    """Against the definition: rows that have files, each with its index, and its operand as the encoding has it."""
-    shape = Shape(2, dict.fromkeys(MATRICES, 4096), dict.fromkeys(MATRICES, 1), "float16")
-    packing = Packing(encoding=encoding, share_inputs=share_inputs)
-    operand = 2048 * (1.62 + (0.65 if encoding == "open" else 0.25))
-    for matrices, stored in (((), 4 if share_inputs else 7), (("k", "v", "up"), 2 if share_inputs else 3)):
-        capture = Capture(matrices=matrices)
-        made = sizes(shape, [8], 6, Decoding(), capture, packing, lambda layer, matrix: 0.5)
-        assert made.tokens == 5
-        assert made.workload_bytes == pytest.approx(5 * 2 * stored * (operand + 12), abs=1)
-
-
-def test_estimate_adds_up_the_workloads(run, tmp_path, monkeypatch):
-    """Each fits the disk, all together do not; dumps go as they are packed, so that the largest counts alone."""
-    methods = [{"name": "teal", "sparsity": [0.5, 0.6]}]
-    content, path = study(run, tmp_path, methods=methods)
-    rows = estimate(content, CPU)
-    kept, dump = sum(row.sizes.workload_bytes for row in rows), max(row.sizes.dump_bytes for row in rows)
-    for free, warned in ((kept + dump, False), (kept + dump - 1, True)):
-        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: type("usage", (), {"free": free}))
-        code, text = invoke("estimate", path, "--device", "cpu")
-        assert code == 0
-        assert ("all 2 workloads, with the largest dump beside them: needs " in text) == warned
-        assert f"{sum(row.sizes.rows for row in rows):,}" in text
-
-
-def test_estimate_says_when_the_disk_is_too_small(run, tmp_path, monkeypatch):
-    usage = type("usage", (), {"free": 10})
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    (found,) = estimate(study(run, tmp_path)[0], CPU)
-    assert any("but" in note and "GB free" in note for note in found.notes)
-
-
-def test_generation_warns_when_the_disk_is_too_small(run, monkeypatch):
-    usage = type("usage", (), {"free": 10})
-    words = [run.model.folder, "--thresholds", run.folder / "thresholds.parquet", "--device", "cpu"]
-    words += ["--prompts", run.folder / "split.parquet", "--out", run.folder / "small" / "manifest.json"]
-    words += ["--max-new-tokens", 6, "--batch-size", 3]
-    assert "warning" not in invoke("generate", *words)[1]
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    code, text = invoke("generate", *words)
-    assert code == 0
-    assert "warning: the dump of shard 0 needs " in text
-    assert "has 1e-08 GB free" in text
-
-
-def invoke(*words):
-    result = CliRunner().invoke(cli.cli, [str(word) for word in words])
-    return result.exit_code, result.output
-
-
-def test_commands(run, tmp_path):
-    for words in ((), ("--recompute", 1, "--model", run.model.folder)):
-        code, text = invoke("verify", run.full, *words)
-        assert (code, text.splitlines()[-1]) == (0, f"{run.full}: no fault found")
-    broken = shutil.copytree(run.full, tmp_path / "broken")
-    (broken / "data/L00/q/part-00001.parquet").unlink()
-    code, text = invoke("verify", broken)
-    assert code == 1
-    assert "error: data/L00/q/part-00001.parquet: must be there, got nothing" in text
-
-    code, text = invoke("stats", run.full, "--out", tmp_path / "stats", "--phase", "decode", "--layer", 1)
-    assert code == 0
-    assert "Jaccard of neighbouring tokens" in text
-    assert {row["layer"] for row in pq.read_table(tmp_path / "stats" / "overlap.parquet").to_pylist()} == {1}
-
-    # of one position no two tokens are neighbours
-    code, text = invoke("stats", run.full, "--out", tmp_path / "stats", "--position", 5)
-    assert code == 0
-    assert "Jaccard of neighbouring tokens" not in text
-
-    words = ("--matrix", "q", "--matrix", "down", "--position", "2:6", "--out", tmp_path / "out", "--twin", 3)
-    code, text = invoke("export", run.full, "--format", "npy", *words)
-    assert code == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        f"L{layer:02d}.{matrix}.npy" for layer in (0, 1) for matrix in ("down", "q")
-    ]
-    part = sparsetrace.open(run.full).select(position=slice(2, 6)).twin(3)
-    assert np.array_equal(np.load(tmp_path / "out" / "L01.down.npy"), part.matrix(1, "down").dense())
-
-    code, text = invoke("estimate", study(run, tmp_path)[1], "--device", "cpu")
-    assert code == 0
-    assert "tiny/one/teal-0.5" in text
-
-
-def refused(*words):
-    return str(CliRunner().invoke(cli.cli, [str(word) for word in words]).exception)
-
-
-def test_commands_refuse(run, tmp_path):
-    sample = run("sampled", Capture(layers=(1,)))
-    to = ("--out", tmp_path / "none")
-    message = f"export: the selection must hold a layer and matrix that {sample} captured, got none"
-    assert refused("export", sample, "--format", "npy", "--layer", 0, *to) == message
-    assert refused("export", run.full, "--format", "csv", *to).startswith("export: --format must be one of mtx, smtx,")
-    # before the long search, not after it
-    assert refused("verify", tmp_path, "--recompute", 1).startswith("verify: --model must be given with --recompute")
-    assert not (tmp_path / "none").exists()

@@ -11,8 +11,9 @@ from workload_testing import OUTPUTS, build
 
 import sparsetrace
 from sparsetrace.core.files import InputError
-from sparsetrace.workload import export as exporting
-from sparsetrace.workload.export import FORMS, Layout, export
+from sparsetrace.workload import export_traces
+from sparsetrace.workload.export import FORMS, export
+from sparsetrace.workload.export_operands import Layout
 
 LEAF = (1, "down")
 
@@ -108,7 +109,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_traces(selection, tmp_path, layout, monkeypatch):
-    monkeypatch.setattr(exporting, "TRACE_LINES", 7)
+    monkeypatch.setattr(export_traces, "TRACE_LINES", 7)
     ds, x = selection
     row_bytes = OUTPUTS["down"] * (4 if ds.manifest["dtype"] == "float32" else 2)
     stride = layout.stride or row_bytes
@@ -186,7 +187,7 @@ def test_what_is_interrupted_leaves_nothing(half, tmp_path, monkeypatch):
     path = written(ds, "smtx", tmp_path)
     whole = path.read_bytes()
 
-    def stop(job, path):
+    def stop(operands, path):
         path.write_text("half")
         raise KeyboardInterrupt
 

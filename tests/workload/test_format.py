@@ -1,38 +1,30 @@
-"""The format itself: golden bytes, the schema, and docs/format.md's own recipe; and packing's promises.
+"""The format: golden bytes, the schema and the recipe of docs/format.md.
 
-The planes were written out by hand from docs/format.md; the files of `golden_v1.txt` were written by version 1's code.
+The planes were written by hand from docs/format.md; the files in `golden_v1.txt` were written by the code of version 1.
 """
 
 import base64
 import json
-import os
 import re
-import subprocess
-import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from workload_testing import LAYERS, SHARDS, build, pack_all, write_dump
+from workload_testing import build
 
 import sparsetrace
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.rows import Figures, Index, Rows, decode_rows, encode_rows
-from sparsetrace.formats.schema import (
-    ENCODINGS,
-    FORMATS,
-    LEVELS,
-    MATRIX_TABLE,
-    SEQUENCES,
-    TOKENS,
-    WEIGHT_MASKS,
-    data_schema,
-    row_group_rows,
-)
-from sparsetrace.packing import pack as packing
-from sparsetrace.workload import verify as verification
+from sparsetrace.formats.columns import Index, decode_rows, encode_rows
+from sparsetrace.formats.numbers import FORMATS
+from sparsetrace.formats.row_statistics import RowStatistics
+from sparsetrace.formats.rows import Rows
+from sparsetrace.formats.schema import ENCODINGS, LEVELS, data_schema, row_group_rows
+from sparsetrace.formats.tables import MATRIX_TABLE, SEQUENCES, TOKENS, WEIGHT_MASKS
+from sparsetrace.packing import gather
+from sparsetrace.workload import verify_data as verification
 from sparsetrace.workload.verify import verify
 
 # one row of nine inputs; inputs 0, 3 and 8 are kept: 1.0, -2.5 and the smallest positive number
@@ -54,7 +46,7 @@ def one_row(dtype, encoding="split"):
     bits = np.array(PATTERNS[dtype], number.bits)
     mask = np.frombuffer(MASK, np.uint8)[None]
     rows = Rows(3, "up", 9, dtype, np.array([5]), mask, np.array([0, 3]), bits)
-    figures = Figures(np.array([3]), np.array([2.5], np.float32), np.array([2.7], np.float32))
+    figures = RowStatistics(np.array([3]), np.array([2.5], np.float32), np.array([2.7], np.float32))
     index = Index(np.array([5]), np.array([1]), np.array([2]))
     return rows, encode_rows(data_schema(dtype, encoding, features=9), 3, "up", index, figures, rows)
 
@@ -73,7 +65,7 @@ def test_golden_bytes_of_a_row(dtype):
 
 
 def test_files_of_version_1_are_read_for_ever():
-    """Data files kept in `golden_v1.txt` as base64, one of each number format: they must never be made anew."""
+    """`golden_v1.txt` holds a data file of each number format as base64, which must never be generated again."""
     kept = (Path(__file__).parent / "golden_v1.txt").read_text().split("\n\n")
     assert len(kept) == len(FORMATS)
     for text in kept:
@@ -97,13 +89,13 @@ def test_three_lines_of_numpy():
 
 
 def test_every_column_and_key_is_described(half):
-    """On docs/format.md, by name."""
+    """docs/format.md names them all."""
     from sparsetrace.calibration.quality import QUALITY
 
     page = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
     words = set(re.findall(r"\w+", page))
     columns = {name for dtype in FORMATS for encoding in ENCODINGS for name in data_schema(dtype, encoding).names}
-    # values_b0 to values_b3 are named by the first and the last
+    # the page names the first and the last of values_b0 to values_b3
     columns -= {"values_b1", "values_b2"}
     for table in (TOKENS, SEQUENCES, MATRIX_TABLE, WEIGHT_MASKS, QUALITY):
         columns |= set(table.names)
@@ -138,9 +130,19 @@ def test_golden_schema():
     assert [len(data_schema("float16", level=level).names) for level in LEVELS] == [13, 11, 9]
 
 
+def test_schema_of_a_matrix_without_a_layer():
+    """Only `layer` may be null in addition, and version 2 was the first to have such files."""
+    for dtype, encoding, level in product(FORMATS, ENCODINGS, LEVELS):
+        inside, outside = (data_schema(dtype, encoding, level, 37, in_layer) for in_layer in (True, False))
+        assert outside.field("layer") == pa.field("layer", pa.int16())
+        assert list(outside)[1:] == list(inside)[1:]
+        assert inside.metadata[b"sparsetrace_version"] == b"1"
+        assert outside.metadata == inside.metadata | {b"sparsetrace_version": b"2"}
+
+
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_files_hold_the_schema_and_small_row_groups(tmp_path, dtype, monkeypatch):
-    monkeypatch.setattr(packing, "row_group_rows", lambda features: 8)
+    monkeypatch.setattr(gather, "row_group_rows", lambda features: 8)
     built = build(tmp_path, dtype)
     ds = sparsetrace.open(built.workload)
     for layer, matrix in ds.leaves:
@@ -172,14 +174,14 @@ def test_files_hold_the_schema_and_small_row_groups(tmp_path, dtype, monkeypatch
     ],
 )
 def test_rows_of_a_row_group(features, rows):
-    """Those of the table in docs/format.md."""
+    """The numbers of the table in docs/format.md."""
     assert row_group_rows(features) == rows
 
 
 def test_a_large_row_group_is_found(tmp_path, monkeypatch):
-    """More rows than the format allows; as many as it allows are none too many."""
+    """One with more rows than the format allows, but not one with just as many."""
     monkeypatch.setattr(verification, "row_group_rows", lambda features: 8)
-    monkeypatch.setattr(packing, "row_group_rows", lambda features: 8)
+    monkeypatch.setattr(gather, "row_group_rows", lambda features: 8)
     built = build(tmp_path, "float16")
     assert [str(fault) for fault in verify(built.workload)] == []
     monkeypatch.setattr(verification, "row_group_rows", lambda features: 7)
@@ -198,217 +200,3 @@ def test_unknown_versions_are_refused(tmp_path, half):
     (folder / "manifest.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(InputError, match="must be a sparsetrace workload, got another"):
         sparsetrace.open(folder)
-
-
-def tree(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize(
-    ("dtype", "level", "settings"),
-    [
-        ("float16", "full", {}),
-        ("float32", "full", {"encoding": "open"}),
-        ("bfloat16", "full", {"share_inputs": True, "threads": 2}),
-        ("float16", "masks", {}),
-        ("float16", "stats", {}),
-    ],
-)
-def test_an_operand_that_the_dump_holds_once_makes_the_same_bytes(tmp_path, dtype, level, settings):
-    built, once = (build(tmp_path / name, dtype, level, once=name == "once", **settings) for name in ("each", "once"))
-    each_bytes, once_bytes = (sum(f.stat().st_size for f in b.folder.rglob("*.block-*")) for b in (built, once))
-    assert once_bytes < 0.8 * each_bytes
-    whole = tree(built.workload)
-    assert whole == tree(once.workload)
-    leaves = LAYERS * (4 if "share_inputs" in settings else 7)
-    assert len([path for path in whole if path.startswith("data/")]) == leaves * len(SHARDS)
-
-
-def test_bytes_do_not_depend_on_threads_or_blocks(tmp_path, monkeypatch):
-    built = build(tmp_path, "bfloat16")
-    monkeypatch.setattr(packing, "RELEASE_BYTES", 1)
-    assert tree(pack_all(built, "threads", threads=3)) == tree(built.workload)
-
-
-@pytest.mark.parametrize("setting", ["ORDER_ROWS", "ORDER_CELLS", "PIECE_ROWS", "SINK_BYTES"])
-@pytest.mark.parametrize("encoding", ENCODINGS)
-def test_bytes_do_not_depend_on_what_is_held_at_a_time(tmp_path, monkeypatch, setting, encoding):
-    monkeypatch.setattr(packing, "row_group_rows", lambda features: 4)
-    built = build(tmp_path, "float16", encoding=encoding)
-    if setting == "ORDER_CELLS":
-        monkeypatch.setattr(packing, "ORDER_ROWS", 3)
-    if setting == "PIECE_ROWS":
-        monkeypatch.setattr(packing, "MAPPED_BLOCKS", 1)
-    monkeypatch.setattr(packing, setting, 1 if setting == "SINK_BYTES" else 3 if setting == "PIECE_ROWS" else 2)
-    assert tree(pack_all(built, "again", encoding=encoding)) == tree(built.workload)
-    assert not [path for path in tmp_path.rglob("*") if "tmp" in path.name]
-
-
-def test_order_of_a_long_shard_is_sorted_a_range_at_a_time(tmp_path, monkeypatch, rng):
-    """Numbers in clumps far apart, some twice: ranges of any width come out as one sort of all."""
-    from sparsetrace.formats.dump import Block, write_block
-
-    clumps = [rng.permutation(rng.choice(300, 200)) + at for at in (-50, 10_000, 1 << 40)]
-    token = rng.permutation(np.concatenate(clumps))
-    blocks = []
-    for number, piece in enumerate([*np.array_split(token, 7), token[:0]]):
-        arrays = {"rows.token": piece, "rows.sequence": piece.astype(np.int32), "rows.position": piece.astype(np.int32)}
-        write_block(tmp_path / f"{number}", arrays)
-        blocks.append(Block(tmp_path / f"{number}"))
-    whole = packing._Order(blocks, tmp_path)
-    sizes = []
-    ranges = packing._Tokens.sorted
-    monkeypatch.setattr(packing, "ORDER_ROWS", 20)
-    monkeypatch.setattr(packing, "ORDER_CELLS", 5)
-    monkeypatch.setattr(
-        packing._Tokens, "sorted", lambda self, *span: (sizes.append(len(ranges(self, *span))), ranges(self, *span))[1]
-    )
-    order = packing._Order(blocks, tmp_path)
-    assert max(sizes) <= 20
-    assert (len(order), order.distinct, order.span()) == (600, len(np.unique(token)), (token.min(), token.max()))
-    assert np.array_equal(order[0:600], whole[0:600])
-    assert np.array_equal(order[17:31], whole[17:31])
-    assert np.array_equal(whole[0:600]["token"], np.sort(token))
-    assert len(packing._Order(blocks[7:], tmp_path)) == 0
-
-
-@pytest.mark.parametrize("spilled", [False, True])
-def test_a_long_shard_is_cut_into_files(tmp_path, monkeypatch, spilled):
-    """The rows of whole files, in their order, by every reader; and an interrupted pack goes on at the first cut."""
-    built = build(tmp_path, "float16")
-    dump = built.folder / "dump" / "00000" / "manifest.json"
-    whole = sparsetrace.open(built.workload)
-    rows = next(file["rows"] for file in whole.manifest["files"] if "matrix" in file)
-    monkeypatch.setattr(packing, "FILE_ROWS", 7)
-    if spilled:
-        monkeypatch.setattr(packing, "ORDER_ROWS", 5)
-    written, write = [], packing._Shard._write_files
-
-    def dies(self, matrices, cut, *rest):
-        if len(written) == 9:
-            raise KeyboardInterrupt
-        written.append(cut)
-        return write(self, matrices, cut, *rest)
-
-    monkeypatch.setattr(packing._Shard, "_write_files", dies)
-    with pytest.raises(KeyboardInterrupt):
-        packing.pack(dump, tmp_path / "cut", tmp_path / "parts" / "00000.json")
-    monkeypatch.setattr(packing._Shard, "_write_files", write)
-    packed = packing.pack(dump, tmp_path / "cut", tmp_path / "parts" / "00000.json")
-    cuts = -(-rows // 7)
-    assert cuts > 2 and len(packed["files"]) == 14 * cuts
-    for leaf in whole.leaves:
-        files = sorted((tmp_path / "cut" / "data" / f"L{leaf[0]:02d}" / leaf[1]).iterdir())
-        assert [file.name for file in files] == [f"part-00000-{cut:03d}.parquet" for cut in range(cuts)]
-        tables = [pq.read_table(file) for file in files]
-        assert [len(table) for table in tables] == [7] * (cuts - 1) + [rows - 7 * (cuts - 1)]
-        one = pq.read_table(built.workload / "data" / f"L{leaf[0]:02d}" / leaf[1] / "part-00000.parquet")
-        assert pa.concat_tables(tables).equals(one)
-    packing.index([tmp_path / "parts" / "00000.json"], tmp_path / "cut")
-    ds = sparsetrace.open(tmp_path / "cut")
-    for leaf in whole.leaves:
-        assert np.array_equal(ds.matrix(*leaf).dense(), whole.matrix(*leaf, ds.tokens).dense())
-    assert [str(fault) for fault in verify(tmp_path / "cut")] == []
-
-
-def test_an_interrupted_pack_goes_on(tmp_path, monkeypatch):
-    built = build(tmp_path, "float16")
-    dump, out = built.folder / "dump" / "00000" / "manifest.json", tmp_path / "again-parts" / "00000.json"
-    written, write = [], packing._Shard._write_files
-
-    def dies_after_five(self, matrices, *rest):
-        if len(written) == 5:
-            raise KeyboardInterrupt
-        written.append(matrices)
-        return write(self, matrices, *rest)
-
-    monkeypatch.setattr(packing._Shard, "_write_files", dies_after_five)
-    with pytest.raises(KeyboardInterrupt):
-        packing.pack(dump, tmp_path / "again", out)
-    assert not out.exists()
-    assert not list((tmp_path / "again").rglob("*.partial"))
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "again").rglob("*.parquet")}
-    assert len(files) == 5
-    # a file that was damaged since is written again
-    damaged = next(iter(files))
-    damaged.write_bytes(b"short")
-
-    monkeypatch.setattr(
-        packing._Shard, "_write_files", lambda self, m, *rest: written.append(m) or write(self, m, *rest)
-    )
-    packing.pack(dump, tmp_path / "again", out)
-    assert len(written) == 5 + 14 - 4
-    assert all(path == damaged or path.stat().st_mtime_ns == time for path, time in files.items())
-    whole = tree(built.workload)
-    assert all(whole[name] == data for name, data in tree(tmp_path / "again").items())
-
-    # and a finished one is left alone, its blocks gone
-    assert not list(dump.parent.glob("group-*"))
-    packing.pack(dump, tmp_path / "again", out)
-    assert len(written) == 5 + 14 - 4
-
-
-def test_another_setting_packs_anew(tmp_path):
-    built = build(tmp_path, "float16")
-    before = tree(built.workload)
-    dump, out = built.folder / "dump" / "00000" / "manifest.json", built.folder / "workload-parts" / "00000.json"
-    packing.pack(dump, built.workload, out, encoding="open")
-    after = tree(built.workload)
-    assert "manifest.json" not in after
-    assert all(after[name] != before[name] for name in after if name.endswith("part-00000.parquet"))
-    parts = sorted(out.parent.glob("0*.json"))
-    with pytest.raises(InputError, match="must be of one run, got .* with another encoding"):
-        packing.index(parts, built.workload)
-
-
-def test_memory_stays_bounded(tmp_path):
-    """A dump many times the bound of one thread's work is packed in little more memory than a small one."""
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from sparsetrace.packing.pack import pack\n"
-        "pack(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))\n"
-        # not ru_maxrss, which begins at what this process has
-        "status = Path('/proc/self/status').read_text().splitlines()\n"
-        "print(next(line.split()[1] for line in status if line.startswith('VmHWM')))\n"
-    )
-    peaks = []
-    for blocks in (1, 24):
-        folder = tmp_path / f"{blocks}"
-        wide_dump(folder, blocks)
-        arguments = [folder / "manifest.json", folder / "workload", folder / "parts" / "00000.json"]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run(
-            [sys.executable, script, *arguments], capture_output=True, text=True, check=True, env=environment
-        )
-        peaks.append(int(done.stdout) / 1024)
-    assert peaks[1] - peaks[0] < 80, f"peaks of {peaks} MiB for 8 and 200 MiB of dump"
-
-
-def wide_dump(folder: Path, blocks: int, rows: int = 1024, features: int = 4096):
-    """One group of one matrix, 8 MiB a block."""
-    from sparsetrace.formats.dump import block_name, write_block
-
-    built = write_dump(folder / "model", "float16")
-    manifest = json.loads((built.folder / "dump" / "00000" / "manifest.json").read_text())
-    rng = np.random.default_rng(0)
-    values = rng.integers(1, 1 << 15, rows * features // 2, dtype=np.uint16)
-    for block in range(blocks):
-        arrays = {
-            "rows.token": np.arange(rows) + block * rows,
-            "rows.sequence": np.zeros(rows, np.int32),
-            "rows.position": np.arange(rows, dtype=np.int32),
-            "L00.q.offsets": np.arange(rows + 1) * (features // 2),
-            "L00.q.values": values,
-            "L00.q.mask": np.full((rows, features // 8), 0x55, np.uint8),
-        }
-        write_block(folder / block_name(0, block), arrays)
-    manifest |= {"matrices": [manifest["matrices"][0] | {"in_features": features}], "groups": [0]}
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"rows": rows * blocks}))
-    names = [block_name(0, block) for block in range(blocks)]
-    (folder / "group-00000.json").write_text(json.dumps({"key": "k", "blocks": names, "rows": rows * blocks}))
-    for table in ("tokens", "sequences"):
-        (built.folder / "dump" / "00000" / f"group-00000.{table}.parquet").rename(
-            folder / f"group-00000.{table}.parquet"
-        )

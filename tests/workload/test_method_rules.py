@@ -11,13 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 from test_verify import edited_table, resign, rewrite, said
 
-from sparsetrace.calibration.calibrate import calibrate
-from sparsetrace.calibration.thresholds import derive_thresholds
+from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
+from sparsetrace.calibration.derive import derive_thresholds
+from sparsetrace.core.settings import Batching, Calibration, Capture, Decoding, Machine, PromptSet
 from sparsetrace.generation.generate import generate
+from sparsetrace.generation.job import Job
 from sparsetrace.generation.prompts import split, write_split
 from sparsetrace.methods import NM, Cats, Dense, ExactZeros, Griffin, Teal, TopK, Wina
-from sparsetrace.packing.pack import index, pack
-from sparsetrace.study.study import Batching, Calibration, Capture, Decoding, Machine, PromptSet
+from sparsetrace.packing.index import index
+from sparsetrace.packing.pack import pack
 from sparsetrace.tools.recompute import recompute
 
 METHODS = {
@@ -56,13 +58,14 @@ def run(tiny, tmp_path_factory):
             counts, table = here / "histograms.safetensors", here / "thresholds.parquet"
             scores = [method.name] if method.score in ("scaled", "gate") else []
             settings = Calibration(tokens=600, sequence_length=20)
-            calibrate(model, folder / "text.txt", counts, settings, CPU, scores=scores)
+            calibrate(CalibrationJob(model, folder / "text.txt", counts, settings, CPU, scores=scores))
             derive_thresholds(method.label, method, counts, table)
             groups, _ = split(prompts, model.tokenizer(), 128, PromptSet(), BATCHING)
             write_split(groups, 1, here / "split.parquet")
             decoding = Decoding(prefill="half", ignore_eos=True)
             dump, part = here / "dump" / "00000" / "manifest.json", here / "parts" / "00000.json"
-            generate(model, table, here / "split.parquet", 0, dump, decoding, BATCHING, CPU, None, capture)
+            kept = capture or Capture()
+            generate(Job(model, here / "split.parquet", 0, dump, decoding, BATCHING, CPU, table, kept))
             pack(dump, here / "workload", part)
             index([part], here / "workload")
             made[here] = here / "workload"

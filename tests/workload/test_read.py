@@ -2,20 +2,19 @@
 
 import re
 import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
-from workload_testing import LAYERS, WIDTHS, build
+import torch
+from workload_testing import LAYERS, MATRICES, build
 
 import sparsetrace
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import FORMATS, MATRICES
-from sparsetrace.packing import pack
+from sparsetrace.formats.numbers import FORMATS
+from sparsetrace.packing import gather
 from sparsetrace.packing.card import data_card
-from sparsetrace.workload import reader
+from sparsetrace.workload import stored
+from sparsetrace.workload.schedule import replay
 
 LEAVES = [(layer, matrix) for layer in range(LAYERS) for matrix in MATRICES]
 
@@ -51,7 +50,6 @@ def test_every_operand(built, tmp_path, encoding, share_inputs):
 
 
 def test_torch_forms_are_bitwise_equal(built):
-    import torch
 
     ds = sparsetrace.open(built.workload)
     x = built.dense[1, "down"]
@@ -136,8 +134,6 @@ def test_replay_is_the_order_of_execution(half):
     captured = [row for row in half.fed if row["captured"]]
     wanted = sorted(captured, key=lambda row: (row["group"], row["step"], row["slot"]))
     for window in (1, 1 << 30):
-        from sparsetrace.workload.schedule import replay
-
         walked = list(replay(ds, True, window))
         assert [int(t) for step in walked for t in step.token] == [row["token"] for row in wanted]
         assert [(s.group, s.step) for s in walked] == sorted({(r["group"], r["step"]) for r in wanted})
@@ -227,8 +223,8 @@ def test_threads_read_what_one_reads(half):
 
 @pytest.mark.parametrize("read_bytes", [1, 4 << 20], ids=["one", "all"])
 def test_row_groups_are_read_one_or_many_at_a_time(tmp_path, monkeypatch, rng, read_bytes):
-    monkeypatch.setattr(pack, "row_group_rows", lambda features: 3)
-    monkeypatch.setattr(reader, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(gather, "row_group_rows", lambda features: 3)
+    monkeypatch.setattr(stored, "READ_BYTES", read_bytes)
     built = build(tmp_path, "float16")
     ds = sparsetrace.open(built.workload)
     x = built.dense[1, "up"]
@@ -239,7 +235,7 @@ def test_row_groups_are_read_one_or_many_at_a_time(tmp_path, monkeypatch, rng, r
     for count in (1, 5, len(x) // 2):
         at = np.sort(rng.choice(len(x), count, replace=False))
         assert np.array_equal(patterns(built, ds[1, "up", built.tokens[at]]), x[at])
-    assert list(reader._neighbours([0, 1, 2, 5, 6], 2)) == [(0, 2), (2, 3), (5, 7)]
+    assert list(stored.neighbours([0, 1, 2, 5, 6], 2)) == [(0, 2), (2, 3), (5, 7)]
 
 
 @pytest.mark.parametrize(
@@ -261,78 +257,6 @@ def test_not_a_workload(tmp_path, content, message):
         sparsetrace.open(tmp_path)
     with pytest.raises(InputError, match="must be a file, got nothing there"):
         sparsetrace.open(tmp_path / "manifest.json")
-
-
-@pytest.mark.parametrize("kind", ["file", "memory", "filesystem"])
-def test_urls_and_file_systems(half, kind):
-    import fsspec
-    import pyarrow.fs as pafs
-
-    if kind == "file":
-        ds = sparsetrace.open(half.workload.as_uri())
-    elif kind == "filesystem":
-        ds = sparsetrace.open("workload", filesystem=pafs.SubTreeFileSystem(str(half.folder), pafs.LocalFileSystem()))
-    else:
-        memory = fsspec.filesystem("memory")
-        memory.put(str(half.workload), "/moved", recursive=True)
-        ds = sparsetrace.open("memory://moved")
-    assert np.array_equal(patterns(half, ds.matrix(1, "gate").dense()), half.dense[1, "gate"])
-
-
-class Ranges(SimpleHTTPRequestHandler):
-    """Serves parts of files, which Python's own handler does not."""
-
-    def do_GET(self):
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if wanted is None:
-            return super().do_GET()
-        path = Path(self.translate_path(self.path))
-        if not path.is_file():
-            return self.send_error(404)
-        first, last = int(wanted[1]), min(int(wanted[2]), path.stat().st_size - 1)
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {first}-{last}/{path.stat().st_size}")
-        self.send_header("Content-Length", str(last + 1 - first))
-        self.end_headers()
-        self.wfile.write(path.read_bytes()[first : last + 1])
-
-    def end_headers(self):
-        self.send_header("Accept-Ranges", "bytes")
-        super().end_headers()
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def address(half):
-    """Host and port of a server whose `/workload` is the workload."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(half.folder))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-@pytest.fixture(params=["http", "s3"])
-def served(request, address):
-    """URL of the workload, read by fsspec's web client or by Arrow's client of object stores, which asks alike."""
-    if request.param == "http":
-        return f"http://{address}/workload"
-    options = f"scheme=http&region=nowhere&endpoint_override={address.replace(':', '%3A')}"
-    return f"s3://someone:secret@workload?{options}"
-
-
-def test_a_server(half, served):
-    ds = sparsetrace.open(served)
-    assert np.array_equal(patterns(half, ds.matrix(1, "gate").dense()), half.dense[1, "gate"])
-    assert np.array_equal(patterns(half, ds[0, "q", half.tokens[3]]), half.dense[0, "q"][3])
-    assert "secret" not in repr(ds)
-
-
-def test_a_server_without_the_file(served):
-    with pytest.raises(InputError, match="none/manifest.json must be a file, got nothing there") as error:
-        sparsetrace.open(served.replace("workload", "none"))
-    assert "secret" not in str(error.value)
 
 
 def test_a_moved_folder_reads_the_same(half, tmp_path):
@@ -381,76 +305,3 @@ def test_capture_levels(tmp_path, level):
         assert ds.twin(0).matrix(1, "down").bits is None
     with pytest.raises(sparsetrace.InputError, match="must have been captured"):
         ds[1, "down", int(built.tokens[0])]
-
-
-def test_weights_and_products(tmp_path, half):
-    """Against a float64 product, with the checkpoint in both orders and in another dtype."""
-    import hashlib
-
-    import pyarrow.parquet as pq
-    import torch
-    from safetensors.torch import save_file
-    from workload_testing import OUTPUTS
-
-    from sparsetrace.core.files import InputError
-    from sparsetrace.formats.schema import MATRIX_TABLE, SITES
-
-    rng = torch.Generator().manual_seed(0)
-    plain, merged, digests = {}, {}, {}
-    for layer in range(LAYERS):
-        for site, matrices in SITES.items():
-            weights = {m: torch.randn(OUTPUTS[m], WIDTHS[site], generator=rng) for m in matrices}
-            plain |= {f"model.layers.{layer}.{m}": w for m, w in weights.items()}
-            whole = torch.cat([w.half().T for w in weights.values()], dim=1).contiguous()
-            merged[f"layers.{layer}.{site}.weight"] = whole
-            digests[layer, site] = hashlib.sha256(whole.numpy().data).hexdigest()
-    for name, tensors in (("runtime", merged), ("original", plain)):
-        (tmp_path / name).mkdir()
-        save_file(tensors, tmp_path / name / "model.safetensors")
-    path = half.workload / "matrices.parquet"
-    before = path.read_bytes()
-    table = pq.read_table(path)
-    rows = [r | {"weight_sha256": digests[r["layer"], r["site"]]} for r in table.to_pylist()]
-    import pyarrow as pa
-
-    pq.write_table(pa.Table.from_pylist(rows, schema=MATRIX_TABLE), path)
-    try:
-        for name in ("runtime", "original"):
-            ds = sparsetrace.open(half.workload, model=tmp_path / name)
-            for layer, matrix in LEAVES:
-                exact = plain[f"model.layers.{layer}.{matrix}"].half().double().T.numpy()
-                weight = ds.weight(layer, matrix)
-                assert np.array_equal(weight, exact)
-                # of the runtime model a view of the mapped file; the original is float32 and has to be rounded
-                assert (weight.flags.owndata or weight.flags.writeable) == (name == "original")
-                y = ds.product(layer, matrix, int(half.tokens[9]))
-                wanted = half.values(layer, matrix)[9].astype(np.float64) @ exact
-                assert np.allclose(y, wanted, rtol=1e-6, atol=1e-6 * np.abs(wanted).max())
-        other = {k: v + 1 for k, v in merged.items()}
-        save_file(other, tmp_path / "runtime" / "model.safetensors")
-        with pytest.raises(InputError, match="must have sha256"):
-            sparsetrace.open(half.workload, model=tmp_path / "runtime").weight(0, "q")
-    finally:
-        path.write_bytes(before)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda whole: whole[:-1], "must have [0-9]+ bytes, got [0-9]+: copy it again"),
-        (lambda whole: whole[:20], "must be a safetensors file, got JSONDecodeError"),
-        (lambda whole: b"", "must be a safetensors file, got JSONDecodeError"),
-        (lambda whole: b"x" * 100, "must be a safetensors file, got "),
-        (lambda whole: (2).to_bytes(8, "little") + b"[]", "must be a safetensors file, got "),
-        (lambda whole: (9).to_bytes(8, "little") + b'{"a": {}}', "must be a safetensors file, got KeyError"),
-    ],
-)
-def test_damaged_weights(half, tmp_path, change, message):
-    import torch
-    from safetensors.torch import save_file
-
-    save_file({"a": torch.ones(3, 4)}, tmp_path / "model.safetensors")
-    whole = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(change(whole))
-    with pytest.raises(InputError, match=f"model.safetensors {message}"):
-        sparsetrace.open(half.workload, model=tmp_path).weight(0, "q")

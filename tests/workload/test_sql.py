@@ -1,20 +1,20 @@
-"""The DuckDB views and macros, and polars, against the dense operands: plain tools must read the same bits."""
+"""DuckDB with the views and macros, polars and pyarrow against the dense operands: they must read the same bits."""
 
 import json
 import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
-from workload_testing import LAYERS, build, pack_all, write_dump
-
-from sparsetrace.formats.schema import MATRICES
+from workload_testing import HEAD, LAYERS, MATRICES, SITES, build, has_logits, pack_all, write_dump
 
 duckdb = pytest.importorskip("duckdb")
 
 
 def connect(folder):
-    """views.sql as its header says: with the workload folder as the working directory."""
+    """Run views.sql as its header says: with the workload folder as the working directory."""
     connection = duckdb.connect()
     connection.execute(f"SET file_search_path = '{folder}'")
     connection.execute((folder / "views.sql").read_text())
@@ -33,6 +33,44 @@ def test_views(built, tmp_path, share_inputs):
         assert sparsity == pytest.approx((x == 0).mean(), abs=1e-12)
     stored = sum(1 for file in json.loads((again.workload / "manifest.json").read_text())["files"] if "matrix" in file)
     assert stored == (2 * LAYERS * (4 if share_inputs else 7))
+
+
+@pytest.mark.parametrize("share_inputs", [False, True], ids=["each", "shared"])
+def test_views_of_a_matrix_without_a_layer(tmp_path, share_inputs):
+    """Its layer is null, which equals nothing in SQL; and it has rows for some tokens only."""
+    some = {HEAD.key: has_logits, (1, "mlp_in"): lambda row: row["position"] % 2 == 1}
+    built = write_dump(tmp_path, "float16", sites=(*SITES, HEAD), some=some)
+    sql = connect(pack_all(built, share_inputs=share_inputs))
+    counted = sql.execute("SELECT layer, matrix, count(*), count(DISTINCT token) FROM data GROUP BY ALL").fetchall()
+    assert {row[:2]: row[2:] for row in counted} == {key: (len(x), len(x)) for key, x in built.dense.items()}
+    sparsity = sql.execute("SELECT * FROM sparsity").fetchall()
+    assert len(sparsity) == len(built.dense)
+    for layer, matrix, rows, share in sparsity:
+        x = built.dense[layer, matrix]
+        assert (rows, share) == (len(x), pytest.approx((x == 0).mean(), abs=1e-12))
+    found = sql.execute(
+        "SELECT token, kept_inputs(mask), row_values(values_lo, values_hi) FROM data "
+        "WHERE layer IS NULL AND matrix = 'lm_head' ORDER BY token"
+    ).fetchall()
+    values = built.values(None, "lm_head")
+    assert [row[0] for row in found] == built.tokens_of[None, "lm_head"].tolist()
+    for x, (_, inputs, row) in zip(values, found, strict=True):
+        assert inputs == np.flatnonzero(x).tolist()
+        assert row == x[inputs].astype(float).tolist()
+
+
+def test_other_readers_of_a_matrix_without_a_layer(tmp_path):
+    """polars and pyarrow read all files as one data set, though `layer` may be null in some of them only."""
+    pl = pytest.importorskip("polars")
+    built = write_dump(tmp_path, "float16", sites=(*SITES, HEAD), some={HEAD.key: has_logits})
+    workload = pack_all(built)
+    rows = pl.scan_parquet(workload / "data/*/*/*.parquet")
+    tokens = built.tokens_of[None, "lm_head"].tolist()
+    assert rows.filter(pl.col("layer").is_null()).collect()["token"].to_list() == tokens
+    table = pq.read_table(workload / "data")
+    assert len(table) == sum(map(len, built.dense.values()))
+    assert table.filter(pc.field("layer").is_null())["token"].to_pylist() == tokens
+    assert len(pq.read_table(workload / "data", filters=[("layer", "=", 1)])) == 7 * len(built.tokens)
 
 
 def test_macros_decode_values_and_masks(built):
@@ -98,14 +136,14 @@ def test_polars_example(built):
 
 
 def documented(language):
-    """The block of docs/format.md in one language that reads a workload from outside."""
+    """The code block of docs/format.md that reads a workload in one language."""
     text = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
     (block,) = re.findall(rf"```{language}\n(.*?)```", text[text.index("DuckDB, with the folder") :], re.DOTALL)
     return block
 
 
 def test_documented_queries(half):
-    """As they stand in docs/format.md, but for a layer and a matrix of this workload."""
+    """The queries of docs/format.md, but with a layer and a token of this workload."""
     sql = connect(half.workload)
     block = documented("sql").replace("layer = 2", "layer = 1").replace("token = 17", f"token = {half.tokens[5]}")
     sparsity, row, overlap = (sql.execute(query).fetchall() for query in block.split(";")[:3])

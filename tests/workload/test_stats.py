@@ -5,12 +5,11 @@ from itertools import combinations
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from workload_testing import LAYERS, build
+from workload_testing import LAYERS, MATRICES, build
 
 import sparsetrace
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import MATRICES
-from sparsetrace.workload import stats
+from sparsetrace.workload import stats, stats_chunks, stats_unions
 
 LEAVES = [(layer, matrix) for layer in range(LAYERS) for matrix in MATRICES]
 TILES = (5, 16)
@@ -20,8 +19,8 @@ TILES = (5, 16)
 def tables(half):
     """All tables, computed in chunks so small that every lag and window crosses them."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(stats, "CHUNK_ROWS", 3)
-    patch.setattr(stats, "BATCH_STEPS", 2)
+    patch.setattr(stats_chunks, "CHUNK_ROWS", 3)
+    patch.setattr(stats_unions, "BATCH_STEPS", 2)
     out = half.folder / "stats"
     found = stats.statistics(sparsetrace.open(half.workload), out, seed=3, tiles=TILES)
     patch.undo()

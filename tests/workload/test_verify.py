@@ -11,8 +11,10 @@ import pytest
 from workload_testing import build
 
 from sparsetrace.core.files import InputError, sha256_file, sha256_json
-from sparsetrace.formats.schema import FORMATS, LEVELS, column_encodings, data_schema
-from sparsetrace.workload.verify import DATA_FILE, MANIFEST, verify
+from sparsetrace.formats.numbers import FORMATS
+from sparsetrace.formats.schema import LEVELS, column_encodings, data_schema
+from sparsetrace.workload.verify import verify
+from sparsetrace.workload.verify_manifest import DATA_FILE, MANIFEST
 
 PART = "data/L01/down/part-00000.parquet"
 
@@ -272,7 +274,7 @@ def test_edited_views(folder):
 
 
 @pytest.mark.parametrize("name", ["data/L00/q/notes.txt", "data/L00/.part-00000.parquet.partial"])
-def test_a_stranger_among_the_data(folder, name):
+def test_an_unexpected_file_among_the_data(folder, name):
     (folder / name).write_text("")
     assert said(folder) == [f"{name}: must be in the manifest, got a file it lacks"]
 

@@ -1,198 +1,91 @@
 """How a target sparsity is spread over the matrices of a model.
 
-| allocation | what |
+| allocation | target of a matrix |
 |---|---|
-| `uniform` | the target, for every matrix |
-| `per_layer` | targets given in config |
-| `greedy` | looked up in tables that `sparsetrace.calibration.greedy` makes, one per layer |
-| `file` | thresholds of the user's own, or those that `sparsetrace import-teal` writes |
+| `uniform` | the setting's |
+| `per_layer` | given in config |
+| `greedy` | looked up in the search table of its layer, which `sparsetrace.calibration.greedy` makes |
+| `file` | a threshold of the user's own, or one that `sparsetrace import-teal` wrote |
 """
 
-from __future__ import annotations
-
-import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
-
+from sparsetrace.calibration.histogram import Provenance
+from sparsetrace.calibration.search_table import SearchTable, read_search_table
+from sparsetrace.calibration.target import Target, layer_leaves
+from sparsetrace.calibration.threshold_file import read_threshold_file
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import MATRICES
-from sparsetrace.methods import ThresholdMethod
-
-if TYPE_CHECKING:
-    from sparsetrace.calibration.histogram import Provenance
-
-# One row per step of the search. `uniform_error`: of all matrices at `effective_sparsity`.
-GREEDY = pa.schema(
-    [
-        pa.field("effective_sparsity", pa.float64(), nullable=False),
-        pa.field("error", pa.float64(), nullable=False),
-        pa.field("uniform_error", pa.float64(), nullable=False),
-        *(pa.field(matrix, pa.float64(), nullable=False) for matrix in MATRICES),
-    ]
-)
+from sparsetrace.methods import FromFile, Method, PerLayer, ThresholdMethod
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What an allocation chose for a matrix.
+def allocate_targets(
+    method: Method, provenance: Provenance, tables: Sequence[Path]
+) -> tuple[dict[tuple[int, str], Target], tuple[str, ...]]:
+    """The target of each layer and matrix, in the order of execution.
 
     Args:
-        sparsity: target, None where there is none.
-        threshold: of the score; None where the target is to be looked up.
-    """
-
-    sparsity: float | None
-    threshold: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Search table of one layer, by step.
-
-    Args:
-        effective: sparsity of the whole layer, weighted by parameters.
-        error, uniform_error: of the layer's output, by the search and with all matrices at `effective`.
-        sparsities: for each step, that of each matrix.
-    """
-
-    effective: Sequence[float]
-    error: Sequence[float]
-    uniform_error: Sequence[float]
-    sparsities: Sequence[dict[str, float]]
-
-    def losses(self) -> list[int]:
-        """Steps at which the search did worse than uniform."""
-        return [step for step in range(len(self.error)) if self.error[step] > self.uniform_error[step]]
-
-    def lookup(self, target: float, where: str) -> tuple[dict[str, float], bool]:
-        """Sparsities for a target: those of the step nearest to it, as TEAL's code looks them up.
-
-        Args:
-            target: of the layer, 0 <= target < 1.
-            where: for messages.
-
-        Returns:
-            Sparsity of each matrix, and whether they are uniform because the search lost to that.
-
-        Raises:
-            InputError: the table ends before the target.
-        """
-        if target == 0:
-            return dict.fromkeys(MATRICES, 0.0), False
-        if not self.effective or target > self.effective[-1]:
-            reach = self.effective[-1] if self.effective else 0.0
-            raise InputError(f"{where}: sparsity must be at most {reach:.4f}, where its table ends, got {target}")
-        step = min(range(len(self.effective)), key=lambda i: abs(self.effective[i] - target))
-        if self.error[step] > self.uniform_error[step]:
-            return dict.fromkeys(MATRICES, target), True
-        return dict(self.sparsities[step]), False
-
-
-def greedy_targets(
-    paths: Sequence[Path], method: ThresholdMethod, provenance: Provenance
-) -> tuple[dict[tuple[int, str], Choice], tuple[str, ...]]:
-    """Targets of a method from the search tables.
-
-    Args:
-        paths: one table per layer, in any order.
-        method: with the target.
+        method: with the target of the setting, and the allocation where it has one.
         provenance: of the histograms that thresholds will be looked up in.
+        tables: search tables, one per layer; read where the allocation is greedy.
 
     Returns:
-        What is chosen for each layer and matrix, and notes on where the search lost to uniform.
+        The targets, and what a person should know of them, a sentence each.
+
+    Raises:
+        InputError: the allocation does not fit the model.
+    """
+    allocation = method.allocation if isinstance(method, ThresholdMethod) else "uniform"
+    if isinstance(allocation, FromFile):
+        return read_threshold_file(Path(allocation.file), provenance.sites), ()
+    if allocation == "greedy":
+        assert isinstance(method, ThresholdMethod)
+        return _greedy_targets(method, provenance, tables)
+    if isinstance(allocation, PerLayer):
+        allocation.refuse_model(provenance.sites)
+    return {leaf: Target(method.target(*leaf)) for leaf in layer_leaves(provenance.sites)}, ()
+
+
+def _greedy_targets(
+    method: ThresholdMethod, provenance: Provenance, paths: Sequence[Path]
+) -> tuple[dict[tuple[int, str], Target], tuple[str, ...]]:
+    assert method.sparsity is not None
+    tables = _tables_by_layer(paths, method, provenance)
+    found = {
+        layer: table.lookup(method.sparsity, f"thresholds: layer {layer}") for layer, table in sorted(tables.items())
+    }
+    targets = {(layer, matrix): Target(found[layer][0][matrix]) for layer, matrix in layer_leaves(provenance.sites)}
+    worse = {layer: steps for layer, table in sorted(tables.items()) if (steps := table.worse_than_uniform())}
+    rows = sum(len(table.error) for table in tables.values())
+    notes = [
+        f"greedy loses to uniform in {sum(map(len, worse.values()))} of {rows} rows"
+        + (f", layers {_listed(worse)}" if worse else "")
+    ]
+    if uniform := [layer for layer, (_, is_uniform) in found.items() if is_uniform]:
+        notes.append(f"looked up as uniform: layers {_listed(uniform)}")
+    return targets, tuple(notes)
+
+
+def _tables_by_layer(paths: Sequence[Path], method: Method, provenance: Provenance) -> dict[int, SearchTable]:
+    """The search table of every layer.
 
     Raises:
         InputError: a layer has no table, or a table is of another model or method.
     """
-    assert method.sparsity is not None
-    tables: dict[int, Table] = {}
+    tables: dict[int, SearchTable] = {}
     for path in paths:
-        metadata, table = read_greedy(path)
+        identity, table = read_search_table(path)
         wanted = {"model_hash": provenance.model_hash, "method": method.name}
-        if other := [name for name, value in wanted.items() if metadata[name] != value]:
+        if other := [name for name, value in wanted.items() if identity[name] != value]:
             raise InputError(f"thresholds: {path} must be of this model and method, got another {', '.join(other)}")
-        tables[metadata["layer"]] = table
-    if missing := sorted(set(range(provenance.layers)) - set(tables)):
+        tables[identity["layer"]] = table
+    if missing := [layer for layer in range(provenance.layers) if layer not in tables]:
         raise InputError(
-            f"thresholds: greedy must have a table for every layer, got none for {', '.join(map(str, missing))}: "
+            f"thresholds: greedy must have a table for every layer, got none for {_listed(missing)}: "
             "run `sparsetrace allocate`"
         )
-    choices: dict[tuple[int, str], Choice] = {}
-    lost = {layer: len(table.losses()) for layer, table in sorted(tables.items()) if table.losses()}
-    uniform = []
-    for layer in range(provenance.layers):
-        sparsities, is_uniform = tables[layer].lookup(method.sparsity, f"thresholds: layer {layer}")
-        uniform += [layer] if is_uniform else []
-        choices |= {(layer, matrix): Choice(sparsities[matrix]) for matrix in MATRICES}
-    rows = sum(len(table.error) for table in tables.values())
-    notes = [
-        f"greedy loses to uniform in {sum(lost.values())} of {rows} rows" + (f", layers {_list(lost)}" if lost else "")
-    ]
-    if uniform:
-        notes.append(f"looked up as uniform: layers {_list(uniform)}")
-    return choices, tuple(notes)
+    return tables
 
 
-def _list(items: Any) -> str:
+def _listed(items: Iterable[object]) -> str:
     return ", ".join(map(str, items))
-
-
-def read_greedy(path: Path) -> tuple[dict[str, Any], Table]:
-    """A search table with what it says of itself."""
-    if not path.is_file():
-        raise InputError(f"allocate: {path} must be a greedy table, got nothing there: run `sparsetrace allocate`")
-    table = pq.read_table(path)
-    metadata = (table.schema.metadata or {}).get(b"sparsetrace_greedy")
-    if metadata is None:
-        raise InputError(f"allocate: {path} must be a greedy table of sparsetrace, got another Parquet file")
-    columns = table.to_pydict()
-    sparsities = [dict(zip(MATRICES, row, strict=True)) for row in zip(*(columns[m] for m in MATRICES), strict=True)]
-    return json.loads(metadata), Table(
-        columns["effective_sparsity"], columns["error"], columns["uniform_error"], sparsities
-    )
-
-
-def read_threshold_file(path: Path, layers: int) -> dict[tuple[int, str], Choice]:
-    """Thresholds of the user's own.
-
-    Args:
-        path: Parquet or CSV with the columns `layer`, `matrix`, `threshold`, and `sparsity` if the targets are known.
-        layers: of the model.
-
-    Raises:
-        InputError: a column or row is missing, twice there, of no layer or matrix of the model, or no threshold.
-    """
-    where = f"thresholds: {path}"
-    try:
-        table = pa_csv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
-    except FileNotFoundError:
-        raise InputError(f"{where} must be a file, got nothing there") from None
-    except pa.ArrowInvalid as error:
-        raise InputError(
-            f"{where} must be Parquet, or CSV with the suffix .csv, got {str(error).splitlines()[0]}"
-        ) from None
-    if missing := [name for name in ("layer", "matrix", "threshold") if name not in table.column_names]:
-        raise InputError(f"{where} must have the columns layer, matrix, threshold, got no {', '.join(missing)}")
-    choices: dict[tuple[int, str], Choice] = {}
-    for row in table.to_pylist():
-        place, threshold, sparsity = (row["layer"], row["matrix"]), row["threshold"], row.get("sparsity")
-        at = f"{where}: layer {place[0]} {place[1]}"
-        if place[0] not in range(layers) or place[1] not in MATRICES:
-            raise InputError(f"{at} must be a matrix of a model of {layers} layers, got another")
-        if place in choices:
-            raise InputError(f"{at} must have one row, got two")
-        if not isinstance(threshold, int | float) or not math.isfinite(threshold) or threshold < 0:
-            raise InputError(f"{at}: threshold must be a number of at least 0, got {threshold!r}")
-        choices[place] = Choice(None if sparsity is None else float(sparsity), float(threshold))
-    wanted = {(layer, matrix): None for layer in range(layers) for matrix in MATRICES}
-    if absent := [f"layer {layer} {matrix}" for layer, matrix in wanted if (layer, matrix) not in choices]:
-        more = f" and {len(absent) - 7} more" if len(absent) > 7 else ""
-        raise InputError(f"{where} must have a row for every matrix, got none for {', '.join(absent[:7])}{more}")
-    return {place: choices[place] for place in wanted}

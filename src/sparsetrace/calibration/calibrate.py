@@ -1,172 +1,178 @@
 """Step 2: exact histograms of what enters every site, over a text.
 
-The output is described in `sparsetrace.calibration.histogram`; `sparsetrace.calibration.thresholds` derives
-thresholds from it.
+The output is described in `sparsetrace.calibration.histogram`; `sparsetrace.calibration.derive` takes thresholds from
+it.
 """
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sparsetrace.calibration.histogram import ActivationCounter, Histograms, Provenance
+from sparsetrace.calibration.counter import ActivationCounter
+from sparsetrace.calibration.histogram import Histograms, Provenance, TextShard
+from sparsetrace.calibration.windows import calibration_windows, passes, windows_per_pass
 from sparsetrace.core.files import InputError, sha256_file, sha256_json
 from sparsetrace.core.settings import Calibration, Machine
-from sparsetrace.core.text import read_text
-from sparsetrace.formats.schema import SITES
 from sparsetrace.methods import METHODS
+from sparsetrace.methods.gated import refuse_without_gate
 from sparsetrace.model.decoder import ACTIVATIONS, Decoder
+from sparsetrace.model.finite import not_finite
 from sparsetrace.model.patch import observe, projections
-from sparsetrace.model.runtime import RuntimeModel, use
-from sparsetrace.model.tokenizer import Tokenizer
+from sparsetrace.model.runtime import RuntimeModel, set_up_torch
 
-# Tokens of one forward pass; bounds the memory of the step.
-PASS_TOKENS = 4096
-# Longest time that an interruption costs; on a 7B model the counts are 67 MB.
+# Shape suffixes: W windows, B windows of one pass, T tokens of a window, K input features, N output features.
+
+# An interruption costs at most this; on a 7B model the counts are 67 MB.
 SAVE_SECONDS = 60
 
+# Called with a layer, a site and a tensor [B, T, features].
+See = Callable[[int, str, Tensor], None]
 
-def calibrate(
-    model: RuntimeModel,
-    text: Path,
-    out: Path,
-    calibration: Calibration,
-    machine: Machine,
-    report: Callable[[int, int], None] | None = None,
-    *,
-    shard: int = 0,
-    scores: Sequence[str] = (),
-) -> Histograms:
-    """Stream a text through the dense model and count what enters each site.
 
-    An interrupted run leaves its counts beside `out`; the same call goes on from there.
+@dataclass(frozen=True, slots=True)
+class CalibrationJob:
+    """What is counted.
 
     Args:
         model: converted.
         text: `.txt`, `.json` or `.jsonl`, or gzipped.
         out: the histogram file.
-        calibration: how much of it, in sequences of which length.
+        calibration: how much of the text, in sequences of which length, and in how many shards.
         machine: where the model runs.
+        shard: which of the shards.
+        scores: names of methods whose scores are counted besides what enters the sites.
+    """
+
+    model: RuntimeModel
+    text: Path
+    out: Path
+    calibration: Calibration
+    machine: Machine
+    shard: int = 0
+    scores: Sequence[str] = ()
+
+
+def calibrate(job: CalibrationJob, report: Callable[[int, int], None] | None = None) -> Histograms:
+    """Run a text through the dense model and count what enters each site.
+
+    An interrupted run leaves its counts beside the file; the same call goes on from there.
+
+    Args:
+        job: what is counted.
         report: called with (tokens done, tokens in all).
-        shard: which of `calibration.shards` parts of the sequences is counted.
-        scores: names of methods whose scores are counted too.
 
     Raises:
-        InputError: the text is too short, or an activation is not finite (layer, site and token are named).
+        InputError: the text is too short, a score does not fit the model, or an activation is not finite (layer, site
+            and token are named).
     """
-    if shard >= calibration.shards:
-        raise InputError(f"calibrate: shard must be below the number of shards, {calibration.shards}, got {shard}")
-    device = use(machine)
-    windows_WT = calibration_windows(model.tokenizer(), text, calibration, model.config.max_position_embeddings)
+    model, calibration, shards = job.model, job.calibration, job.calibration.shards
+    if job.shard >= shards:
+        raise InputError(f"calibrate: shard must be below the number of shards, {shards}, got {job.shard}")
+    scores = tuple(sorted(set(job.scores)))
+    for name in scores:
+        if METHODS[name].score == "gate":
+            refuse_without_gate(name, model.sites)
+    device = set_up_torch(job.machine)
+    windows_WT = calibration_windows(model.tokenizer(), job.text, calibration, model.config.max_position_embeddings)
     T = windows_WT.shape[1]
-    batch = max(1, PASS_TOKENS // T)
-    passes = -(-len(windows_WT) // batch)
-    if passes < calibration.shards:
-        raise InputError(
-            f"calibrate: shards must be at most the passes of {batch} sequences, {passes}, got {calibration.shards}"
-        )
-    # whole passes: what is computed together does not depend on the number of shards
-    first, last = (batch * (passes * edge // calibration.shards) for edge in (shard, shard + 1))
+    first, last = _windows_of_shard(len(windows_WT), windows_per_pass(T), job)
     windows_WT = windows_WT[first:last]
-    text_hash = sha256_json([sha256_file(text), calibration.model_dump(exclude={"shards"})])
-    scores = tuple(sorted(set(scores)))
-    key = sha256_json([model.model_hash, text_hash, shard, calibration.shards, scores, batch])
-    progress = out.with_name(f".{out.name}.progress")
+    text_hash = sha256_json([sha256_file(job.text), calibration.model_dump(exclude={"shards"})])
+    key = sha256_json([model.model_hash, text_hash, job.shard, shards, scores, windows_per_pass(T)])
+    progress = job.out.with_name(f".{job.out.name}.progress")
 
     decoder = model.load(device)
-    counter = ActivationCounter(model.config.num_hidden_layers, model.config.dtype, device, scores)
-    see, see_output = _counters(decoder, counter)
+    counter = ActivationCounter(model.sites, model.config.dtype, device, scores)
+    see, see_output = counting_callbacks(decoder, counter)
     done, saved = counter.resume(progress, key), time.monotonic()
     with torch.inference_mode():
-        positions_T = torch.arange(T, device=device)
-        for start in range(done, len(windows_WT), batch):
-            tokens_BT = torch.from_numpy(windows_WT[start : start + batch]).to(device)
-            positions_BT = positions_T.expand_as(tokens_BT)
+        for tokens_BT, positions_BT in passes(windows_WT[done:], device):
             with observe(decoder, see, see_output):
                 decoder(tokens_BT, positions_BT)
             if counter.not_finite():
-                _name_not_finite(decoder, tokens_BT, positions_BT, (first + start) * T)
-            stop = min(start + batch, len(windows_WT))
-            if stop < len(windows_WT) and time.monotonic() - saved > SAVE_SECONDS:
-                counter.histograms().save_progress(progress, key, stop)
+                _name_not_finite(decoder, tokens_BT, positions_BT, (first + done) * T)
+            done += len(tokens_BT)
+            if done < len(windows_WT) and time.monotonic() - saved > SAVE_SECONDS:
+                counter.histograms().save_progress(progress, key, done)
                 saved = time.monotonic()
             if report is not None:
-                report(stop * T, windows_WT.size)
-    parts = ((text_hash, shard, calibration.shards),) if calibration.shards > 1 else ()
-    layers = model.config.num_hidden_layers
-    tokens = int(windows_WT.size)
+                report(done * T, windows_WT.size)
+    provenance = Provenance(
+        model_hash=model.model_hash,
+        text_hash=text_hash,
+        dtype=model.config.dtype,
+        tokens=int(windows_WT.size),
+        layers=model.config.num_hidden_layers,
+        sites=model.sites,
+        scores=scores,
+        shards=(TextShard(text_hash, job.shard, shards),) if shards > 1 else (),
+    )
     histograms = counter.histograms()
-    histograms.save(out, Provenance(model.model_hash, text_hash, model.config.dtype, tokens, layers, scores, parts))
+    histograms.save(job.out, provenance)
     progress.unlink(missing_ok=True)
     return histograms
 
 
-def _counters(
-    decoder: Decoder, counter: ActivationCounter
-) -> tuple[Callable[[int, str, Tensor], None], Callable[[int, str, Tensor], None] | None]:
-    """What is done with each vector that enters, and each that leaves, a projection."""
+def _windows_of_shard(windows: int, per_pass: int, job: CalibrationJob) -> tuple[int, int]:
+    """The first window of the shard, and the one after its last.
+
+    A shard has whole passes, so that what is computed together does not depend on the number of shards.
+    """
+    shards, passes_in_all = job.calibration.shards, -(-windows // per_pass)
+    if passes_in_all < shards:
+        raise InputError(
+            f"calibrate: shards must be at most the passes of {per_pass} sequences, {passes_in_all}, got {shards}"
+        )
+    first, last = (per_pass * (passes_in_all * edge // shards) for edge in (job.shard, job.shard + 1))
+    return first, last
+
+
+def counting_callbacks(decoder: Decoder, counter: ActivationCounter) -> tuple[See, See | None]:
+    """Callbacks for `observe` that count what enters the projections, and what leaves them.
+
+    Returns:
+        The second is None where no method needs it.
+    """
     gated = [name for name in counter.scores if METHODS[name].score == "gate"]
     scaled = [name for name in counter.scores if METHODS[name].score == "scaled"]
     scales = {
-        (name, layer, matrix): METHODS[name].scale(projection.weight[:, projection.columns[matrix]])
-        for layer, site, projection in projections(decoder)
-        for matrix in SITES[site]
+        (name, layer, matrix): METHODS[name].scale(projection.matrix(matrix))
+        for layer, _, projection in projections(decoder)
+        for matrix in projection.columns
         for name in scaled
     }
+    columns = {site.key: site.columns for site in decoder.sites}
+    activation = ACTIVATIONS[decoder.config.hidden_act]
 
     def see(layer: int, site: str, x_BTK: Tensor) -> None:
         counter.count(layer, site, x_BTK)
         for name in scaled:
-            for matrix in SITES[site]:
-                scale = scales[name, layer, matrix]
-                assert scale is not None
-                counter.count(layer, f"{name}.{matrix}", x_BTK.float().abs() * scale)
+            for matrix in columns[layer, site]:
+                scale_K = scales[name, layer, matrix]
+                assert scale_K is not None
+                counter.count(layer, f"{name}.{matrix}", x_BTK.float().abs() * scale_K)
 
     def see_output(layer: int, site: str, y_BTN: Tensor) -> None:
-        if site == "mlp_in":
-            active_BTN = ACTIVATIONS[decoder.config.hidden_act](y_BTN.chunk(2, dim=-1)[0])
+        if "gate" in columns[layer, site]:
+            active_BTN = activation(y_BTN[..., columns[layer, site]["gate"]])
             for name in gated:
                 counter.count(layer, name, active_BTN)
 
     return see, see_output if gated else None
 
 
-def calibration_windows(tokenizer: Tokenizer, text: Path, calibration: Calibration, context: int) -> np.ndarray:
-    """[W, T] int64 token ids: the text cut into sequences of one length, each after a begin token; no padding.
-
-    Where the text holds more than asked, `seed` draws which sequences are used; they stay in the order of the text.
-    """
-    T = calibration.sequence_length
-    if context < T:
-        raise InputError(f"calibrate: sequence_length must be at most the context of {context}, got {T}")
-    ids = tokenizer.encode(read_text(text, calibration.field, "calibrate"), f"calibrate: {text}")
-    begin = [] if tokenizer.bos is None else [tokenizer.bos]
-    body = T - len(begin)
-    ids = ids[len(begin) :]
-    available = len(ids) // body
-    wanted = -(-calibration.tokens // T)
-    if wanted > available:
-        raise InputError(
-            f"calibrate: tokens must be at most {available * T} with {text}, got {calibration.tokens}: "
-            "lower it or give a longer text"
-        )
-    bodies_WT = np.array(ids[: available * body], dtype=np.int64).reshape(available, body)
-    drawn = np.sort(np.random.Generator(np.random.Philox(key=calibration.seed)).permutation(available)[:wanted])
-    return np.concatenate([np.tile(np.array(begin, dtype=np.int64), (wanted, 1)), bodies_WT[drawn]], axis=1)
-
-
 def _name_not_finite(decoder: Decoder, tokens_BT: Tensor, positions_BT: Tensor, first_token: int) -> None:
+    """Run a pass again and stop at the first activation that is not finite."""
+
     def see(layer: int, site: str, x_BTK: Tensor) -> None:
         bad_BT = ~x_BTK.isfinite().all(-1)
         if bad_BT.any():
             token = first_token + int(bad_BT.flatten().int().argmax())
-            raise InputError(
-                f"calibrate: activations must be finite, got Inf or NaN in layer {layer}, site {site}, token {token} "
-                "of the calibration text: the checkpoint may need a dtype of wider range"
-            )
+            raise not_finite("calibrate", f"layer {layer}, site {site}, token {token} of the calibration text")
 
     with observe(decoder, see):
         decoder(tokens_BT, positions_BT)

@@ -1,41 +1,59 @@
-"""Exact distributions of activations: counts of bit patterns, one histogram per layer and name.
+"""Exact distributions of activations: counts of bit patterns, one histogram for each layer and name.
 
-A 16-bit float has 65,536 patterns, so counting them loses nothing, needs fixed memory and merges by addition. A float32
-is counted by its top 16 bits; a threshold is then the upper edge of a bucket, and zeros are counted apart, so that
-what a threshold drops is still known as an integer. Source: DESIGN contract "Calibration".
+A 16-bit float has 65,536 patterns, so counting them loses nothing, takes fixed memory and merges by addition. A float32
+is counted by its top 16 bits; a threshold is then the upper edge of a bucket, and zeros are counted separately, so that
+the number of activations that a threshold drops is still exact.
 
 | name | of what | dtype |
 |---|---|---|
-| `attn_in`, `attn_out`, `mlp_in`, `mlp_mid` | x at the site | the model's |
+| name of a site: `attn_in`, ... | x at the site | the model's |
 | `cats`: a method whose score is `gate` | activation function of `gate` | the model's |
 | `wina.q`, ...: a method whose score is `scaled` | abs(x) times the method's scale, per matrix | float32 |
 
-File: safetensors, `LNN.name` int64 [65536] by pattern, `zeros` int64 [layers, names], and the metadata of `Provenance`.
+File: safetensors with `LNN.name`, int64 [65536] by pattern, and `zeros`, int64 [histograms], the zeros of both signs in
+each: by layer, and in a layer first its sites in the order of execution, then the scores of each counted method by
+matrix (methods by name). Metadata: the version of the file and `Provenance`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from sparsetrace.core.files import InputError, sha256_json, write_beside
-from sparsetrace.formats.schema import FORMATS, MATRICES, SITES, NumberFormat
+from sparsetrace.core.files import InputError, write_beside
+from sparsetrace.formats.numbers import FORMATS, NumberFormat
+from sparsetrace.formats.sites import Site, layer_sites, sites_from_json
 from sparsetrace.methods import METHODS
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+# Shape suffixes: H histograms, P bit patterns, M magnitudes.
 
 NUM_PATTERNS = 1 << 16
 NUM_MAGNITUDES = NUM_PATTERNS // 2
+# 2: sites in the metadata, one count of zeros per histogram.
+HISTOGRAMS_VERSION = 2
+
+
+class TextShard(NamedTuple):
+    """A part of a text whose activations were counted.
+
+    Args:
+        text_hash: of the text and of how it was cut.
+        shard: which part.
+        shards: number of parts of the text.
+    """
+
+    text_hash: str
+    shard: int
+    shards: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +66,9 @@ class Provenance:
         dtype: of the model.
         tokens: counted; no padding among them.
         layers: of the model.
+        sites: of the model.
         scores: names of the methods whose scores were counted besides what enters the sites.
-        parts: (text hash, shard, shards) of everything that was added up; empty stands for the one whole text.
+        shards: everything that was added up; empty stands for the one whole text.
     """
 
     model_hash: str
@@ -57,13 +76,26 @@ class Provenance:
     dtype: str
     tokens: int
     layers: int
+    sites: tuple[Site, ...]
     scores: tuple[str, ...] = ()
-    parts: tuple[tuple[str, int, int], ...] = ()
+    shards: tuple[TextShard, ...] = ()
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> Provenance:
+        """The inverse of `dataclasses.asdict`, after a round trip through JSON."""
+        return Provenance(
+            **fields
+            | {
+                "sites": sites_from_json(fields["sites"]),
+                "scores": tuple(fields["scores"]),
+                "shards": tuple(TextShard(*shard) for shard in fields["shards"]),
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """A magnitude and what it drops of the counted activations, as integers.
+    """A magnitude, and how many of the counted activations it drops.
 
     Args:
         bits: bit pattern of the magnitude; kept strictly above.
@@ -76,92 +108,113 @@ class Threshold:
     counted: int
 
 
-def names_of(scores: Sequence[str]) -> dict[str, bool]:
-    """Names of the histograms of one layer, and whether each is of float32 scores rather than of the model's dtype."""
-    names = dict.fromkeys(SITES, False)
-    for method in scores:
-        match METHODS[method].score:
-            case "gate":
-                names[method] = False
-            case "scaled":
-                names |= {f"{method}.{matrix}": True for matrix in MATRICES}
-    return names
+def distributions(sites: Sequence[Site], dtype: str, scores: Sequence[str]) -> dict[tuple[int, str], str]:
+    """Every histogram of a model, in the order of the file's `zeros`.
+
+    Args:
+        sites: within layers, in the order of execution.
+        dtype: of the model.
+        scores: names of the methods whose scores are counted besides what enters the sites.
+
+    Returns:
+        Number format of what each counts, by layer and name.
+    """
+    found: dict[tuple[int, str], str] = {}
+    for layer, own in groupby(sites, key=lambda site: site.layer):
+        assert layer is not None
+        layer_own = list(own)
+        found |= {(layer, site.name): dtype for site in layer_own}
+        for method in scores:
+            if METHODS[method].score == "gate":
+                found[layer, method] = dtype
+            else:
+                matrices = [matrix for site in layer_own for matrix in site.matrices]
+                found |= {(layer, f"{method}.{matrix}"): "float32" for matrix in matrices}
+    return found
 
 
 class Histograms:
-    """Counts of one model, as they lie in its file: all zero at first.
+    """Counts of one model, as they lie in its file; all zero at first.
 
     Args:
-        layers: number of layers.
+        sites: of the model; those within layers are counted.
         dtype: of the activations.
         scores: names of the methods whose scores are counted besides what enters the sites.
+
+    Attributes:
+        row: place of each (layer, name) in the arrays.
+        counts_HP: int64, how often each pattern was counted.
+        zeros_H: int64, counted zeros of both signs.
     """
 
-    def __init__(self, layers: int, dtype: str, scores: Sequence[str] = ()) -> None:
+    def __init__(self, sites: Sequence[Site], dtype: str, scores: Sequence[str] = ()) -> None:
         self.dtype = dtype
-        self.layers = layers
+        self.sites = layer_sites(sites)
         self.scores = tuple(scores)
-        names = names_of(scores)
-        self._formats = {name: "float32" if scaled else dtype for name, scaled in names.items()}
-        keys = [(layer, name) for layer in range(layers) for name in names]
-        self._all = np.zeros((len(keys), NUM_PATTERNS), np.int64)
-        self._zeros = np.zeros(len(keys), np.int64)
-        self._row = {key: row for row, key in enumerate(keys)}
+        self._dtypes = distributions(self.sites, dtype, scores)
+        self.row = {key: row for row, key in enumerate(self._dtypes)}
+        self.counts_HP = np.zeros((len(self.row), NUM_PATTERNS), np.int64)
+        self.zeros_H = np.zeros(len(self.row), np.int64)
 
     @property
     def counts(self) -> dict[tuple[int, str], np.ndarray]:
-        """int64 [65536] by (layer, name): how often each pattern was counted."""
-        return {key: self._all[row] for key, row in self._row.items()}
+        """int64 [65536] by (layer, name)."""
+        return {key: self.counts_HP[row] for key, row in self.row.items()}
 
     @property
     def zeros(self) -> dict[tuple[int, str], int]:
         """Counted zeros of both signs by (layer, name)."""
-        return {key: int(self._zeros[row]) for key, row in self._row.items()}
+        return {key: int(self.zeros_H[row]) for key, row in self.row.items()}
 
-    def format(self, name: str) -> NumberFormat:
+    def format(self, layer: int, name: str) -> NumberFormat:
         """Number format of what a histogram counts."""
-        return FORMATS[self._formats[name]]
+        return FORMATS[self._dtypes[layer, name]]
 
     def magnitudes(self, layer: int, name: str) -> np.ndarray:
-        """int64 [32768]: counts by magnitude, both signs folded."""
-        counts = self._all[self._row[layer, name]]
-        return counts[:NUM_MAGNITUDES] + counts[NUM_MAGNITUDES:]
+        """int64 [32768]: counts by magnitude, both signs added up."""
+        counts_P = self.counts_HP[self.row[layer, name]]
+        return counts_P[:NUM_MAGNITUDES] + counts_P[NUM_MAGNITUDES:]
 
     def threshold(self, layer: int, name: str, sparsity: float) -> Threshold:
         """The magnitude t with P(|x| < t) < sparsity <= P(|x| <= t); t = 0 for sparsity 0."""
-        cumulative = np.cumsum(self.magnitudes(layer, name))
-        counted = int(cumulative[-1])
+        cumulative_M = np.cumsum(self.magnitudes(layer, name))
+        counted = int(cumulative_M[-1])
         if sparsity == 0:
             return Threshold(0, self.zeros[layer, name], counted)
         # repr: the sparsity that the user wrote, not its nearest binary fraction
         wanted = -(-Fraction(repr(sparsity)) * counted // 1)
-        bucket = int(np.searchsorted(cumulative, int(wanted)))
-        shift = self.format(name).count_shift
-        return Threshold(((bucket + 1) << shift) - 1, int(cumulative[bucket]), counted)
+        bucket = int(np.searchsorted(cumulative_M, int(wanted)))
+        shift = self.format(layer, name).count_shift
+        return Threshold(((bucket + 1) << shift) - 1, int(cumulative_M[bucket]), counted)
 
     def dropped(self, layer: int, name: str, bits: int) -> Threshold | None:
-        """What a given threshold drops; None where it lies within a bucket, so that the counts do not say."""
-        cumulative = np.cumsum(self.magnitudes(layer, name))
+        """What a given threshold drops; None where it lies inside a bucket, whose counts do not tell."""
+        cumulative_M = np.cumsum(self.magnitudes(layer, name))
         if bits == 0:
-            return Threshold(0, self.zeros[layer, name], int(cumulative[-1]))
-        bucket, rest = divmod(bits + 1, 1 << self.format(name).count_shift)
-        return None if rest else Threshold(bits, int(cumulative[bucket - 1]), int(cumulative[-1]))
+            return Threshold(0, self.zeros[layer, name], int(cumulative_M[-1]))
+        bucket, rest = divmod(bits + 1, 1 << self.format(layer, name).count_shift)
+        return None if rest else Threshold(bits, int(cumulative_M[bucket - 1]), int(cumulative_M[-1]))
 
     def add(self, other: Histograms) -> None:
-        """Add the counts of a model of the same shape."""
-        self._all += other._all
-        self._zeros += other._zeros
+        """Add the counts of a model of the same sites, dtype and scores."""
+        self.counts_HP += other.counts_HP
+        self.zeros_H += other.zeros_H
 
     def save(self, path: Path, provenance: Provenance) -> None:
         """Write the file described above."""
-        self._write(path, {"sparsetrace_histograms": json.dumps(asdict(provenance))})
+        content = {"version": HISTOGRAMS_VERSION} | asdict(provenance)
+        self._write(path, {"sparsetrace_histograms": json.dumps(content)})
 
     def save_progress(self, path: Path, key: str, done: int) -> None:
-        """Write the counts of an unfinished calibration, which `resume` of the same key takes up."""
+        """Write the counts of an unfinished calibration, for `resume` with the same key."""
         self._write(path, {"sparsetrace_progress": json.dumps({"key": key, "done": done})})
 
     def resume(self, path: Path, key: str) -> int:
-        """Read the counts of an interrupted calibration; returns how much of it was done, 0 if nothing can be used."""
+        """Read the counts of an interrupted calibration, and return how much of it was done.
+
+        Returns:
+            0 where there is no such file, it is cut off, or its key is another; nothing is read then.
+        """
         if not path.is_file():
             return 0
         try:
@@ -175,153 +228,38 @@ class Histograms:
         return int(found["done"])
 
     def _write(self, path: Path, metadata: dict[str, str]) -> None:
-        arrays = {f"L{layer:02d}.{name}": counts for (layer, name), counts in self.counts.items()}
-        arrays["zeros"] = self._zeros.reshape(self.layers, -1)
+        arrays = {f"L{layer:02d}.{name}": counts_P for (layer, name), counts_P in self.counts.items()}
+        arrays["zeros"] = self.zeros_H
         with write_beside(path) as partial:
-            # `save_file` writes to a temporary file of its own, which a kill would leave
+            # `save_file` writes to a temporary file of its own, which would stay behind after a kill
             partial.write_bytes(save(arrays, metadata=metadata))
 
     def _read(self, file: safe_open) -> None:
-        self._zeros[:] = file.get_tensor("zeros").reshape(-1)
-        for (layer, name), counts in self.counts.items():
-            counts[:] = file.get_tensor(f"L{layer:02d}.{name}")
+        self.zeros_H[:] = file.get_tensor("zeros")
+        for (layer, name), counts_P in self.counts.items():
+            counts_P[:] = file.get_tensor(f"L{layer:02d}.{name}")
 
     @staticmethod
     def load(path: Path) -> tuple[Histograms, Provenance]:
-        """Read the file described above."""
+        """Read the file described above.
+
+        Raises:
+            InputError: the file is unreadable, no histogram file, or of another version.
+        """
         try:
             with safe_open(path, framework="np") as file:
                 metadata = (file.metadata() or {}).get("sparsetrace_histograms")
                 if metadata is None:
                     raise InputError(f"histograms: {path} must be a histogram file of sparsetrace, got another")
-                fields = json.loads(metadata)
-                parts = tuple((text, shard, shards) for text, shard, shards in fields.pop("parts", ()))
-                provenance = Provenance(**fields | {"scores": tuple(fields.get("scores", ())), "parts": parts})
-                histograms = Histograms(provenance.layers, provenance.dtype, scores=provenance.scores)
+                content = json.loads(metadata)
+                # the first version named none
+                if (version := content.pop("version", 1)) != HISTOGRAMS_VERSION:
+                    raise InputError(
+                        f"histograms: {path} must have version {HISTOGRAMS_VERSION}, got {version}: calibrate again"
+                    )
+                provenance = Provenance.from_json(content)
+                histograms = Histograms(provenance.sites, provenance.dtype, provenance.scores)
                 histograms._read(file)
         except (SafetensorError, OSError) as error:
             raise InputError(f"histograms: {path} must be a readable histogram file, got {error}") from None
         return histograms, provenance
-
-
-class ActivationCounter:
-    """Counts what a model's activations are, on its device.
-
-    Args:
-        layers: number of layers.
-        dtype: of the activations.
-        device: where they are counted.
-        scores: names of the methods whose scores are counted besides what enters the sites.
-    """
-
-    def __init__(self, layers: int, dtype: str, device: torch.device | str = "cpu", scores: Sequence[str] = ()) -> None:
-        import torch
-
-        self._host = Histograms(layers, dtype, scores)
-        self.scores = self._host.scores
-        # one tensor, so that a question to all of them is one answer from the device
-        self._all = torch.zeros(self._host._all.shape, dtype=torch.int64, device=device)
-        self._float32_zeros = torch.zeros(len(self._all), dtype=torch.int64, device=device)
-        self._add = _adder(self._all.device)
-
-    def count(self, layer: int, name: str, x: Tensor) -> None:
-        """Add every element of x [..., K]."""
-        import torch
-
-        x = x.contiguous()
-        row = self._host._row[layer, name]
-        if shift := self._host.format(name).count_shift:
-            self._float32_zeros[row] += (x == 0).sum()
-            x = (x.view(torch.int32) >> shift).to(torch.int16).view(torch.float16)
-        self._add(x, self._all[row])
-
-    def not_finite(self) -> tuple[int, str] | None:
-        """The first layer and site, in the order of execution, that has counted an Inf or NaN."""
-        number = FORMATS[self._host.dtype]
-        first = number.infinity >> number.count_shift
-        positive, negative = self._all[:, first:NUM_MAGNITUDES], self._all[:, NUM_MAGNITUDES + first :]
-        if not bool(positive.any() | negative.any()):
-            return None
-        found = self.histograms()
-        return next((k for k in found._row if k[1] in SITES and found.magnitudes(*k)[first:].any()), None)
-
-    def histograms(self) -> Histograms:
-        """What has been counted so far; the next call puts what it finds into the same ones."""
-        host = self._host
-        host._all[:] = self._all.cpu().numpy()
-        apart = [host.format(name).count_shift > 0 for _, name in host._row]
-        both_signs = host._all[:, 0] + host._all[:, NUM_MAGNITUDES]
-        host._zeros[:] = np.where(apart, self._float32_zeros.cpu().numpy(), both_signs)
-        return host
-
-    def resume(self, path: Path, key: str) -> int:
-        """Take up the counts of an interrupted calibration, as `Histograms.resume` does."""
-        import torch
-
-        if done := self._host.resume(path, key):
-            self._all.copy_(torch.from_numpy(self._host._all))
-            self._float32_zeros.copy_(torch.from_numpy(self._host._zeros))
-        return done
-
-
-def merge(paths: Sequence[Path], out: Path) -> Provenance:
-    """Add up histograms of one model: shards of a text, or several texts.
-
-    Args:
-        paths: two or more, or one, which is copied.
-        out: the sum; shards 0 to n - 1 of a text give the bytes that the whole text gives.
-
-    Raises:
-        InputError: they are of different models, dtypes or scores, something would be counted twice, or a shard is
-            missing.
-    """
-    total, first = Histograms.load(paths[0])
-    parts = list(_parts(first))
-    tokens = first.tokens
-    for path in paths[1:]:
-        histograms, provenance = Histograms.load(path)
-        for name in ("model_hash", "dtype", "layers", "scores"):
-            if getattr(provenance, name) != getattr(first, name):
-                raise InputError(
-                    f"histograms: {name} of all files must be that of {paths[0]}, {getattr(first, name)}, "
-                    f"got {getattr(provenance, name)} in {path}: merge what was counted on one model, in one way"
-                )
-        total.add(histograms)
-        parts += _parts(provenance)
-        tokens += provenance.tokens
-    texts: dict[str, dict[int, int]] = {}
-    for text, shard, shards in parts:
-        if shard in texts.setdefault(text, {}) or shards != next(iter(texts[text].values()), shards):
-            raise InputError(f"histograms: every text must be counted once, got shard {shard} of {text[:12]} twice")
-        texts[text][shard] = shards
-    for text, found in texts.items():
-        shards = next(iter(found.values()))
-        if missing := sorted(set(range(shards)) - set(found)):
-            raise InputError(
-                f"histograms: all {shards} shards of text {text[:12]} must be there, got none of {missing}"
-            )
-    text_hash = next(iter(texts)) if len(texts) == 1 else sha256_json(sorted(texts))
-    whole = tuple((text, 0, 1) for text in sorted(texts)) if len(texts) > 1 else ()
-    merged = Provenance(first.model_hash, text_hash, first.dtype, tokens, first.layers, first.scores, whole)
-    total.save(out, merged)
-    return merged
-
-
-def _parts(provenance: Provenance) -> tuple[tuple[str, int, int], ...]:
-    return provenance.parts or ((provenance.text_hash, 0, 1),)
-
-
-def _adder(device: torch.device) -> Callable[[Tensor, Tensor], object]:
-    """What adds the patterns of a contiguous 16-bit tensor to int64 counts."""
-    import torch
-
-    if device.type == "cuda":
-        from sparsetrace_kernels.histogram import add_histogram
-
-        return add_histogram
-
-    def add(x: Tensor, counts: Tensor) -> None:
-        patterns = x.view(torch.int16).flatten().int() & (NUM_PATTERNS - 1)
-        counts += torch.bincount(patterns, minlength=NUM_PATTERNS)
-
-    return add

@@ -7,25 +7,23 @@
 | `calibrated_sparsity`, `dropped`, `counted` | fraction, counts | what the threshold drops of the counted activations |
 | `threshold`, `threshold_bits` | score, bit pattern | kept strictly above; null where the method needs none |
 
-How a target is spread over the matrices is `sparsetrace.calibration.allocation`.
+`sparsetrace.calibration.derive` makes it; generation and quality read it.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparsetrace.calibration.allocation import Choice, greedy_targets, read_threshold_file
-from sparsetrace.calibration.histogram import Histograms, Provenance
 from sparsetrace.core.files import InputError, write_beside
-from sparsetrace.formats.schema import MATRICES, THRESHOLDS
-from sparsetrace.methods import METHODS, FromFile, MatrixRule, Method, PerLayer, ThresholdMethod
+from sparsetrace.formats.sites import by_leaf, layer_sites
+from sparsetrace.formats.tables import THRESHOLDS
+from sparsetrace.methods import METHODS, MatrixRule, Method
 
 if TYPE_CHECKING:
     from sparsetrace.model.runtime import RuntimeModel
@@ -39,7 +37,7 @@ class Thresholds:
         label: of the setting.
         method: with its parameters.
         calibration: hashes of the model and text, and the tokens counted.
-        rows: `schema.THRESHOLDS` as a list of rows.
+        rows: `tables.THRESHOLDS` as a list of rows.
         notes: what a person should know of the allocation, a sentence each.
     """
 
@@ -72,105 +70,17 @@ class Thresholds:
         return target, sum(row["dropped"] for row in counted) / total
 
 
-def derive_thresholds(
-    label: str, method: Method, histograms_path: Path, out: Path, tables: list[Path] | None = None
-) -> Thresholds:
-    """Look a setting's targets up in the histograms and write the table.
-
-    Args:
-        label: of the setting.
-        method: with its parameters.
-        histograms_path: of the model.
-        out: the table.
-        tables: of the greedy allocation, one per layer; needed where the method asks for it.
-
-    Raises:
-        InputError: the histograms are unreadable or lack what the method needs, or the allocation does not fit.
-    """
-    histograms, provenance = Histograms.load(histograms_path)
-    refuse_uncounted(method, histograms, histograms_path)
-    choices, notes = _choices(method, provenance, tables or [])
-    rows = [threshold_row(histograms, method, *place, choice) for place, choice in choices.items()]
-    # what a person asks for; which shards it was added up from is in the histograms
-    calibration = {name: value for name, value in asdict(provenance).items() if name not in ("scores", "parts")}
+def write_thresholds(thresholds: Thresholds, path: Path) -> None:
+    """Write a table; its notes are not in it."""
     content = {
-        "label": label,
-        "method": method.name,
-        "parameters": method.model_dump(mode="json"),
-        "calibration": calibration,
+        "label": thresholds.label,
+        "method": thresholds.method.name,
+        "parameters": thresholds.method.model_dump(mode="json"),
+        "calibration": thresholds.calibration,
     }
-    table = pa.Table.from_pylist(rows, schema=THRESHOLDS.with_metadata({"sparsetrace": json.dumps(content)}))
-    with write_beside(out) as partial:
-        pq.write_table(table, partial)
-    return Thresholds(label, method, calibration, rows, notes)
-
-
-def refuse_uncounted(method: Method, histograms: Histograms, path: Path) -> None:
-    """Refuse histograms without the distributions that a method needs.
-
-    Raises:
-        InputError: names them.
-    """
-    if missing := [name for name in method.needs if (0, name) not in histograms.counts]:
-        raise InputError(
-            f"thresholds: {path} must hold the distributions that method {method.name} needs, got none of "
-            f"{', '.join(missing)}: calibrate with --score {method.name}"
-        )
-
-
-def threshold_row(histograms: Histograms, method: Method, layer: int, matrix: str, choice: Choice) -> dict[str, Any]:
-    """One row of the table.
-
-    Args:
-        histograms: of the model.
-        method: decides which distribution is looked at.
-        layer, matrix: which.
-        choice: target or threshold of the matrix.
-    """
-    row: dict[str, Any] = dict.fromkeys(THRESHOLDS.names) | {"layer": layer, "matrix": matrix}
-    row["target_sparsity"] = choice.sparsity
-    if matrix not in method.thresholded:
-        return row
-    name = method.histogram(matrix)
-    number = histograms.format(name)
-    if choice.threshold is None:
-        assert choice.sparsity is not None
-        found = histograms.threshold(layer, name, choice.sparsity)
-        bits = found.bits
-    else:
-        # |x| > t holds for the same numbers of the dtype if t is rounded down to one of them
-        bits = number.floor_bits(choice.threshold)
-        counted = histograms.dropped(layer, name, bits)
-        row |= {"threshold": choice.threshold, "threshold_bits": bits}
-        if counted is None:
-            return row
-        found = counted
-    return row | {
-        "calibrated_sparsity": found.dropped / found.counted,
-        "dropped": found.dropped,
-        "counted": found.counted,
-        "threshold": float(number.to_float(np.array([bits], dtype=number.bits))[0]),
-        "threshold_bits": bits,
-    }
-
-
-def _choices(
-    method: Method, provenance: Provenance, tables: list[Path]
-) -> tuple[dict[tuple[int, str], Choice], tuple[str, ...]]:
-    """What is chosen for each layer and matrix, and what a person should know of it."""
-    places = [(layer, matrix) for layer in range(provenance.layers) for matrix in MATRICES]
-    allocation = method.allocation if isinstance(method, ThresholdMethod) else "uniform"
-    if isinstance(allocation, FromFile):
-        return read_threshold_file(Path(allocation.file), provenance.layers), ()
-    if isinstance(allocation, PerLayer) and len(allocation.per_layer) != provenance.layers:
-        raise InputError(
-            f"thresholds: per_layer must have a target for each of the model's {provenance.layers} layers, "
-            f"got {len(allocation.per_layer)}"
-        )
-    if allocation == "greedy":
-        assert isinstance(method, ThresholdMethod) and method.sparsity is not None
-        return greedy_targets(tables, method, provenance)
-    return {place: Choice(method.target(*place)) for place in places}, ()
+    schema = THRESHOLDS.with_metadata({"sparsetrace": json.dumps(content)})
+    with write_beside(path) as partial:
+        pq.write_table(pa.Table.from_pylist(thresholds.rows, schema=schema), partial)
 
 
 def read_thresholds(path: Path, model: RuntimeModel) -> Thresholds:
@@ -198,6 +108,6 @@ def read_thresholds(path: Path, model: RuntimeModel) -> Thresholds:
 
 def dense_thresholds(model: RuntimeModel) -> Thresholds:
     """The setting that drops nothing, which needs no calibration."""
-    places = [(layer, matrix) for layer in range(model.config.num_hidden_layers) for matrix in MATRICES]
+    leaves = by_leaf(layer_sites(model.sites))
     empty: dict[str, Any] = dict.fromkeys(THRESHOLDS.names)
-    return Thresholds("dense", METHODS["dense"](), {}, [empty | {"layer": la, "matrix": m} for la, m in places])
+    return Thresholds("dense", METHODS["dense"](), {}, [empty | {"layer": la, "matrix": m} for la, m in leaves])

@@ -13,7 +13,8 @@ The pruned model is a runtime model like any other, with its own hash; beside it
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,109 +25,112 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparsetrace.calibration.calibrate import PASS_TOKENS, calibration_windows
+from sparsetrace.calibration.layer_inputs import BlockInputs, block_inputs, observe_sites
+from sparsetrace.calibration.windows import calibration_windows, passes
 from sparsetrace.core.files import InputError, read_json, sha256_json, write_folder_beside, write_json
 from sparsetrace.core.settings import Calibration, Machine
-from sparsetrace.formats.schema import SITES, WEIGHT_MASKS
+from sparsetrace.formats.tables import WEIGHT_MASKS
 from sparsetrace.methods import WeightMethod
 from sparsetrace.model.decoder import Block, Decoder
-from sparsetrace.model.runtime import RuntimeModel, open_model, use
-from sparsetrace_kernels.reference import pack_bits
+from sparsetrace.model.runtime import RuntimeModel, open_model, set_up_torch
+from sparsetrace_kernels.torch_ops import pack_bits
+
+# Shape suffixes: K input features, N output features, M bytes of a mask of N bits.
 
 MASK_FILE = "weight_masks.parquet"
 
 
-def prune(
-    model: RuntimeModel,
-    text: Path | None,
-    out: Path,
-    method: WeightMethod,
-    calibration: Calibration,
-    machine: Machine,
-    report: Callable[[int, int], None] | None = None,
-) -> RuntimeModel:
-    """Mask the weights of a model.
+@dataclass(frozen=True, slots=True)
+class PruneJob:
+    """A model to be pruned.
 
     Args:
         model: converted.
-        text: calibration text; needed where the method reads activations.
+        text: calibration text, needed where the method reads activations; None where there is none.
         out: folder of the pruned runtime model; written beside and renamed.
         method: decides the masks.
         calibration: how much of the text.
         machine: where the model runs.
+    """
+
+    model: RuntimeModel
+    text: Path | None
+    out: Path
+    method: WeightMethod
+    calibration: Calibration
+    machine: Machine
+
+
+def prune(job: PruneJob, report: Callable[[int, int], None] | None = None) -> RuntimeModel:
+    """Mask the weights of a model.
+
+    Args:
+        job: which model, and how.
         report: called with (layers done, layers in all).
 
     Raises:
-        InputError: the method needs a text and gets none, or does not fit the model's widths.
+        InputError: the method needs a text and there is none, or it does not fit the model's widths.
     """
-    method.refuse_model(model.config)
-    if method.needs_norms and text is None:
+    model, method, out = job.model, job.method, job.out
+    method.refuse_model(model.sites)
+    if method.needs_norms and job.text is None:
         raise InputError(f"prune: --text must be given for method {method.name}, which reads activations, got none")
     if out.exists() and not (out / MASK_FILE).is_file() and any(out.iterdir()):
         raise InputError(f"prune: {out} must be a pruned model or not exist, got another folder: choose another --out")
-    device = use(machine)
+    device = set_up_torch(job.machine)
     decoder = model.load(device)
-    inputs: list[tuple[Any, ...]] = []
-    if method.needs_norms:
-        assert text is not None
-        windows_WT = calibration_windows(model.tokenizer(), text, calibration, model.config.max_position_embeddings)
-        inputs = list(_first_inputs(decoder, torch.from_numpy(windows_WT)))
     identity = {"method": method.name, "parameters": method.model_dump(mode="json"), "dense_model": model.model_hash}
-    with write_folder_beside(out) as partial:
-        schema = WEIGHT_MASKS.with_metadata({"sparsetrace": json.dumps(identity)})
-        with pq.ParquetWriter(partial / MASK_FILE, schema, compression="zstd", use_dictionary=["matrix"]) as writer:
-            for layer, block in enumerate(decoder.layers):
-                assert isinstance(block, Block)
-                with torch.inference_mode():
+    schema = WEIGHT_MASKS.with_metadata({"sparsetrace": json.dumps(identity)})
+    with torch.inference_mode():
+        inputs = _first_inputs(job, decoder, device)
+        with write_folder_beside(out) as partial:
+            with pq.ParquetWriter(partial / MASK_FILE, schema, compression="zstd", use_dictionary=["matrix"]) as writer:
+                for layer, block in enumerate(decoder.layers):
+                    assert isinstance(block, Block)
                     for matrix, keep_KN in _prune_block(block, method, inputs):
                         writer.write_table(_mask_table(layer, matrix, keep_KN, schema))
+                    # the next layer reads what the pruned one puts out
                     inputs = [(block(*arguments), *arguments[1:]) for arguments in inputs]
-                if report is not None:
-                    report(layer + 1, len(decoder.layers))
-        _write_model(partial, model, decoder, identity)
+                    if report is not None:
+                        report(layer + 1, len(decoder.layers))
+            _write_model(partial, model, decoder, identity)
     return open_model(out)
 
 
-def _prune_block(block: Block, method: WeightMethod, inputs: list[tuple[Any, ...]]) -> Iterator[tuple[str, Tensor]]:
+def _first_inputs(job: PruneJob, decoder: Decoder, device: torch.device) -> list[BlockInputs]:
+    """Inputs of the first layer in each pass; none where the method reads no activations."""
+    if not job.method.needs_norms:
+        return []
+    assert job.text is not None
+    context = job.model.config.max_position_embeddings
+    windows_WT = calibration_windows(job.model.tokenizer(), job.text, job.calibration, context)
+    return list(block_inputs(decoder, passes(windows_WT, device), 0))
+
+
+def _prune_block(block: Block, method: WeightMethod, inputs: Sequence[BlockInputs]) -> Iterator[tuple[str, Tensor]]:
     """Mask the weights of one layer, whose inputs are given, and yield each matrix's mask."""
-    norms = {site: _norms(block, site, inputs) for site in SITES} if method.needs_norms else dict.fromkeys(SITES)
-    for site in SITES:
-        projection = getattr(block, site)
-        for matrix, columns in projection.columns.items():
-            weight_KN = projection.weight[:, columns]
-            keep_KN = method.keep(weight_KN, norms[site])
+    norms = _norms(block, inputs) if method.needs_norms else {}
+    for site in block.sites:
+        projection = getattr(block, site.name)
+        for matrix in site.matrices:
+            weight_KN = projection.matrix(matrix)
+            keep_KN = method.keep(weight_KN, norms.get(site.name))
             weight_KN.masked_fill_(~keep_KN, 0)
             yield matrix, keep_KN
 
 
-def _norms(block: Block, site: str, inputs: list[tuple[Any, ...]]) -> Tensor:
-    """float64 [K]: Euclidean norm of each input of a site, over all positions."""
-    projection = getattr(block, site)
-    squares_K = torch.zeros(projection.weight.shape[0], dtype=torch.float64, device=projection.weight.device)
+def _norms(block: Block, inputs: Sequence[BlockInputs]) -> Mapping[str, Tensor]:
+    """float64 [K] by site: Euclidean norm of each input over all positions."""
+    squares: dict[str, Tensor] = {}
 
-    def see(_: object, seen: tuple[Tensor, ...]) -> None:
-        squares_K.add_(seen[0].double().square().flatten(0, -2).sum(0))
+    def see(site: str, x_BTK: Tensor) -> None:
+        squares_K = x_BTK.double().square().flatten(0, -2).sum(0)
+        squares[site] = squares[site] + squares_K if site in squares else squares_K
 
-    hook = projection.register_forward_pre_hook(see)
-    for arguments in inputs:
-        block(*arguments)
-    hook.remove()
-    return squares_K.sqrt()
-
-
-@torch.inference_mode()
-def _first_inputs(decoder: Decoder, windows_WT: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Arguments of the first block's forward, for each batch of windows."""
-    layers = decoder.layers
-    decoder.layers = layers[:1]
-    seen: list[tuple[Any, ...]] = []
-    hook = layers[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
-    device = decoder.embedding.device
-    for tokens_BT in windows_WT.split(max(1, PASS_TOKENS // windows_WT.shape[1])):
-        decoder(tokens_BT.to(device), torch.arange(tokens_BT.shape[1], device=device).expand_as(tokens_BT))
-        yield seen.pop()
-    hook.remove()
-    decoder.layers = layers
+    with observe_sites(block, see):
+        for arguments in inputs:
+            block(*arguments)
+    return {site: squares_K.sqrt() for site, squares_K in squares.items()}
 
 
 def _mask_table(layer: int, matrix: str, keep_KN: Tensor, schema: pa.Schema) -> pa.Table:
@@ -143,7 +147,7 @@ def _mask_table(layer: int, matrix: str, keep_KN: Tensor, schema: pa.Schema) -> 
 
 
 def _write_model(folder: Path, model: RuntimeModel, decoder: Decoder, identity: dict[str, Any]) -> None:
-    """The pruned model's files, in those of the dense one."""
+    """Write the files of the pruned model, cut into the same files as the dense one's."""
     state = decoder.state_dict()
     tensors = {name: dict(entry) for name, entry in model.tensors.items()}
     for file in sorted({entry["file"] for entry in tensors.values()}):

@@ -1,9 +1,9 @@
-"""Which GPU a job uses, settled before torch is imported.
+"""Which GPU a job uses, decided before torch is imported.
 
-Snakemake counts GPUs but hands out no numbers, so that every job of a node would take the first. Each job therefore
-claims a device of its own: a lock on one file per device, which the kernel drops when the process ends, however it
-ends. Under a scheduler `CUDA_VISIBLE_DEVICES` is trusted: one device is taken as it is, and several are shared out
-among the jobs of that allocation.
+Snakemake counts GPUs but assigns no numbers, so that every job on a node would take the first. Each job therefore
+claims a device of its own: it locks one file per device, and the operating system releases the lock when the process
+ends, however it ends. Under a scheduler `CUDA_VISIBLE_DEVICES` is trusted: a single device is taken as it is, and the
+jobs of an allocation share several between them.
 """
 
 import os
@@ -19,13 +19,13 @@ from sparsetrace.core.files import InputError
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 # Set in every job of SLURM, PBS, LSF, Grid Engine and Flux.
 SCHEDULER_JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "FLUX_JOB_ID")
-# While one shard is packed, the next can use its GPU.
+# While one shard is packed, the next one can use the GPU.
 SHARDS_PER_GPU = 2
 POLL_SECONDS = 0.5
 
 
 def installed() -> list[str]:
-    """UUIDs of this machine's GPUs, or of their MIG slices, in the driver's order; none without a driver."""
+    """UUIDs of this machine's GPUs, or of their MIG slices, in the driver's order; empty without a driver."""
     try:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
     except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):
@@ -34,7 +34,7 @@ def installed() -> list[str]:
 
 
 def parse_listing(text: str) -> list[str]:
-    """Devices in what `nvidia-smi -L` prints; of a GPU that is cut up, only the slices can be used."""
+    """UUIDs in the output of `nvidia-smi -L`; of a GPU that is cut into MIG slices, those of the slices alone."""
     found: list[str] = []
     for uuid in re.findall(r"\(UUID: ([^)]+)\)", text):
         if uuid.startswith("MIG") and found and found[-1].startswith("GPU"):
@@ -43,15 +43,15 @@ def parse_listing(text: str) -> list[str]:
     return found
 
 
-def candidates(devices: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """The devices that this process may use: all of them, or those that `CUDA_VISIBLE_DEVICES` names.
+def visible_devices(devices: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """The devices that a process may use: all of them, or those that `CUDA_VISIBLE_DEVICES` names.
 
     Args:
-        devices: of the machine.
-        environment: of the process.
+        devices: UUIDs of the machine's devices.
+        environment: environment variables of the process.
 
     Returns:
-        UUIDs; a name that is not of this machine ends the list, as it does in CUDA.
+        UUIDs; a name that matches no device of the machine, or several, ends the list, as it does in CUDA.
     """
     if VISIBLE not in environment:
         return list(devices)
@@ -60,7 +60,7 @@ def candidates(devices: Sequence[str], environment: Mapping[str, str]) -> list[s
         if name.isdecimal():
             match = list(devices[int(name) : int(name) + 1])
         else:
-            # CUDA accepts a UUID's beginning
+            # CUDA accepts the beginning of a UUID
             match = [device for device in devices if name and device.startswith(name)]
         if len(match) != 1:
             break
@@ -69,57 +69,57 @@ def candidates(devices: Sequence[str], environment: Mapping[str, str]) -> list[s
 
 
 def scheduler_job(environment: Mapping[str, str]) -> str | None:
-    """The number of the scheduler's job that this process belongs to."""
+    """Number of the scheduler's job that a process belongs to; None outside of one."""
     return next((environment[name] for name in SCHEDULER_JOBS if environment.get(name)), None)
 
 
 @contextmanager
-def claimed(device: str, waiting: Callable[[str], None] | None = None) -> Iterator[str | None]:
-    """Keep one GPU to this process, as the only one that CUDA shows it.
+def claimed(device: str, on_wait: Callable[[str], None] | None = None) -> Iterator[str | None]:
+    """Keep one GPU to this process, as the only one that is visible to CUDA.
 
-    Must be entered before torch is imported; nothing is claimed for `cpu` or where there is no GPU.
+    Must be entered before torch is imported. Nothing is claimed for `cpu` or where there is no GPU.
 
     Args:
         device: `auto`, `cpu` or `cuda`.
-        waiting: told once when every device is taken.
+        on_wait: called once, with a message, when all devices are taken.
 
     Yields:
-        The device's name, or None.
+        The device's name; None if nothing was claimed.
     """
     if device == "cpu":
         yield None
         return
-    # a scheduler that set nothing gave no device, and its jobs are like any others
+    # a scheduler that does not set the variable assigned no device: its jobs claim one like any other
     job = scheduler_job(os.environ) if VISIBLE in os.environ else None
     if job is not None and len(names := [name for name in os.environ[VISIBLE].split(",") if name.strip()]) == 1:
         yield names[0]
         return
-    choice = candidates(installed(), os.environ)
-    if not choice:
+    devices = visible_devices(installed(), os.environ)
+    if not devices:
         yield None
         return
-    with lock_one(choice, lock_folder(job), waiting) as own:
+    with lock_one(devices, lock_folder(job), on_wait) as own:
         os.environ[VISIBLE] = own
         yield own
 
 
 def lock_folder(job: str | None) -> Path:
-    """Where the locks of this user's jobs lie: on this host, not on a shared disk, and apart for each allocation."""
-    # not TMPDIR, which may differ from job to job
+    """Folder of the locks of this user's jobs: on this host, not on a shared disk, and one for each allocation."""
+    # TMPDIR may differ from job to job
     return Path("/tmp") / f"sparsetrace-devices-{os.getuid()}" / (job or "all")
 
 
 @contextmanager
 def lock_one(
-    devices: Sequence[str], folder: Path, waiting: Callable[[str], None] | None = None, poll: float = POLL_SECONDS
+    devices: Sequence[str], folder: Path, on_wait: Callable[[str], None] | None = None, poll: float = POLL_SECONDS
 ) -> Iterator[str]:
-    """Hold the lock of the first device that is free, and wait where none is.
+    """Hold the lock of the first free device; wait while none is free.
 
     Args:
-        devices: names of devices.
-        folder: of the lock files.
-        waiting: told once when every device is taken.
-        poll: seconds between two rounds.
+        devices: names of the devices.
+        folder: folder of the lock files.
+        on_wait: called once, with a message, when all devices are taken.
+        poll: seconds between two attempts.
     """
     from filelock import FileLock, Timeout
 
@@ -127,7 +127,7 @@ def lock_one(
     if folder.stat().st_uid != os.getuid():
         raise InputError(f"devices: {folder} must be this user's, got another's: remove it")
     locks = {device: FileLock(folder / f"{device}.lock", timeout=0) for device in devices}
-    told = False
+    waited = False
     while True:
         for device, lock in locks.items():
             try:
@@ -139,12 +139,12 @@ def lock_one(
             finally:
                 lock.release()
             return
-        if not told and waiting is not None:
-            waiting(f"waiting for one of {len(devices)} GPUs, all of which are in use by other jobs")
-        told = True
+        if not waited and on_wait is not None:
+            on_wait(f"waiting for one of {len(devices)} GPUs, all of which are in use by other jobs")
+        waited = True
         time.sleep(poll)
 
 
-def shards_here() -> int:
-    """What `shards: auto` stands for on this machine."""
-    return max(1, SHARDS_PER_GPU * len(candidates(installed(), os.environ)))
+def auto_shards() -> int:
+    """The number of shards that `shards: auto` stands for on this machine."""
+    return max(1, SHARDS_PER_GPU * len(visible_devices(installed(), os.environ)))

@@ -1,6 +1,7 @@
-"""Files written whole or not at all, their hashes, and the error that users are shown.
+"""Files that are written whole or not at all, their hashes, and the error that users see.
 
-Every file is written beside its final name and renamed, so that a name that exists is complete, whatever was killed.
+Every file is written under a temporary name beside its final one and then renamed: a file with its final name is
+complete, whatever was killed.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ HASH_CHUNK_BYTES = 1 << 22
 
 
 class InputError(ValueError):
-    """What a user can cause and mend; the command line prints it as one line, without a traceback.
+    """An error that a user can cause and mend; the command line prints it as one line, without a traceback.
 
     Form: `<where>: <name> must be <rule>, got <value>`, then the reason or the remedy.
     """
@@ -25,9 +26,9 @@ class InputError(ValueError):
 
 @contextmanager
 def write_beside(path: Path) -> Iterator[Path]:
-    """Yield the name to write to; it becomes `path` when the block ends well and is removed when it does not.
+    """Yield a temporary path to write to, renamed to `path` if the block succeeds and removed if it raises.
 
-    A killed run leaves at most one `.NAME.partial`, which the next one overwrites.
+    A killed run leaves at most one `.NAME.partial`, which the next run overwrites.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -41,29 +42,29 @@ def write_beside(path: Path) -> Iterator[Path]:
         raise
 
 
-def refuse_strangers(folder: Path, ours: tuple[str, ...], where: str) -> None:
-    """Refuse to replace a folder that holds files other than those a step writes.
+def refuse_unexpected_files(folder: Path, expected: tuple[str, ...], where: str) -> None:
+    """Refuse to replace a folder that holds files which the step does not write.
 
-    A folder with some of them gone is ours too: a workflow deletes declared outputs before it runs a step again.
+    Some of the step's own files may be missing: Snakemake deletes declared outputs before it runs a step again.
 
     Args:
-        folder: about to be replaced; may not exist.
-        ours: glob patterns of the names that the step writes.
-        where: for the message.
+        folder: folder to be replaced; may not exist.
+        expected: glob patterns of the names that the step writes.
+        where: name of the step, for the message.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{where}: {folder} must be a folder, got a file: choose another")
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    if strangers := [name for name in names if not any(fnmatch(name, pattern) for pattern in ours)]:
+    if unexpected := [name for name in names if not any(fnmatch(name, pattern) for pattern in expected)]:
         raise InputError(
-            f"{where}: {folder} must be new or hold an earlier result, since it is replaced, got {strangers[0]} there: "
-            "choose another"
+            f"{where}: {folder} must be new or hold an earlier result, since it is replaced, got {unexpected[0]} "
+            "there: choose another"
         )
 
 
 @contextmanager
 def write_folder_beside(path: Path) -> Iterator[Path]:
-    """The same for a whole folder; an earlier `path` is replaced, and is whole until then."""
+    """`write_beside` for a whole folder; an earlier folder at `path` stays whole until it is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, earlier = (path.with_name(f".{path.name}.{suffix}") for suffix in ("partial", "earlier"))
 
@@ -91,7 +92,7 @@ def write_folder_beside(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Flush a file's data, or a folder's names, to the disk: a rename must never outlive the bytes it names."""
+    """Flush a file's data, or a folder's entries, to the disk: no rename may reach the disk before the renamed data."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -100,13 +101,17 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
-    """Write `content`, keys in the order given, with a final newline; without indent, json's C code does it."""
+    """Write `content`, keys in the order given, with a final newline; with indent None, by json's faster C encoder."""
     with write_beside(path) as partial:
         partial.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, where: str) -> dict[str, Any]:
-    """Read a JSON object, or say in one line why it cannot be read."""
+    """Read a JSON object.
+
+    Raises:
+        InputError: the file is missing, or is not a JSON object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

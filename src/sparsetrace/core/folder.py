@@ -1,4 +1,4 @@
-"""A folder on disk or at any URL that pyarrow or fsspec can open: reading only."""
+"""Reading a folder that lies on a disk or at a URL that pyarrow or fsspec can open."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from sparsetrace.core.files import InputError
 
 
 class Folder:
-    """A folder that is read; may be shared by threads.
+    """A folder to read from; threads may share it.
 
     Args:
         where: a local path, or a URL such as `s3://bucket/workload` (pyarrow) or `memory://workload` (fsspec).
-        filesystem: of pyarrow or fsspec, for one that needs credentials or options; `where` is then a path in it.
+        filesystem: file system of pyarrow or fsspec, if it needs credentials or options; `where` is then a path in it.
+            None opens `where` itself.
 
     Attributes:
-        where: for messages; of a URL without what may be secret.
+        where: the folder's place, for messages; a URL without the parts that may be secret.
     """
 
     def __init__(self, where: str | Path, filesystem: Any = None) -> None:
@@ -37,18 +38,18 @@ class Folder:
 
     @property
     def local(self) -> bool:
-        """Whether it lies on a disk of this machine."""
+        """Whether the folder is in this machine's own file system."""
         return isinstance(self._files, pafs.LocalFileSystem)
 
     def path(self, name: str) -> str:
-        """A file's path in the file system."""
+        """Path of a file within the file system."""
         return f"{self._base.rstrip('/')}/{name}"
 
     def open(self, name: str) -> pa.NativeFile:
-        """A file, for reading at any place.
+        """Open a file for random access.
 
         Raises:
-            InputError: there is none.
+            InputError: there is no such file.
         """
         try:
             return self._files.open_input_file(self.path(name))
@@ -56,7 +57,7 @@ class Folder:
             raise InputError(f"open: {self.where}/{name} must be a file, got nothing there") from None
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON object."""
+        """Read a JSON object."""
         with self.open(name) as file:
             try:
                 content = json.loads(file.read())
@@ -67,7 +68,7 @@ class Folder:
         return content
 
     def read_table(self, name: str) -> pa.Table:
-        """A whole Parquet file.
+        """Read a whole Parquet file.
 
         Raises:
             InputError: it is missing or damaged.
@@ -75,16 +76,16 @@ class Folder:
         return self.parquet(name).read(use_threads=False)
 
     def parquet(self, name: str, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
-        """A Parquet file; given its metadata, opening one costs some 20 us, so that threads need share none."""
+        """Open a Parquet file; with its metadata given this takes about 20 us, so that threads need not share one."""
         try:
             return pq.ParquetFile(self.open(name), metadata=metadata)
-        # fsspec says in a plain ValueError that a web server cannot read at any place
+        # fsspec raises a plain ValueError where a web server supports no random access
         except (OSError, ValueError) as error:
             raise InputError(f"workload: {self.where}/{name} must be a whole Parquet file, got {error}") from None
 
 
 def _without_secrets(url: str) -> str:
-    """A URL without user, key and options."""
+    """A URL without user, password and options."""
     return re.sub(r"://[^/]*@", "://", url.split("?")[0])
 
 

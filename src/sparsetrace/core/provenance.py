@@ -1,4 +1,4 @@
-"""Where a data set came from: what its manifest says besides its settings; imports no torch."""
+"""Where a data set came from: what its manifest records besides its settings. Imports no torch."""
 
 import subprocess
 from collections.abc import Iterable
@@ -9,10 +9,10 @@ from sparsetrace.core.files import sha256_file
 
 
 def commit() -> str | None:
-    """The git commit of this package's source, `-dirty` where files differ from it; None outside a checkout."""
+    """The git commit of this package's source, with `-dirty` if files differ from it; None outside a checkout."""
     folder = Path(__file__).parent
     try:
-        # a virtual environment may lie within a checkout of something else
+        # an installed package may lie within the checkout of another project
         for words in (["ls-files", "--error-unmatch", Path(__file__).name], ["rev-parse", "HEAD"]):
             found = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True)
         changes = subprocess.run(
@@ -27,16 +27,16 @@ def commit() -> str | None:
 
 
 def tuning_table(path: Path) -> str | None:
-    """sha256 of the table that chose the kernels' configurations; None where a heuristic did."""
+    """sha256 of the table that the kernels' configurations come from; None if they come from the heuristic."""
     return sha256_file(path) if path.is_file() else None
 
 
 def merged(dumps: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """What may differ among the shards of one run, from the manifests of their dumps.
+    """What may differ between the shards of one run, merged from the manifests of their dumps.
 
     Returns:
-        commits: of the code that generated them.
-        smaller_batches: batch size of each group that did not fit the GPU's memory at the configured one.
+        commits: commits of the code that generated the shards.
+        smaller_batches: batch size of each group that did not fit the GPU's memory at the configured batch size.
     """
     dumps = list(dumps)
     return {

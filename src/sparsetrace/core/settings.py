@@ -1,7 +1,7 @@
-"""Sections of the study file that one step reads: frozen, checked when made, imports nothing of ours.
+"""Sections of the study file that one step reads: frozen and checked when made.
 
-They lie apart from `sparsetrace.study.study`, so that a change to the study's format or to a method re-runs no step
-that does not use it. Each field's description is also the help of the command-line option that carries it.
+They lie apart from `sparsetrace.study`, so that a change to the study's format or to a method re-runs no step that
+does not use it. Each field's description is also the help of the command-line option that carries it.
 """
 
 from typing import Annotated, Literal, Self
@@ -9,6 +9,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]
+# Which ones a model has is known when the model is opened.
+MatrixName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
 
 
 class Section(BaseModel):
@@ -21,7 +23,7 @@ class Conversion(Section):
     """How a checkpoint becomes a runtime model."""
 
     dtype: Dtype = Field("auto", description="number format of the runtime model; auto keeps the checkpoint's")
-    ignore_fields: tuple[str, ...] = Field((), description="fields of config.json known to be harmless")
+    ignore_fields: tuple[str, ...] = Field((), description="fields of config.json known not to alter inference")
 
 
 class Calibration(Section):
@@ -38,11 +40,11 @@ class Greedy(Section):
     """The search behind `allocation: greedy`; its text is the calibration text."""
 
     field: str | None = Field(None, description="field of a .json/.jsonl text that holds the text; found if not given")
-    tokens: int = Field(20_480, ge=1, description="tokens that the error of a layer is taken on")
+    tokens: int = Field(20_480, ge=1, description="tokens on which the error of a layer is measured")
     sequence_length: int = Field(512, ge=4, description="tokens per sequence; the last quarter of each counts")
     seed: int = Field(0, ge=0, description="which sequences are drawn")
     step: float = Field(
-        0.05, gt=0, lt=1, description="sparsity step of q; larger matrices take smaller ones, 0 < s < 1"
+        0.05, gt=0, lt=1, description="sparsity step of q, 0 < s < 1; larger matrices take smaller steps"
     )
 
 
@@ -69,7 +71,7 @@ class PromptSet(Section):
 
 
 class Batching(Section):
-    """How sequences are multiplied together; fixed by config, so that it is the same on every run."""
+    """How sequences are batched; fixed by the study file, so that it is the same in every run."""
 
     max_new_tokens: int = Field(
         64, ge=1, description="tokens generated per sequence, at most; none with tokens_from text"
@@ -83,7 +85,7 @@ class Sampling(Section):
 
     temperature: float = Field(0.0, ge=0, description="0 is greedy; otherwise logits are divided by it")
     top_k: int = Field(0, ge=0, description="sample from the k likeliest tokens; 0 is all")
-    seed: int = Field(0, ge=0, description="of the random draws, keyed by (seed, sequence, position)")
+    seed: int = Field(0, ge=0, description="seed of the random draws, each keyed by (seed, sequence, position)")
     ignore_eos: bool = Field(False, description="keep generating after the end-of-sequence token")
 
 
@@ -119,20 +121,22 @@ class Decoding(Sampling):
 
 
 class Capture(Section):
-    """What is kept of the operands; it changes nothing that is computed."""
+    """Which operands are kept, and what of them; changes nothing that is computed."""
 
     level: Literal["full", "masks", "stats"] = Field(
-        "full", description="full: masks and values; masks: without the values; stats: row figures alone"
+        "full", description="full: masks and values; masks: no values; stats: only the statistics of each row"
     )
     layers: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="only these layers; all if none is given")
-    matrices: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = Field(
-        (), description="only these matrices; all if none is given"
+    matrices: tuple[MatrixName, ...] = Field(
+        (),
+        description="only these matrices of the model, such as q or down; all of its layers' matrices if none is "
+        "given; lm_head where it is named",
     )
-    every: int = Field(1, ge=1, description="only positions that are a multiple of this")
+    every: int = Field(1, ge=1, description="only positions that are multiples of this")
 
 
 class Packing(Section):
-    """How operands are written."""
+    """How operands are stored."""
 
     encoding: Literal["split", "open"] = Field(
         "split", description="split: bitmask and byte planes, near the entropy limit; open: plain lists, larger"

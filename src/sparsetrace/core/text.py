@@ -1,9 +1,9 @@
-"""Reading documents from the files that people keep them in: prompts, calibration and quality texts.
+"""Reading documents from files: prompts, and texts for calibration and quality.
 
-| file | one document is |
+| file | each document is |
 |---|---|
-| `.jsonl` | one line's field |
-| `.json` | one element's field, of a list or of the only list in an object |
+| `.jsonl` | a field of one line |
+| `.json` | a field of one element, of a list or of the only list in an object |
 | `.txt` | one line that is not blank; a prompt of several lines needs `.jsonl` |
 
 Any of them may be gzipped (`.gz`).
@@ -17,13 +17,13 @@ from typing import Any
 
 from sparsetrace.core.files import InputError
 
-# Names under which prompts are commonly published; the first that a record has is read.
+# Field names under which prompts are commonly published; the first one that a record has is read.
 FIELDS = ("prompt", "question", "instruction", "turns", "text", "input", "content")
 
 
 def read_text(path: Path, field: str | None, where: str) -> str:
-    """A file as one running text: a `.txt` as it is, the documents of any other with a blank line between."""
-    if _kind(path) == ".txt" and field is None:
+    """A file as one running text: a `.txt` as it is, the documents of any other file with blank lines between."""
+    if _suffix(path) == ".txt" and field is None:
         return _content(path, where)
     return "\n\n".join(read_documents(path, field, where))
 
@@ -33,11 +33,14 @@ def read_documents(path: Path, field: str | None, where: str) -> list[str]:
 
     Args:
         path: `.jsonl`, `.json` or `.txt`, or gzipped.
-        field: name of the field that holds the text; None takes the first of `FIELDS` that is there.
-        where: for messages.
+        field: name of the field that holds the text; None takes the first of `FIELDS` that a record has.
+        where: name of the step, for messages.
+
+    Raises:
+        InputError: the file cannot be read, or holds no document.
     """
     text = _content(path, where)
-    match _kind(path):
+    match _suffix(path):
         case ".txt":
             if field is not None:
                 raise InputError(f"{where}: field must not be given for a .txt file, got {field!r}")
@@ -55,8 +58,8 @@ def read_documents(path: Path, field: str | None, where: str) -> list[str]:
     return documents
 
 
-def _kind(path: Path) -> str:
-    """Suffix of a file, that of gzip aside."""
+def _suffix(path: Path) -> str:
+    """Suffix of a file name, without a final `.gz`."""
     return (Path(path.stem) if path.suffix == ".gz" else path).suffix
 
 
@@ -71,7 +74,7 @@ def _content(path: Path, where: str) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    # `str.splitlines` also cuts at form feeds and U+2028, which stand inside texts
+    # `str.splitlines` also splits at form feeds and U+2028, which occur within texts
     return text.replace("\r\n", "\n").split("\n")
 
 
@@ -101,7 +104,7 @@ def _text(record: Any, field: str | None, where: str) -> str:
         wanted = field or f"one of {', '.join(FIELDS)}"
         raise InputError(f"{where} must have the field {wanted}, got {', '.join(record)}: name it in `field`")
     value = record[name]
-    # a conversation is entered by its first turn
+    # of a conversation, the first turn is read
     first = value[0] if isinstance(value, list) and value else value
     if not isinstance(first, str):
         raise InputError(f"{where}: {name} must be text or a list of texts, got {type(first).__name__}")

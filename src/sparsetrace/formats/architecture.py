@@ -1,15 +1,18 @@
-"""The architecture of a decoder in numbers, which steps that never run a model read too: without torch."""
+"""The architecture of a decoder in numbers, for every step that describes a model, also without torch."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
-from sparsetrace.formats.schema import SITES
 from sparsetrace.formats.sites import Site
 
 if TYPE_CHECKING:
     import torch
+
+# Activation functions of the MLP that the decoder has.
+HIDDEN_ACTS: Final = ("silu", "relu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,12 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Architecture of a decoder; names are those of Hugging Face's config.json."""
+    """Architecture of a decoder; names are those of Hugging Face's config.json.
+
+    Args:
+        sliding_window: number of positions that a query attends to, its own included; None for all earlier ones.
+        qk_norm: whether queries and keys pass an RMSNorm, head by head, before the rotary embedding.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -41,6 +49,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     dtype: str
     hidden_act: str = "silu"
+    qk_norm: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -51,38 +60,23 @@ class ModelConfig:
         assert isinstance(dtype, torch.dtype)
         return dtype
 
-    def out_features(self, matrix: str) -> int:
-        """Outputs of one matrix."""
-        return {
-            "q": self.num_attention_heads * self.head_dim,
-            "k": self.num_key_value_heads * self.head_dim,
-            "v": self.num_key_value_heads * self.head_dim,
-            "o": self.hidden_size,
-            "gate": self.intermediate_size,
-            "up": self.intermediate_size,
-            "down": self.hidden_size,
-        }[matrix]
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a runtime model records and hashes them."""
+        content = dataclasses.asdict(self)
+        # added later: left out of models without it, whose hashes stay what they were
+        if not self.qk_norm:
+            del content["qk_norm"]
+        return content
 
-    def in_features(self, site: str) -> int:
-        """Width of the vector read at a site."""
-        return {
-            "attn_in": self.hidden_size,
-            "attn_out": self.num_attention_heads * self.head_dim,
-            "mlp_in": self.hidden_size,
-            "mlp_mid": self.intermediate_size,
-        }[site]
-
-    def columns(self, site: str) -> dict[str, slice]:
-        """Columns of each matrix in the site's merged weight."""
-        stop, columns = 0, {}
-        for matrix in SITES[site]:
-            start, stop = stop, stop + self.out_features(matrix)
-            columns[matrix] = slice(start, stop)
-        return columns
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> ModelConfig:
+        """The inverse of `to_json`."""
+        scaling = content["rope_scaling"]
+        return cls(**content | {"rope_scaling": None if scaling is None else RopeScaling(**scaling)})
 
 
 def sites_of(config: ModelConfig) -> tuple[Site, ...]:
-    """The sites of a decoder of Llama's structure, which all families of our own engines share."""
+    """The sites of our own decoder, whose structure is Llama's."""
     attention, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
     sites = []
@@ -94,3 +88,11 @@ def sites_of(config: ModelConfig) -> tuple[Site, ...]:
             Site("mlp_mid", layer, ("down",), inner, (hidden,)),
         ]
     return (*sites, Site("head_in", None, ("lm_head",), hidden, (config.vocab_size,)))
+
+
+def weight_name(config: ModelConfig, site: Site) -> str:
+    """Name of the runtime tensor that holds the matrices of a site."""
+    if site.layer is not None:
+        return f"layers.{site.layer}.{site.name}.weight"
+    # tied embeddings are one tensor
+    return "embedding" if config.tie_word_embeddings else "lm_head"

@@ -1,29 +1,32 @@
-"""The dump: what generation writes and packing reads, raw blocks in the layout of safetensors files.
+"""The dump, which generation writes and packing reads: raw blocks in the layout of safetensors files.
 
-One shard's folder:
+Folder of one shard:
 
 | file | what |
 |---|---|
-| `group-00003.block-000.safetensors` | rows of one group; its final name says that it is complete |
-| `group-00003.tokens.parquet` | `schema.TOKENS`: every position fed |
-| `group-00003.sequences.parquet` | `schema.SEQUENCES` |
+| `group-00003.block-000.safetensors` | rows of one group; complete once it has this name |
+| `group-00003.tokens.parquet` | `tables.TOKENS`: every position fed |
+| `group-00003.sequences.parquet` | `tables.SEQUENCES` |
 | `group-00003.json` | the seal, written last: key of the run, blocks, rows |
 | `manifest.json` | written when every group of the shard is sealed |
 
-One block of T rows:
+Arrays of a block of T rows, one row per captured token:
 
-| array | dtype | what |
-|---|---|---|
-| `rows.token`, `rows.sequence`, `rows.position` | int64, int32, int32 [T] | in the order of execution |
-| `L07.q.offsets` | int64 [T + 1] | where each row's values begin |
-| `L07.q.values` | uint16 or uint32 [nnz] | bit patterns of the kept values |
-| `L07.q.mask` | uint8 [T, ceil(K / 8)] | kept inputs, lowest bit first, trailing bits zero |
+| array | level | dtype | what |
+|---|---|---|---|
+| `rows.token`, `rows.sequence`, `rows.position` | all | int64, int32, int32 [T] | index, in the order of execution |
+| `L07.q.rows` | all | int32 [n] | only where the operand has rows for some tokens only: which of the T, ascending |
+| `L07.q.offsets` | `full` | int64 [n + 1] | where each row's values begin |
+| `L07.q.values` | `full` | uint16 or uint32 [nnz] | bit patterns of the kept values |
+| `L07.q.mask` | `full`, `masks` | uint8 [n, ceil(K / 8)] | kept inputs, lowest bit first, trailing bits zero |
+| `L07.q.absmax`, `L07.q.l2` | `masks`, `stats` | float32 [n] | largest magnitude and Euclidean norm of each row |
+| `L07.q.nnz` | `stats` | int32 [n] | number of kept inputs of each row |
+| `L07.up.out_mask` | `full`, `masks` | uint8 [n, ceil(N / 8)] | outputs left out; under some methods |
 
-An operand that several matrices of a site read, as q, k and v do under equal thresholds, is there once: `held_by` of
-each matrix in the manifest names the one under whose name it is. The arrays of a layer and matrix lie side by side, so
-that packing one leaf reads one stretch of each block. Capture level `masks` has no values and offsets but
-`L07.q.absmax` and `L07.q.l2`, float32 [T]; level `stats` has those and `L07.q.nnz`, int32 [T], alone.
-`L07.up.out_mask`, uint8 [T, ceil(N / 8)], is there for each matrix that the method has one of, and lies behind them.
+`L07.q` is `array_prefix(7, "q")`; a matrix of the model as a whole, such as `lm_head`, has `model.lm_head`. Without
+`<prefix>.rows`, n = T. An operand that several matrices of a site read, as q, k and v do under equal thresholds, is
+stored once: `held_by` of each matrix in the manifest names the matrix whose prefix it has. The order of the arrays in
+a block carries no meaning.
 """
 
 import errno
@@ -44,7 +47,9 @@ _NAMES = {"U8": "uint8", "U16": "uint16", "U32": "uint32", "I32": "int32", "I64"
 _DTYPES = {code: np.dtype(name).newbyteorder("<") for code, name in _NAMES.items()}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _PREFIX_BYTES = 8
-# From this size on a block is written around the page cache, in chunks.
+# Arrays with a row for each row of their operand, and how many they have beyond these.
+_ROWS_BEYOND = {"offsets": 1, "mask": 0, "absmax": 0, "l2": 0, "nnz": 0}
+# Blocks of at least this size are written with direct I/O, which bypasses the page cache, in chunks.
 _DIRECT_BYTES = 64 << 20
 _DIRECT_CHUNK_BYTES = 16 << 20
 _DIRECT_RUN_BYTES = 1 << 20
@@ -53,8 +58,8 @@ _DIRECT_RUN_BYTES = 1 << 20
 def write_block(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write arrays in the order given, contiguous, as a safetensors file.
 
-    Arrays that are neighbours in memory too, and large, begin at a page of the file if they do in memory (`fill.0`, ...
-    stands between), so that the disk can take them from where they lie.
+    A large run of arrays that are adjacent in memory and begin at a memory page also begins at a page of the file
+    (padding arrays `fill.0`, ... come before it), so that direct I/O can write it without a copy.
     """
     header: dict[str, Any] = {}
     pieces: list[np.ndarray] = []
@@ -85,13 +90,13 @@ def write_block(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _runs(arrays: dict[str, np.ndarray]) -> Iterator[tuple[list[str], np.ndarray]]:
-    """The bytes of arrays that lie one after the other in memory, and the arrays' names."""
+    """Runs of arrays that are adjacent in memory: the names of each run's arrays, and its bytes."""
     names: list[str] = []
     run, end = np.empty(0, np.uint8), -1
-    # a block of a large model has hundreds, and Python's lock is held meanwhile
+    # kept cheap: a block of a large model has hundreds of arrays, and this loop holds the GIL
     for name, array in arrays.items():
         piece = np.ascontiguousarray(array)
-        # a copy would not outlive this loop
+        # a contiguous copy is freed before its run is written
         if (address := _address(piece)) == end and piece.nbytes and piece is array:
             names.append(name)
         else:
@@ -104,7 +109,7 @@ def _runs(arrays: dict[str, np.ndarray]) -> Iterator[tuple[list[str], np.ndarray
 
 
 def _bytes(start: np.ndarray, end: int) -> np.ndarray:
-    """Memory from the first byte of an array up to an address."""
+    """View of the memory from an array's first byte up to an address."""
     flat = start.reshape(-1).view(np.uint8)
     return np.lib.stride_tricks.as_strided(flat, (end - _address(start),), (1,))
 
@@ -114,10 +119,10 @@ def _address(piece: np.ndarray) -> int:
 
 
 def _write_direct(path: Path, pieces: list[np.ndarray]) -> bool:
-    """Write bytes around the page cache, which costs a copy and a flush; False where the file system does not know how.
+    """Write with direct I/O, which saves a copy and a flush of the page cache; False if the file system has none.
 
-    Large pieces go from where they lie if that is a page's begin; the others through a page-aligned buffer, copied
-    without holding Python's lock.
+    Large page-aligned pieces are written from where they lie; all others are copied, without holding the GIL, into a
+    page-aligned buffer first.
     """
     flag = getattr(os, "O_DIRECT", 0)
     try:
@@ -148,7 +153,7 @@ def _write_direct(path: Path, pieces: list[np.ndarray]) -> bool:
                         _write_whole(file, buffer.data)
                         written, filled = written + filled, 0
             if filled:
-                # up to a whole page, of which the file keeps what is ours
+                # rounded up to a whole page; `truncate` removes the excess
                 _write_whole(file, buffer[: -(-filled // mmap.PAGESIZE) * mmap.PAGESIZE].data)
             file.truncate(written + filled)
         except OSError as error:
@@ -164,18 +169,20 @@ def _write_whole(file: io.FileIO, view: memoryview) -> None:
 
 
 class Block:
-    """A block read by memory map, which is made when an array is first asked for.
+    """A block, memory-mapped when an array is first read.
 
-    Its header is not kept: that of a large model would take 0.4 MB, and a shard may have thousands of blocks.
+    The header is not kept: for a large model it takes 0.4 MB, and a shard may have thousands of blocks.
 
     Args:
-        path: of the block.
+        path: file of the block.
 
     Attributes:
         size: bytes of the file.
+        rows: number of rows T.
+        partial: number of rows of each operand, by prefix, that has rows for some of the T tokens only.
 
     Raises:
-        InputError: the file is shorter than its header says, or has none.
+        InputError: the file is not as long as its header says or has none, or an array has another number of rows.
     """
 
     def __init__(self, path: Path) -> None:
@@ -191,13 +198,32 @@ class Block:
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
             if size != self._start + end:
                 raise InputError(f"dump: {path} must have {self._start + end} bytes, got {size}: generate it again")
+        self.rows = int(header["rows.token"]["shape"][0]) if "rows.token" in header else 0
+        self.partial = {
+            name.removesuffix(".rows"): int(entry["shape"][0])
+            for name, entry in header.items()
+            if name.endswith(".rows")
+        }
+        if self.rows:
+            self._check_rows(header)
+
+    def _check_rows(self, header: dict[str, Any]) -> None:
+        """Refuse an array with more or fewer rows than its operand; output masks may belong to one of another name."""
+        for name, entry in header.items():
+            operand, _, kind = name.rpartition(".")
+            if kind in _ROWS_BEYOND:
+                rows = self.partial.get(operand, self.rows) + _ROWS_BEYOND[kind]
+                if entry["shape"][0] != rows:
+                    raise InputError(
+                        f"dump: {self.path} must have {rows} rows of {name}, got {entry['shape'][0]}: generate it again"
+                    )
 
     def __contains__(self, name: str) -> bool:
         return self._entry(self._mapped(), name) is not None
 
     def __getitem__(self, name: str) -> np.ndarray:
         """One array, not copied; it may be unaligned, which numpy handles."""
-        # held in a local name: another thread may release the block meanwhile
+        # a local reference, since another thread may release the block meanwhile
         mapped = self._mapped()
         entry = self._entry(mapped, name)
         if entry is None:
@@ -214,7 +240,7 @@ class Block:
         return mapped
 
     def _entry(self, mapped: mmap.mmap, name: str) -> dict[str, Any] | None:
-        """What the header says of one array."""
+        """Header entry of one array; None if there is no such array."""
         key = f'"{name}":'.encode()
         at = mapped.find(key + b"{", _PREFIX_BYTES, self._start)
         if at < 0:
@@ -224,15 +250,25 @@ class Block:
         return entry
 
     def release(self) -> None:
-        """Give the map back, with its open file and the memory of the pages that were read; arrays in use keep it."""
+        """Close the memory map and free the pages that were read, once no array over them is in use any more."""
         self._map = None
 
 
 def group_name(group: int) -> str:
-    """Stem of a group's files."""
+    """Stem of the names of a group's files."""
     return f"group-{group:05d}"
 
 
 def block_name(group: int, block: int) -> str:
-    """File name of a group's block."""
+    """File name of one of a group's blocks."""
     return f"{group_name(group)}.block-{block:03d}.safetensors"
+
+
+def array_prefix(layer: int | None, matrix: str) -> str:
+    """First part of the names of an operand's arrays in a block.
+
+    Args:
+        layer: layer number; None where the matrix belongs to the model as a whole.
+        matrix: name of the matrix under which the operand is stored.
+    """
+    return f"model.{matrix}" if layer is None else f"L{layer:02d}.{matrix}"

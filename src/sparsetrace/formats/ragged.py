@@ -1,4 +1,4 @@
-"""Rows of different length in one flat array, by offsets: the arithmetic that packing and reading share."""
+"""Ragged arrays: rows of different length in one flat array, with the offset where each begins."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import pyarrow as pa
 
 
 def runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Bounds of the stretches of equal values."""
+    """(start, stop) of each run of equal values."""
     if len(values):
         edges = (np.flatnonzero(np.diff(values)) + 1).tolist()
         yield from zip([0, *edges], [*edges, len(values)], strict=True)
@@ -21,15 +21,15 @@ def offsets_of(lengths: np.ndarray) -> np.ndarray:
 
 
 def take(values: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows in any order.
+    """Take rows of a ragged array, in any order.
 
     Args:
-        values: flat array; it may be unaligned.
-        offsets: [R + 1] of it.
-        rows: [n] row numbers.
+        values: flat array of all rows; it may be unaligned.
+        offsets: [R + 1], where each row begins.
+        rows: [n], row numbers.
 
     Returns:
-        The values of those rows and their n + 1 offsets.
+        The values of those rows, and their n + 1 offsets.
     """
     if not len(rows):
         return values[:0], np.zeros(1, np.int64)
@@ -38,7 +38,7 @@ def take(values: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple[np.
     values, near = values[near[0] : near[-1]], near - near[0]
     if len(rows) == last - first and (np.diff(rows) == 1).all():
         return values, near
-    # Arrow copies whole rows of bytes, ten times faster than numpy with an index for every value
+    # Arrow copies whole rows of bytes, ten times as fast as numpy with an index for every value
     buffers = [None, pa.py_buffer(near * values.itemsize), pa.py_buffer(np.ascontiguousarray(values))]
     taken = pa.Array.from_buffers(pa.large_binary(), last - first, buffers).take(pa.array(rows - first))
     _, starts, data = taken.buffers()

@@ -1,4 +1,4 @@
-"""Splitting a prompt set into sequences, groups and shards; the output is one Parquet file, `schema.PROMPTS`."""
+"""Splitting a prompt set into sequences, groups and shards; the output is one Parquet file, `tables.PROMPTS`."""
 
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from sparsetrace.core.files import InputError, write_beside
 from sparsetrace.core.settings import Batching, PromptSet
 from sparsetrace.core.text import read_documents
-from sparsetrace.formats.schema import PROMPTS
+from sparsetrace.formats.tables import PROMPTS
 from sparsetrace.model.tokenizer import Tokenizer
 
 

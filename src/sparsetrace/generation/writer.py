@@ -1,15 +1,15 @@
-"""Writing blocks in the background: a few at a time, whoever brings the next waits, and no error is lost."""
+"""Writing blocks in the background: a few at a time; one more has to wait, and no error is lost."""
 
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-# Blocks under way at a time: one reaches the disk while the next is copied to the page cache.
+# Blocks being written at a time: one reaches the disk while the next is copied to the page cache.
 PENDING = 2
 
 
 class BlockWriter:
-    """Runs the tasks that write a group's blocks, then the one that seals it."""
+    """Runs the tasks that write the blocks of a group, then the task that seals it."""
 
     def __init__(self) -> None:
         self._blocks = ThreadPoolExecutor(PENDING, "block")
@@ -20,7 +20,7 @@ class BlockWriter:
         self._sealing: deque[Future[None]] = deque()
 
     def ready(self) -> None:
-        """Wait until one more block may be under way: back-pressure from the disk.
+        """Wait until another block may be written: back-pressure from the disk.
 
         Raises:
             Whatever an earlier task raised.
@@ -54,13 +54,13 @@ class BlockWriter:
         return [], 0
 
     def abandon(self) -> list[str]:
-        """Forget the open group, once no task of it runs any more; returns the names of its blocks."""
+        """Drop the open group once none of its tasks runs any more; returns the names of its blocks."""
         group, self._group = self._group, []
         futures = [future for _, future in group]
         for future in futures:
             future.cancel()
         wait(futures)
-        # those of earlier groups are still under way
+        # those of earlier groups are still running
         self._pending = deque(future for future in self._pending if future not in futures)
         return [name for name, _ in group]
 
@@ -70,7 +70,7 @@ class BlockWriter:
             self._sealing.popleft().result()
 
     def shutdown(self) -> None:
-        """Leave: tasks that have not begun never do, those under way end."""
+        """Stop: tasks that have not begun are dropped, running ones end first."""
         self._blocks.shutdown(cancel_futures=True)
         self._seals.shutdown(cancel_futures=True)
 

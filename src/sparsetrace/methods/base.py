@@ -1,15 +1,15 @@
-"""What every method is: parameters that config can check, what it needs from calibration, and functions to masks."""
+"""Base class of the methods: parameters that config checks, what a method needs from calibration, and its masks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
-from sparsetrace.core.files import InputError
-from sparsetrace.formats.names import MATRICES, SITE_OF, SITES, Parts
+from sparsetrace.formats.sites import Leaf, Parts, Site, layer_sites
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,11 +28,11 @@ class MatrixRule:
 
     Args:
         layer: layer number.
-        matrix: one of `q k v o gate up down`.
-        threshold_bits: score as bit pattern, kept strictly above: in the model's dtype, or in float32 where the
-            method's score is `scaled`; None where not calibrated.
-        scale: float32 [K], what |x| is multiplied with before it is compared; from `Method.scale`, set when the
-            method is installed.
+        matrix: name of the matrix.
+        threshold_bits: bit pattern of the threshold of the score, kept strictly above: in the model's dtype, or in
+            float32 where the method's score is `scaled`; None where there is no threshold.
+        scale: float32 [K], what |x| is multiplied with before it is compared; `Method.scale` of the weight, set when
+            the method is installed.
         expected: share of inputs dropped, which chooses kernel configurations and nothing else; None where unknown.
     """
 
@@ -46,7 +46,7 @@ class MatrixRule:
 class Method(BaseModel):
     """Parameters of one method setting; a subclass adds fields and overrides what it does.
 
-    Most methods override `label`, `target` and `keep` alone.
+    Most methods override only `label`, `target` and `keep`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -67,36 +67,41 @@ class Method(BaseModel):
         raise NotImplementedError
 
     @property
-    def thresholded(self) -> tuple[str, ...]:
-        """Matrices whose rule must carry a threshold; generation refuses to start without."""
-        return MATRICES if self.score is not None else ()
-
-    @property
     def needs_thresholds(self) -> bool:
-        """Whether the method needs anything from calibration."""
-        return bool(self.thresholded)
+        """Whether any matrix needs a threshold."""
+        return self.score is not None
+
+    def needs_threshold(self, matrix: str) -> bool:
+        """Whether the rule of a matrix must have a threshold; a method is not installed without."""
+        return self.needs_thresholds
 
     def target(self, layer: int, matrix: str) -> float | None:
         """Target sparsity of a matrix's input, None where the method has none or an allocation decides."""
         return None
 
-    def histogram(self, matrix: str) -> str:
-        """Name of the distribution that a matrix's threshold is a quantile of."""
+    def histogram(self, site: Site, matrix: str) -> str:
+        """Name of the distribution, among those of the site's layer, that a matrix's threshold is a quantile of."""
         match self.score:
             case "scaled":
                 return f"{self.name}.{matrix}"
             case "gate":
                 return self.name
             case _:
-                return SITE_OF[matrix]
+                return site.name
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Names of the distributions that calibration must have counted."""
-        return tuple(dict.fromkeys(self.histogram(matrix) for matrix in self.thresholded))
+    def needs(self, sites: Iterable[Site]) -> tuple[Leaf, ...]:
+        """Layer and name of the distributions that calibration must have counted, in the order of execution."""
+        return tuple(
+            dict.fromkeys(
+                (site.layer, self.histogram(site, matrix))
+                for site in layer_sites(sites)
+                for matrix in site.matrices
+                if self.needs_threshold(matrix)
+            )
+        )
 
-    def refuse_model(self, config: ModelConfig) -> None:
-        """Refuse a model that the method cannot be used with.
+    def refuse_model(self, config: ModelConfig, sites: Iterable[Site]) -> None:
+        """Refuse a model that the method does not fit.
 
         Raises:
             InputError: names what does not fit.
@@ -121,34 +126,35 @@ class Method(BaseModel):
         return None
 
     def exceeds(self, rule: MatrixRule) -> int | None:
-        """The pattern that |x|, times the rule's `scale` where it has one, must exceed to be kept: what kernels take.
+        """The bit pattern that |x|, times the rule's `scale` where it has one, must exceed to be kept.
 
         Returns:
-            None where there is more to the method than that; 0 where everything stays.
+            None where no such pattern decides, so that the sparse kernels cannot run the method; 0 where everything
+            stays.
         """
         return None
 
     def most_kept(self, matrix: str, features: int) -> int | None:
-        """How many inputs a row of a matrix keeps, less those that are zero themselves; None where that varies.
+        """How many inputs a row of a matrix keeps, zeros among them; None where the number varies.
 
-        This and the next two serve `verify`, which knows the operand and not what it was chosen from.
+        `verify` checks data by this and the next two: it knows the operand, but not what it was chosen from.
         """
         return None
 
     def most_of_neighbours(self) -> tuple[int, int] | None:
-        """(N, M) where of each M neighbouring inputs at most N are kept."""
+        """(N, M) where at most N of each M neighbouring inputs are kept."""
         return None
 
     def dropped_outputs(self, outputs: int) -> int | None:
-        """How many outputs of the matrices in `out_masks` are not computed, in every row; None where that varies."""
+        """How many outputs of each matrix in `out_masks` every row leaves out; None where the number varies."""
         return None
 
     def same_mask(self, one: MatrixRule, other: MatrixRule) -> bool:
-        """Whether two matrices of one site keep the same inputs whatever x is, so that one masking serves both."""
+        """Whether two matrices of one site keep the same inputs whatever x is, so that they share one operand."""
         return True
 
     def parts(self, rules: list[MatrixRule]) -> list[list[MatrixRule]]:
-        """Cut the rules of a site's matrices, in order, into those of neighbours that read the same operand."""
+        """The rules of a site's matrices, in order, grouped: neighbours that read the same operand form one part."""
         parts: list[list[MatrixRule]] = []
         for rule in rules:
             if parts and self.same_mask(parts[-1][0], rule):
@@ -168,11 +174,11 @@ class Method(BaseModel):
         """Which outputs of the matrices in `out_masks` are computed.
 
         Args:
-            active_BTN: the activation function of what `gate` puts out in this pass, in the model's dtype.
-            up_BTN: what `up` puts out, likewise.
+            active_BTN: activation function of the outputs of `gate` in this pass, in the model's dtype.
+            up_BTN: outputs of `up`, likewise.
             rule: of `up`.
             dense_BT: bool, positions of sequences that run dense in this pass; None where there are none.
-            memory: what this layer keeps of each slot's sequence; empty when a group of sequences begins.
+            memory: what the method remembers of this layer, by slot; empty when a group of sequences begins.
 
         Returns:
             bool, broadcast to [B, T, N], for the positions that are sparsified; None where everything is computed.
@@ -180,99 +186,24 @@ class Method(BaseModel):
         return None
 
 
-def operand_parts(method: Method, rules: list[MatrixRule]) -> Parts:
-    """Which matrices of a model read one operand, from all its rules."""
-    by_matrix = {(rule.layer, rule.matrix): rule for rule in rules}
+def operand_parts(method: Method, sites: Iterable[Site], rules: list[MatrixRule]) -> Parts:
+    """Which matrices of each site read one operand.
+
+    Args:
+        method: decides about the sites within layers; the matrices of any other site read the vector as it is.
+        sites: of the model, or some of them.
+        rules: of at least the matrices of these sites that lie within layers.
+    """
+    by_matrix: dict[Leaf, MatrixRule] = {(rule.layer, rule.matrix): rule for rule in rules}
     return {
-        (layer, site): [
-            [rule.matrix for rule in part] for part in method.parts([by_matrix[layer, matrix] for matrix in matrices])
-        ]
-        for layer in dict.fromkeys(rule.layer for rule in rules)
-        for site, matrices in SITES.items()
+        site.key: [list(site.matrices)]
+        if site.layer is None
+        else [[rule.matrix for rule in part] for part in method.parts([by_matrix[leaf] for leaf in site.leaves])]
+        for site in sites
     }
 
 
-class PerLayer(BaseModel):
-    """Targets given in config."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    per_layer: tuple[Sparsity | dict[Literal["q", "k", "v", "o", "gate", "up", "down"], Sparsity], ...] = Field(
-        min_length=1, description="one target per layer, or one for each of its seven matrices"
-    )
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        for layer, target in enumerate(self.per_layer):
-            missing = [matrix for matrix in MATRICES if isinstance(target, dict) and matrix not in target]
-            if missing:
-                raise ValueError(f"per_layer must give all seven matrices in layer {layer}, got none for {missing}")
-        return self
-
-
-class FromFile(BaseModel):
-    """Thresholds of the user's own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    file: str = Field(description="Parquet or CSV with the columns layer, matrix, threshold")
-
-
-Allocation = Literal["uniform", "greedy"] | PerLayer | FromFile
-
-
-class ThresholdMethod(Method):
-    """A method that keeps what scores above a threshold of each matrix."""
-
-    sparsity: Sparsity | None = Field(
-        None, validate_default=True, description="target fraction of inputs dropped, 0 <= s < 1"
-    )
-    allocation: Allocation = Field(
-        "uniform",
-        description="how the target is spread over the matrices: uniform, greedy, {per_layer: [...]} or {file: PATH}",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sparsity_belongs_to_the_allocation(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            own = not isinstance(values.get("allocation", "uniform"), str)
-            if own and values.get("sparsity") is not None:
-                raise ValueError(
-                    f"sparsity must not be given with allocation per_layer or file, got {values['sparsity']!r}"
-                )
-            if not own and values.get("sparsity") is None:
-                raise ValueError("sparsity must be given with allocation uniform or greedy")
-        return values
-
-    @property
-    def label(self) -> str:
-        match self.allocation:
-            case PerLayer():
-                return f"{self.name}-per_layer"
-            case FromFile():
-                return f"{self.name}-file"
-            case "greedy":
-                return f"{self.name}-greedy-{self.sparsity:g}"
-            case _:
-                return f"{self.name}-{self.sparsity:g}"
-
-    def target(self, layer: int, matrix: str) -> float | None:
-        if isinstance(self.allocation, PerLayer):
-            if layer >= len(self.allocation.per_layer):
-                raise InputError(
-                    f"thresholds: per_layer must have a target for every layer of the model, "
-                    f"got {len(self.allocation.per_layer)}"
-                )
-            entry = self.allocation.per_layer[layer]
-            return entry[matrix] if isinstance(entry, dict) else entry  # type: ignore[index]
-        return self.sparsity if self.allocation == "uniform" else None
-
-    def same_mask(self, one: MatrixRule, other: MatrixRule) -> bool:
-        return one.threshold_bits == other.threshold_bits
-
-
 def kept_count(features: int, sparsity: float) -> int:
-    """How many of `features` stay: all less the whole part of sparsity * features."""
+    """How many of `features` stay: all but the whole part of sparsity * features."""
     # repr: the sparsity that the user wrote, not its nearest binary fraction
     return features - int(Fraction(repr(sparsity)) * features)

@@ -1,9 +1,10 @@
-"""CATS: compute `up`, and let `down` read, only where |silu(gate)| > t, with one t per layer.
+"""CATS: `up` computes, and `down` reads, only the neurons with |silu(gate)| > t, with one t per layer.
 
 `gate` and `up` capture their full input; `up` has an `out_mask`; `down` captures silu(gate) * up under that mask.
 Source: Lee et al., CATS: Contextually-Aware Thresholding for Sparsity, arXiv:2404.08763. Choices: t is the exact
 quantile of |silu(gate)| over the calibration text, where the code takes an edge of a 20,000-bin histogram between -2
-and 2; kept strictly above, as its code does (`post_act.abs() <= threshold` is dropped), where the paper writes >=.
+and 2; what is strictly above is kept, as in its code (`post_act.abs() <= threshold` is dropped), where the paper writes
+>=.
 """
 
 from __future__ import annotations
@@ -13,9 +14,15 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from sparsetrace.methods.base import MatrixRule, Method, Score, Sparsity
+from sparsetrace.methods.gated import refuse_without_gate
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
+
+    from sparsetrace.formats.architecture import ModelConfig
+    from sparsetrace.formats.sites import Site
 
 
 class Cats(Method):
@@ -31,12 +38,14 @@ class Cats(Method):
     def label(self) -> str:
         return f"{self.name}-{self.sparsity:g}"
 
-    @property
-    def thresholded(self) -> tuple[str, ...]:
-        return ("up", "down")
+    def needs_threshold(self, matrix: str) -> bool:
+        return matrix in ("up", "down")
 
     def target(self, layer: int, matrix: str) -> float | None:
-        return self.sparsity if matrix in self.thresholded else None
+        return self.sparsity if self.needs_threshold(matrix) else None
+
+    def refuse_model(self, config: ModelConfig, sites: Iterable[Site]) -> None:
+        refuse_without_gate(self.name, sites)
 
     def keep_outputs(
         self,
@@ -46,7 +55,7 @@ class Cats(Method):
         dense_BT: Tensor | None,
         memory: dict[str, Tensor],
     ) -> Tensor | None:
-        from sparsetrace_kernels.reference import keep_above
+        from sparsetrace_kernels.torch_ops import keep_above
 
         assert rule.threshold_bits is not None
         return keep_above(active_BTN, rule.threshold_bits) if rule.threshold_bits else None

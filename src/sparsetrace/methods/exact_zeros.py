@@ -1,8 +1,8 @@
-"""Only the zeros that the model makes itself: for ReLU models.
+"""No zeros but those that the model itself makes: for ReLU models.
 
 Nothing is dropped and nothing approximated. `down` reads relu(gate) * up, most of which is zero in a model trained with
-ReLU; that sparsity is exact. Source: Mirzadeh et al., ReLU Strikes Back, arXiv:2310.04564. Choice: no `out_mask` for
-`up`, although its outputs under a zero gate need not be computed; CATS at sparsity 0 says the same of any model.
+ReLU; that sparsity is exact. Source: Mirzadeh et al., ReLU Strikes Back, arXiv:2310.04564. Choice: `up` has no
+`out_mask`, although its outputs under a zero gate need not be computed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from sparsetrace.core.files import InputError
 from sparsetrace.methods.base import Method
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from sparsetrace.formats.architecture import ModelConfig
+    from sparsetrace.formats.sites import Site
 
 
 class ExactZeros(Method):
@@ -25,7 +28,7 @@ class ExactZeros(Method):
     def label(self) -> str:
         return self.name
 
-    def refuse_model(self, config: ModelConfig) -> None:
+    def refuse_model(self, config: ModelConfig, sites: Iterable[Site]) -> None:
         if config.hidden_act != "relu":
             raise InputError(
                 f"method exact_zeros: hidden_act of the model must be relu, got {config.hidden_act}, which makes no "

@@ -1,12 +1,12 @@
-"""GRIFFIN: after a dense prefill, keep the feed-forward neurons that the sequence's own prompt used most.
+"""GRIFFIN: after a dense prefill, keep the feed-forward neurons that were most active in the sequence's own prompt.
 
-With z_t = silu(gate) * up of the dense positions t, neuron j scores s_j = || (z_tj / ||z_t||)_t ||; the
-k = D - floor(s D) neurons of largest s_j stay for the rest of the sequence. `gate` and `up` get the `out_mask`, `down`
-reads zeros elsewhere.
+With z_t = silu(gate) * up at the dense positions t, neuron j scores s_j = || (z_tj / ||z_t||)_t ||; the
+k = D - floor(s D) neurons of largest s_j stay for the rest of the sequence. `gate` and `up` have the `out_mask`, and
+`down` reads zero for every other neuron.
 Source: Dong et al., Prompt-prompted Adaptive Structured Pruning, arXiv:2404.01365, and github.com/hdong920/GRIFFIN.
-Choices: z is that of the model's dtype, norms and sums are float64, where the code computes all in float16; k is as
-elsewhere in sparsetrace, where the code takes int(D k_factor); equal scores are kept from the lower index on. With
-`decoding.prefill: half` the dense first part of a prompt selects, as in the code's mode for classification.
+Choices: z has the model's dtype, norms and sums are float64, where the code computes everything in float16; k is
+rounded as elsewhere in sparsetrace, where the code takes int(D k_factor); equal scores are kept from the lower index
+on. With `decoding.prefill: half` the dense first part of a prompt selects, as in the code's mode for classification.
 """
 
 from __future__ import annotations
@@ -16,9 +16,15 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from sparsetrace.methods.base import MatrixRule, Method, Sparsity, kept_count
+from sparsetrace.methods.gated import refuse_without_gate
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
+
+    from sparsetrace.formats.architecture import ModelConfig
+    from sparsetrace.formats.sites import Site
 
 
 class Griffin(Method):
@@ -43,6 +49,9 @@ class Griffin(Method):
 
     def dropped_outputs(self, outputs: int) -> int | None:
         return outputs - kept_count(outputs, self.sparsity)
+
+    def refuse_model(self, config: ModelConfig, sites: Iterable[Site]) -> None:
+        refuse_without_gate(self.name, sites)
 
     def keep_outputs(
         self,

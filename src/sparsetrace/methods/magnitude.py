@@ -22,6 +22,6 @@ class Magnitude(WeightMethod):
     per_output: ClassVar[bool] = False
 
     def score(self, weight_KN: Tensor, norms_K: Tensor | None) -> Tensor:
-        from sparsetrace_kernels.reference import magnitude_bits
+        from sparsetrace_kernels.torch_ops import magnitude_bits
 
         return magnitude_bits(weight_KN)

@@ -1,45 +1,25 @@
 """N:M along the input: of each M neighbouring inputs, the N of largest magnitude.
 
-What sparse tensor cores read (2:4), applied to activations. Choice: equal magnitudes are kept from the lower index on;
-inputs whose number is no multiple of M are refused rather than padded.
+The structure that sparse tensor cores read (2:4), applied to activations. Choices: equal magnitudes are kept from the
+lower index on; a matrix whose inputs are no multiple of M is refused rather than padded.
 """
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from sparsetrace.core.files import InputError
-from sparsetrace.formats.names import SITES
 from sparsetrace.methods.base import MatrixRule, Method
+from sparsetrace.methods.pattern import parse_pattern, pattern_numbers, refuse_indivisible
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
     from sparsetrace.formats.architecture import ModelConfig
-
-
-def parse_pattern(value: Any) -> str:
-    """Check an N:M pattern.
-
-    Raises:
-        ValueError: it is not N:M with 1 <= N <= M.
-    """
-    found = re.fullmatch(r"(\d+):(\d+)", value) if isinstance(value, str) else None
-    if found is None:
-        # YAML 1.1 reads an unquoted 2:4 as the number 124, in base 60
-        raise ValueError(f'pattern must be N:M in quotes, such as "2:4", got {value!r}')
-    if not 1 <= int(found[1]) <= int(found[2]):
-        raise ValueError(f"pattern must be N:M with 1 <= N <= M, got {value}")
-    return str(value)
-
-
-def pattern_numbers(pattern: str) -> tuple[int, int]:
-    """N and M."""
-    n, m = pattern.split(":")
-    return int(n), int(m)
+    from sparsetrace.formats.sites import Site
 
 
 class NM(Method):
@@ -62,21 +42,15 @@ class NM(Method):
         n, m = pattern_numbers(self.pattern)
         return 1 - n / m
 
-    def refuse_model(self, config: ModelConfig) -> None:
-        _, m = pattern_numbers(self.pattern)
-        for site in SITES:
-            if config.in_features(site) % m:
-                raise InputError(
-                    f"method nm: inputs of every matrix must be a multiple of {m} for {self.pattern}, got "
-                    f"{config.in_features(site)} at {site}"
-                )
+    def refuse_model(self, config: ModelConfig, sites: Iterable[Site]) -> None:
+        refuse_indivisible(self.name, self.pattern, sites)
 
     def most_of_neighbours(self) -> tuple[int, int] | None:
         return pattern_numbers(self.pattern)
 
     def keep(self, x: Tensor, rule: MatrixRule) -> Tensor | None:
         from sparsetrace.methods.select import keep_n_of_m
-        from sparsetrace_kernels.reference import magnitude_bits
+        from sparsetrace_kernels.torch_ops import magnitude_bits
 
         n, m = pattern_numbers(self.pattern)
         return None if n == m else keep_n_of_m(magnitude_bits(x), n, m)

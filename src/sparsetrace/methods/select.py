@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def keep_largest(score_bits: Tensor, k: int) -> Tensor:
-    """The k largest entries of the last dim.
+    """Which entries are the k largest of the last dim.
 
     Args:
-        score_bits: [..., K] non-negative integers below 2**31, ordered as the scores are: `reference.magnitude_bits`.
+        score_bits: [..., K] non-negative integers below 2**31, ordered as the scores are: `torch_ops.magnitude_bits`.
         k: 1 <= k <= K.
 
     Returns:
@@ -25,16 +25,16 @@ def keep_largest(score_bits: Tensor, k: int) -> Tensor:
 
 
 def keep_largest_sums(sums: Tensor, k: int) -> Tensor:
-    """The same for finite float64 values, [..., K]; slower, since it sorts."""
+    """Which of finite float64 values [..., K] are the k largest of the last dim; slower, since it sorts."""
     order = sums.argsort(dim=-1, descending=True, stable=True)
     return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order[..., :k], True)
 
 
 def keep_in_columns(keep: Callable[[Tensor], Tensor], weight_KN: Tensor, width: int) -> Tensor:
-    """Masks of `width` columns at a time, side by side: keep(weight [K, n]) gives [n, K]."""
+    """Mask a weight by `width` columns at a time, which bounds the memory: keep(weight [K, n]) gives bool [n, K]."""
     return torch.cat([keep(part).T for part in weight_KN.split(width, dim=1)], dim=1)
 
 
 def keep_n_of_m(score_bits: Tensor, n: int, m: int) -> Tensor:
-    """The n largest of each m neighbours along the last dim; its length must be a multiple of m."""
+    """Which entries are the n largest of each m neighbours along the last dim, a multiple of m long."""
     return keep_largest(score_bits.unflatten(-1, (-1, m)), n).flatten(-2)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from sparsetrace.methods.base import MatrixRule, Score, ThresholdMethod
+from sparsetrace.methods.base import MatrixRule, Score
+from sparsetrace.methods.threshold_base import ThresholdMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +24,7 @@ class Teal(ThresholdMethod):
 
     def keep(self, x: Tensor, rule: MatrixRule) -> Tensor | None:
         # imported late: this module is read where torch is not installed
-        from sparsetrace_kernels.reference import keep_above
+        from sparsetrace_kernels.torch_ops import keep_above
 
         assert rule.threshold_bits is not None
         return keep_above(x, rule.threshold_bits)

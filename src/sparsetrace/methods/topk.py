@@ -1,6 +1,6 @@
 """Top-k: keep the k = D - floor(s D) inputs of largest magnitude, for each token and matrix.
 
-The exact-sparsity counterpart of TEAL's threshold. Choice: equal magnitudes are kept from the lower index on.
+The counterpart of TEAL's threshold with exact sparsity. Choice: equal magnitudes are kept from the lower index on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TopK(Method):
 
     def keep(self, x: Tensor, rule: MatrixRule) -> Tensor | None:
         from sparsetrace.methods.select import keep_largest
-        from sparsetrace_kernels.reference import magnitude_bits
+        from sparsetrace_kernels.torch_ops import magnitude_bits
 
         k = kept_count(x.shape[-1], self.sparsity)
         return None if k == x.shape[-1] else keep_largest(magnitude_bits(x), k)

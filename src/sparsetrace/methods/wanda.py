@@ -24,7 +24,7 @@ class Wanda(WeightMethod):
     per_output: ClassVar[bool] = True
 
     def score(self, weight_KN: Tensor, norms_K: Tensor | None) -> Tensor:
-        from sparsetrace_kernels.reference import magnitude_bits
+        from sparsetrace_kernels.torch_ops import magnitude_bits
 
         assert norms_K is not None
         return magnitude_bits(weight_KN.float().abs() * norms_K.float()[:, None])

@@ -1,4 +1,4 @@
-"""What every weight-side method is: parameters that config can check, and a function from a matrix to a mask."""
+"""Base class of the weight-side methods: parameters that config checks, and a function from a matrix to a mask."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from sparsetrace.core.files import InputError
-from sparsetrace.formats.names import SITES
 from sparsetrace.methods.base import Sparsity, kept_count
-from sparsetrace.methods.nm import parse_pattern, pattern_numbers
+from sparsetrace.methods.pattern import parse_pattern, pattern_numbers, refuse_indivisible
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
-    from sparsetrace.formats.architecture import ModelConfig
+    from sparsetrace.formats.sites import Site
 
-# Outputs whose masks are decided at a time; bounds the memory of the keys that are ranked.
+# Outputs whose masks are decided at a time; bounds the memory of the ranking.
 OUTPUTS = 512
 
 
@@ -28,7 +28,7 @@ class WeightMethod(BaseModel):
     name: ClassVar[str]
     # Whether `score` reads the norms of the inputs over a calibration text.
     needs_norms: ClassVar[bool] = False
-    # Whether unstructured weights are compared within each output; else within the whole matrix.
+    # Whether unstructured weights are ranked within each output, or within the whole matrix.
     per_output: ClassVar[bool]
 
     sparsity: Sparsity | None = Field(None, description="fraction of weights dropped, unstructured, 0 <= s < 1")
@@ -45,25 +45,20 @@ class WeightMethod(BaseModel):
             raise ValueError(f"{self.name}: either sparsity or pattern must be given, got {self.model_dump()}")
         return self
 
-    def refuse_model(self, config: ModelConfig) -> None:
-        """Refuse a model whose widths the pattern does not divide."""
-        for site in SITES:
-            width = config.in_features(site)
-            if self.pattern is not None and width % pattern_numbers(self.pattern)[1]:
-                raise InputError(
-                    f"method {self.name}: inputs of every matrix must be a multiple of "
-                    f"{pattern_numbers(self.pattern)[1]} for {self.pattern}, got {width} at {site}"
-                )
+    def refuse_model(self, sites: Iterable[Site]) -> None:
+        """Refuse a model with a width that is no multiple of the pattern's M."""
+        if self.pattern is not None:
+            refuse_indivisible(self.name, self.pattern, sites)
 
     def score(self, weight_KN: Tensor, norms_K: Tensor | None) -> Tensor:
-        """What weights are compared by, as integers that are ordered as the scores are.
+        """What weights are ranked by, as integers that are ordered as the scores are.
 
         Args:
             weight_KN: one matrix, input-major, in the model's dtype.
             norms_K: float64 Euclidean norms of the inputs over the calibration text, where the method needs them.
 
         Returns:
-            [K, N] bit patterns, see `sparsetrace_kernels.reference.magnitude_bits`.
+            [K, N] bit patterns, see `sparsetrace_kernels.torch_ops.magnitude_bits`.
         """
         raise NotImplementedError
 

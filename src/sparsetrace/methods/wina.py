@@ -9,12 +9,12 @@ prompt by `topk` and by default; here it is D - floor(s D), and `decoding.prefil
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from sparsetrace.formats.names import MATRICES
-from sparsetrace.methods.base import MatrixRule, Score, ThresholdMethod, kept_count
+from sparsetrace.methods.base import MatrixRule, Score, kept_count
+from sparsetrace.methods.threshold_base import ThresholdMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,14 +38,18 @@ class Wina(ThresholdMethod):
             raise ValueError(f"allocation must be uniform with select topk, got {values['allocation']!r}")
         return values
 
+    @classmethod
+    def with_thresholds(cls, sparsity: float) -> Self:
+        return cls(sparsity=sparsity, select="threshold")
+
     @property
     def label(self) -> str:
         label = super().label
         return label if self.select == "topk" else label.replace(self.name, f"{self.name}-threshold", 1)
 
     @property
-    def thresholded(self) -> tuple[str, ...]:
-        return MATRICES if self.select == "threshold" else ()
+    def needs_thresholds(self) -> bool:
+        return self.select == "threshold"
 
     @staticmethod
     def scale(weight_KN: Tensor) -> Tensor | None:
@@ -59,7 +63,7 @@ class Wina(ThresholdMethod):
 
     def keep(self, x: Tensor, rule: MatrixRule) -> Tensor | None:
         from sparsetrace.methods.select import keep_largest
-        from sparsetrace_kernels.reference import keep_above, magnitude_bits
+        from sparsetrace_kernels.torch_ops import keep_above, magnitude_bits
 
         assert rule.scale is not None
         if self.select == "topk":

@@ -1,6 +1,7 @@
-"""The runtime model: what `convert` writes and every step that runs or describes the model opens.
+"""The runtime model: `convert` writes it, and every step that runs or describes the model opens it.
 
-torch is imported where weights are loaded: `split` needs the tokenizer alone, and is done before torch would be there.
+torch is imported only where weights are loaded: `split` needs the tokenizer alone, and is done before torch would be
+imported.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from sparsetrace.core.files import InputError, read_json
 from sparsetrace.core.settings import Machine
-from sparsetrace.formats.architecture import ModelConfig, RopeScaling
-from sparsetrace.formats.schema import MATRICES, MODEL_VERSION, SITES
+from sparsetrace.formats.architecture import ModelConfig, weight_name
+from sparsetrace.formats.sites import Leaf, Site, by_leaf, layer_sites, sites_from_json
+from sparsetrace.formats.versions import MODEL_VERSION
 from sparsetrace.model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -25,12 +27,9 @@ if TYPE_CHECKING:
 
     from sparsetrace.model.decoder import Decoder
 
-# Tensors copied to a GPU at a time, and the pinned memory that each passes through, which a GPU reads by itself.
+# Tensors copied to a GPU at the same time, and the pinned buffer that each copy passes through: a GPU reads pinned
+# memory without the processor's help.
 READERS, STAGED_BYTES = 8, 32 << 20
-
-SOURCE_MODULES = {matrix: f"self_attn.{matrix}_proj" for matrix in ("q", "k", "v", "o")} | {
-    matrix: f"mlp.{matrix}_proj" for matrix in ("gate", "up", "down")
-}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,7 +44,8 @@ class RuntimeModel:
         source: what data sets call the model.
         bos: id put before prompts, or None.
         eos: ids that end a sequence.
-        tensors: name to {file, shape, sha256}.
+        sites: the places where a vector is read, in the order of execution.
+        tensors: name to {file, shape, sha256, sources}; sources are the checkpoint's tensors that it was made of.
     """
 
     folder: Path
@@ -55,20 +55,37 @@ class RuntimeModel:
     source: str
     bos: int | None
     eos: frozenset[int]
+    sites: tuple[Site, ...]
     tensors: dict[str, dict[str, Any]]
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
         return Tokenizer(self.folder, self.config.vocab_size, self.bos)
 
+    def weight(self, site: Site) -> str:
+        """Name of the runtime tensor that holds the matrices of a site side by side."""
+        return weight_name(self.config, site)
+
+    def source_weight(self, leaf: Leaf) -> str:
+        """Name of a matrix in the checkpoint, where it is stored [out, in]."""
+        site = by_leaf(self.sites)[leaf]
+        sources: list[str] = self.tensors[self.weight(site)]["sources"]
+        return sources[site.matrices.index(leaf[1])]
+
     def load(self, device: torch.device) -> Decoder:
-        """The decoder with its weights on `device`."""
+        """The decoder with its weights on `device`.
+
+        Raises:
+            InputError: the folder records other sites than the decoder has, a file is broken, or the GPU too small.
+        """
         import torch
 
         from sparsetrace.model.decoder import Decoder
 
         with torch.device("meta"):
             model = Decoder(self.config)
+        if self.sites != model.sites:
+            raise InputError(f"model: {self.folder}: sites must be those of the decoder, got others: convert again")
         mapped: dict[str, Tensor] = {}
         for file in sorted({entry["file"] for entry in self.tensors.values()}):
             try:
@@ -92,7 +109,7 @@ class RuntimeModel:
 
 
 def _place(mapped: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Tensors of mapped files on a device; on the host they stay mapped."""
+    """Move tensors of mapped files to a device; on the host they stay mapped."""
     return mapped if device.type == "cpu" else _copy(mapped, device)
 
 
@@ -106,10 +123,10 @@ def _copy(mapped: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
 
     def copy(tensor: Tensor) -> Tensor:
         out = torch.empty_like(tensor, device=device)
-        parts = (each.flatten().view(torch.uint8).split(STAGED_BYTES) for each in (tensor, out))
-        for source, target in zip(*parts, strict=True):
+        chunks = (each.flatten().view(torch.uint8).split(STAGED_BYTES) for each in (tensor, out))
+        for source, target in zip(*chunks, strict=True):
             staged = own.staged[: len(source)]
-            # by numpy, which takes one thread
+            # numpy copies in this thread alone, torch would in many
             staged.numpy()[:] = source.numpy()
             target.copy_(staged)
         return out
@@ -120,7 +137,7 @@ def _copy(mapped: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
 
 def open_model(folder: Path) -> RuntimeModel:
     """Read a converted model's description; the weights stay on disk."""
-    # the folder, or its config.json, which is what a workflow rule names
+    # workflow rules name the folder's config.json
     folder = folder.parent if folder.name == "config.json" else folder
     content = read_json(folder / "config.json", "model")
     if content.get("format") != "sparsetrace-model":
@@ -129,28 +146,21 @@ def open_model(folder: Path) -> RuntimeModel:
         )
     if content["version"] != MODEL_VERSION:
         raise InputError(f"model: {folder} must have version {MODEL_VERSION}, got {content['version']}: convert again")
-    architecture = dict(content["architecture"])
-    if architecture["rope_scaling"] is not None:
-        architecture["rope_scaling"] = RopeScaling(**architecture["rope_scaling"])
     return RuntimeModel(
         folder=folder,
-        config=ModelConfig(**architecture),
+        config=ModelConfig.from_json(content["architecture"]),
         model_hash=content["model_hash"],
         source_hash=content["source_hash"],
         source=content["source"],
         bos=content["bos"],
         eos=frozenset(content["eos"]),
+        sites=sites_from_json(content["sites"]),
         tensors=content["tensors"],
     )
 
 
-def source_weight(layer: int, matrix: str) -> str:
-    """Name of a matrix in the Hugging Face checkpoint, where it is stored [out, in]."""
-    return f"model.layers.{layer}.{SOURCE_MODULES[matrix]}.weight"
-
-
-def use(machine: Machine) -> torch.device:
-    """Set torch up for a step that runs the model, and return its device."""
+def set_up_torch(machine: Machine) -> torch.device:
+    """Set torch up for a step that runs the model, and return the device to run on."""
     import torch
 
     torch.set_num_threads(machine.threads)
@@ -161,11 +171,13 @@ def use(machine: Machine) -> torch.device:
 
 
 def describe(model: RuntimeModel) -> str:
-    """One line for people."""
+    """The model in one line."""
     config = model.config
-    weights = sum(config.out_features(m) * config.in_features(site) for site, ms in SITES.items() for m in ms)
+    first = [site for site in layer_sites(model.sites) if site.layer == 0]
+    weights = sum(site.in_features * site.width for site in first)
+    matrices = sum(len(site.matrices) for site in first)
     return (
-        f"{model.source}: {config.num_hidden_layers} layers of {len(MATRICES)} matrices with {weights / 1e6:.1f} M "
+        f"{model.source}: {config.num_hidden_layers} layers of {matrices} matrices with {weights / 1e6:.1f} M "
         f"weights, hidden {config.hidden_size}, {config.num_attention_heads} heads ({config.num_key_value_heads} kv), "
         f"{config.dtype}"
     )

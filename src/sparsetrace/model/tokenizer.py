@@ -6,7 +6,7 @@ from pathlib import Path
 from sparsetrace.core.files import InputError, read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-# Files that say how a tokenizer is used; copied with it.
+# Files that say how a tokenizer is applied; copied with it.
 COMPANION_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
@@ -14,9 +14,9 @@ class Tokenizer:
     """A checkpoint's tokenizer.
 
     Args:
-        folder: holds `tokenizer.json` (read first, since it carries the special tokens) or `tokenizer.model`.
+        folder: holds `tokenizer.json`, which is preferred since it has the special tokens, or `tokenizer.model`.
         vocab_size: of the model; ids at or beyond it are refused.
-        bos: id put before every text, None for none.
+        bos: id put before every text; None for none.
     """
 
     def __init__(self, folder: Path, vocab_size: int, bos: int | None) -> None:
@@ -27,7 +27,7 @@ class Tokenizer:
                 from tokenizers import Tokenizer as Backend
 
                 backend = Backend.from_file(str(folder / "tokenizer.json"))
-                # A file saved with padding or truncation switched on would change the ids of a text.
+                # a file saved with padding or truncation switched on would change the ids of a text
                 backend.no_padding()
                 backend.no_truncation()
                 self._encode = lambda text: backend.encode(text, add_special_tokens=False).ids
@@ -63,12 +63,12 @@ class Tokenizer:
 
     @functools.cache  # noqa: B019  # one tokenizer per process
     def piece(self, token_id: int) -> str:
-        """Text of one token by itself."""
+        """Text of a single token."""
         return self.decode([token_id])
 
 
 def begin_token(folder: Path, bos: int | None) -> int | None:
-    """The begin token that prompts get: the config's, unless `tokenizer_config.json` says that none is added."""
+    """The begin token put before prompts: `bos`, or None if `tokenizer_config.json` says that none is added."""
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and read_json(settings, "tokenizer").get("add_bos_token") is False:
         return None

@@ -1,4 +1,4 @@
-"""What a machine has of what the pipeline needs; each finding says what is missing and what to do."""
+"""Checks of this machine: what the pipeline needs, what is there, and what to do about what is missing."""
 
 import importlib.metadata
 import importlib.util
@@ -15,9 +15,9 @@ from sparsetrace.core import devices
 from sparsetrace.core.provenance import commit
 
 SCHEDULERS = {"sbatch": "SLURM", "qsub": "PBS or Grid Engine", "bsub": "LSF", "flux": "Flux"}
-# A demonstration run needs less than this.
-LITTLE_BYTES = 2_000_000_000
-# CUDA's answers come from another process: one that fails to start a GPU must not take this one with it.
+# Free disk space below which a warning is due; a demonstration run needs less.
+LOW_DISK_BYTES = 2_000_000_000
+# CUDA is asked in another process, so that a crash while it starts a GPU does not end this one.
 PROBE = """
 import json, torch
 found = {"version": torch.__version__, "cuda": torch.version.cuda, "gpus": []}
@@ -31,13 +31,13 @@ print(json.dumps(found))
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at.
+    """Result of one check.
 
     Args:
-        what: its name.
+        what: what was checked.
         found: what is there.
-        missing: what is wrong and what to do, or None.
-        needed: whether nothing works without it; otherwise it is needed for GPUs or clusters only.
+        missing: what is wrong and what to do about it; None if nothing is.
+        needed: whether nothing works without it; otherwise only GPUs or clusters need it.
     """
 
     what: str
@@ -47,10 +47,10 @@ class Finding:
 
 
 def examine(results: Path) -> Iterator[Finding]:
-    """Look at everything.
+    """Run all checks.
 
     Args:
-        results: folder of a study's results; may not exist.
+        results: folder of a study's results, for its disk space; may not exist.
     """
     version = platform.python_version()
     too_old = None if (3, 11) <= sys.version_info < (3, 13) else "use Python 3.11 or 3.12"
@@ -62,7 +62,7 @@ def examine(results: Path) -> Iterator[Finding]:
     yield _package("triton", "GPU kernels: pip install triton", needed=False)
     yield _package("safetensors", "pip install 'sparsetrace[generate]'", needed=True)
     yield _package("snakemake", "pip install 'sparsetrace[workflow]'", needed=True)
-    yield _package("filelock", "pip install 'sparsetrace[workflow]'", needed=bool(gpus))
+    yield _package("filelock", "pip install 'sparsetrace[generate]'", needed=bool(gpus))
     yield _disk(results)
     yield _scheduler()
 
@@ -81,12 +81,14 @@ def _package(name: str, remedy: str, needed: bool) -> Finding:
 
 def _driver(gpus: list[str]) -> Finding:
     if shutil.which("nvidia-smi") is None:
-        return Finding("driver", "none", "no NVIDIA driver: models run on the CPU, for which only small ones are fit")
+        return Finding(
+            "driver", "none", "no NVIDIA driver: models run on the CPU, which is practical for small ones only"
+        )
     query = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
     answer = subprocess.run(query, capture_output=True, text=True, timeout=60)
     if answer.returncode or not gpus:
-        said = (answer.stdout + answer.stderr).strip().splitlines()
-        return Finding("driver", "no GPU", f"nvidia-smi says: {said[0] if said else 'nothing'}", needed=True)
+        lines = (answer.stdout + answer.stderr).strip().splitlines()
+        return Finding("driver", "no GPU", f"nvidia-smi says: {lines[0] if lines else 'nothing'}", needed=True)
     return Finding("driver", "; ".join(answer.stdout.strip().splitlines()))
 
 
@@ -96,13 +98,13 @@ def _torch(gpus: list[str]) -> Iterator[Finding]:
         return
     answer = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=300)
     if answer.returncode:
-        last = answer.stderr.strip().splitlines()[-1:]
-        yield Finding("torch", "broken", f"import torch says: {''.join(last)}: install it again", needed=True)
+        last_line = "".join(answer.stderr.strip().splitlines()[-1:])
+        yield Finding("torch", "broken", f"import torch says: {last_line}: install it again", needed=True)
         return
     found = json.loads(answer.stdout)
     missing = None
     if gpus and found["cuda"] is None:
-        missing = "this build of torch has no CUDA: install one that has, or no GPU is used"
+        missing = "this build of torch has no CUDA: install one that has it, or no GPU is used"
     elif gpus and not found["gpus"]:
         missing = f"torch for CUDA {found['cuda']} sees no GPU: the driver may be too old for it"
     yield Finding("torch", f"{found['version']}, CUDA {found['cuda'] or 'none'}", missing, needed=True)
@@ -111,9 +113,9 @@ def _torch(gpus: list[str]) -> Iterator[Finding]:
 
 
 def _disk(results: Path) -> Finding:
-    where = next(place for place in (results.absolute(), *results.absolute().parents) if place.exists())
+    where = next(folder for folder in (results.absolute(), *results.absolute().parents) if folder.exists())
     free = shutil.disk_usage(where).free
-    missing = None if free > LITTLE_BYTES else "free some space, or name another folder in `results`"
+    missing = None if free > LOW_DISK_BYTES else "free some space, or name another folder in `results`"
     return Finding("disk", f"{free / 1e9:.0f} GB free at {where}", missing, needed=True)
 
 
@@ -125,5 +127,5 @@ def _scheduler() -> Finding:
     if "SLURM" in found and plugin is None:
         remedy = "pip install 'sparsetrace[cluster]', then snakemake --profile profiles/slurm"
         return Finding("scheduler", ", ".join(found), remedy)
-    said = f", plugin {plugin}" if "SLURM" in found else ""
-    return Finding("scheduler", ", ".join(found) + said)
+    version = f", plugin {plugin}" if "SLURM" in found else ""
+    return Finding("scheduler", ", ".join(found) + version)

@@ -5,25 +5,31 @@ measured overhead over the entropy limit. Time is that of one pass of each kind 
 here in the model's own shapes, times the passes and layers; attention and sampling are not counted.
 """
 
-import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from sparsetrace.calibration.thresholds import read_thresholds
-from sparsetrace.core.files import InputError
-from sparsetrace.core.settings import Batching, Capture, Decoding, Machine, Packing
+from sparsetrace.core.files import read_json
+from sparsetrace.core.settings import Batching, Capture, Conversion, Decoding, Machine, Packing
 from sparsetrace.core.text import read_documents
-from sparsetrace.formats.schema import FORMATS, MATRICES, SITE_OF, SITES, mask_bytes
+from sparsetrace.formats.architecture import sites_of
+from sparsetrace.formats.numbers import FORMATS, mask_bytes
+from sparsetrace.formats.sites import Leaf, Site, by_leaf, layer_sites
+from sparsetrace.generation.job import Job
+from sparsetrace.generation.plan import Feed, feed_of, new_tokens
 from sparsetrace.generation.prompts import read_shard
-from sparsetrace.model.runtime import RuntimeModel, use
-from sparsetrace.study.study import EMBEDDED, Run, Study
+from sparsetrace.generation.selection import captured_matrices, holders
+from sparsetrace.methods import MatrixRule, Method, operand_parts
+from sparsetrace.model.read_config import read_config
+from sparsetrace.model.runtime import set_up_torch
+from sparsetrace.study.sections import EMBEDDED, Run
+from sparsetrace.study.study import Study
 
 # Measured in benchmarks/results/pack.csv: bytes a kept value in its planes, and the index columns of a row.
 VALUE_BYTES = {"float16": 1.62, "bfloat16": 1.35, "float32": 3.6}
@@ -32,12 +38,14 @@ ROW_BYTES = 12
 PACK_BYTES_PER_SECOND = 0.3e9
 # An index of the open encoding, same place: differences of neighbours, compressed.
 INDEX_BYTES = 0.65
-# Kept unless a method says otherwise: a dense run, or a method without a target.
+# Assumed unless a method says otherwise: a dense run, or a method without a target.
 UNKNOWN_SPARSITY = 0.0
 CHARACTERS_PER_TOKEN = 3
 # Tokens of a prompt of the embedded model, whose prompts do not exist before it is trained.
 EMBEDDED_PROMPTS, EMBEDDED_PROMPT_TOKENS = 32, 40
 MEASURED_SECONDS = 0.2
+# Bytes of a row in the dump besides values and mask: its offset, or its statistics and what the index takes.
+OFFSET_BYTES, STATISTICS_BYTES, LABEL_BYTES = 8, 12, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +53,24 @@ class Shape:
     """What an estimate needs to know of a model.
 
     Args:
-        layers: number of layers.
-        inputs, outputs: of each matrix.
+        sites: in the order of execution.
         dtype: of the operands.
     """
 
-    layers: int
-    inputs: dict[str, int]
-    outputs: dict[str, int]
+    sites: tuple[Site, ...]
     dtype: str
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What some prompts make: captured tokens, rows, and bytes of the operands, of the dump and of the data files."""
+    """What some prompts make.
+
+    Args:
+        tokens: captured positions.
+        rows: of all matrices.
+        dense_bytes: of the operands that are packed, as they would be without sparsity.
+        dump_bytes, workload_bytes: on the disk.
+    """
 
     tokens: int
     rows: int
@@ -77,6 +89,38 @@ class Estimate:
     notes: list[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """What is captured of a run, and how it is written.
+
+    Args:
+        method: which tells the matrices that read one operand, and targets.
+        targets: sparsity of each matrix; None where it is not known beforehand.
+        capture, packing: of the run.
+        thresholds: pattern of each matrix where they are known, since matrices with equal ones share an operand.
+    """
+
+    method: Method
+    targets: Callable[[Leaf], float | None]
+    capture: Capture
+    packing: Packing
+    thresholds: dict[Leaf, int | None] | None = None
+
+    def parts(self, sites: Sequence[Site]) -> dict[tuple[int | None, str], list[list[str]]]:
+        """The matrices of each site that read one operand: those of equal thresholds, or else of equal targets."""
+        rules = []
+        for layer, matrix in by_leaf(layer_sites(sites)):
+            assert layer is not None
+            if self.thresholds is not None:
+                bits = self.thresholds.get((layer, matrix))
+            else:
+                # stands for the threshold that will be looked up: of one distribution, for one target
+                target = self.targets((layer, matrix))
+                bits = None if target is None else round(target * 1e9)
+            rules.append(MatrixRule(layer, matrix, bits))
+        return operand_parts(self.method, sites, rules)
+
+
 def estimate(study: Study, machine: Machine) -> list[Estimate]:
     """Estimate every workload of a study.
 
@@ -87,11 +131,11 @@ def estimate(study: Study, machine: Machine) -> list[Estimate]:
     dense_tokens: set[tuple[str, str]] = set()
     for model, run, label in study.workloads():
         checkpoint = study.models[model].checkpoint
-        shape = read_shape(checkpoint, study.models[model].conversion.dtype)
+        shape = read_shape(checkpoint, study.models[model].conversion)
         lengths, notes = prompt_lengths(study.runs[run], checkpoint)
         one, method = study.runs[run], study.setting(run, label).method
-        new = one.batching.max_new_tokens
-        made = sizes(shape, lengths, new, one.decoding, one.capture, one.packing, method.target)
+        operands = Operands(method, _targets(method), one.capture, one.packing)
+        made = sizes(shape, feeds(lengths, one.decoding, one.batching), operands)
         warning = too_small(Path(study.results), made.dump_bytes + made.workload_bytes)
         notes = notes if warning is None else [*notes, warning]
         ways = [one.decoding]
@@ -105,27 +149,23 @@ def estimate(study: Study, machine: Machine) -> list[Estimate]:
     return found
 
 
-def read_shape(checkpoint: str, dtype: str) -> Shape:
-    """A model's shape from its checkpoint's config.json."""
-    if checkpoint == EMBEDDED:
-        from sparsetrace.model.demo import CONFIG
+def _targets(method: Method) -> Callable[[Leaf], float | None]:
+    return lambda leaf: None if leaf[0] is None else method.target(leaf[0], leaf[1])
 
-        inputs = {m: CONFIG.in_features(SITE_OF[m]) for m in MATRICES}
-        outputs = {m: CONFIG.out_features(m) for m in MATRICES}
-        return Shape(CONFIG.num_hidden_layers, inputs, outputs, "bfloat16" if dtype == "auto" else dtype)
-    path = Path(checkpoint) / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        heads = config["num_attention_heads"]
-        hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise InputError(f"estimate: {path} must be the config.json of a checkpoint, got {error!r}") from None
-    head = config.get("head_dim") or hidden // heads
-    keys = (config.get("num_key_value_heads") or heads) * head
-    inputs = dict.fromkeys(MATRICES, hidden) | {"o": heads * head, "down": inner}
-    outputs = {"q": heads * head, "k": keys, "v": keys, "o": hidden, "gate": inner, "up": inner, "down": hidden}
-    stored = config.get("torch_dtype") or config.get("dtype") or "float32"
-    return Shape(layers, inputs, outputs, stored if dtype == "auto" else dtype)
+
+def read_shape(checkpoint: str, conversion: Conversion) -> Shape:
+    """A model's shape from its checkpoint's config.json, read as `convert` reads it.
+
+    Raises:
+        InputError: there is no such file, or `convert` would refuse it.
+    """
+    if checkpoint == EMBEDDED:
+        from sparsetrace.model.demo.shape import CONFIG
+
+        return Shape(sites_of(CONFIG), "bfloat16" if conversion.dtype == "auto" else conversion.dtype)
+    folder = Path(checkpoint)
+    _, config = read_config(read_json(folder / "config.json", "estimate"), conversion, folder)
+    return Shape(sites_of(config), config.dtype)
 
 
 def prompt_lengths(run: Run, checkpoint: str) -> tuple[list[int], list[str]]:
@@ -139,51 +179,57 @@ def prompt_lengths(run: Run, checkpoint: str) -> tuple[list[int], list[str]]:
     return lengths, [f"prompt tokens taken as one for every {CHARACTERS_PER_TOKEN} characters"]
 
 
-def captured_positions(length: int, new: int, decoding: Decoding, capture: Capture) -> int:
-    """Positions captured of one sequence that does not end early."""
-    first = {"none": length, "half": length - length // 2, "all": 0}[decoding.prefill]
-    last = length if decoding.tokens_from == "text" else length + new - 1
-    return len(range(-(-first // capture.every) * capture.every, last, capture.every))
+def feeds(lengths: Sequence[int], decoding: Decoding, batching: Batching) -> list[Feed]:
+    """How prompts of some lengths are fed if no sequence ends early."""
+    return [feed_of(length, new_tokens(decoding, batching), decoding) for length in lengths]
 
 
-def sizes(
-    shape: Shape,
-    lengths: list[int],
-    new: int,
-    decoding: Decoding,
-    capture: Capture,
-    packing: Packing,
-    target: Callable[[int, str], float | None],
-) -> Sizes:
+def sizes(shape: Shape, fed: Sequence[Feed], operands: Operands) -> Sizes:
     """Sizes of a run in which no sequence ends early.
 
     Args:
         shape: of the model.
-        lengths: tokens of each prompt.
-        new: tokens generated for each.
-        decoding, capture, packing: of the run.
-        target: sparsity of a layer and matrix, None where it is not known beforehand.
+        fed: how each sequence is fed.
+        operands: what is captured of it.
     """
-    tokens = sum(captured_positions(length, new, decoding, capture) for length in lengths)
+    capture, packing = operands.capture, operands.packing
+    tokens = sum(feed.captured(capture.every) for feed in fed)
+    with_logits = sum(feed.captured_logits(capture.every) for feed in fed)
     item = FORMATS[shape.dtype].bits.itemsize
+    sites = by_leaf(shape.sites)
+    chosen = captured_matrices(shape.sites, capture)
+    held = holders(chosen, operands.parts(shape.sites))
     rows = 0
-    dump = packed = dense = 0.0
-    for layer, matrix in ((layer, matrix) for layer in range(shape.layers) for matrix in MATRICES):
-        if (capture.layers and layer not in capture.layers) or (capture.matrices and matrix not in capture.matrices):
+    dump, packed, dense = float(tokens * LABEL_BYTES), 0.0, 0.0
+    for layer, matrix in chosen:
+        site = sites[layer, matrix]
+        own_rows = tokens if layer is not None else with_logits
+        rows += own_rows
+        target = operands.targets((layer, matrix))
+        nnz = site.in_features * (1 - (UNKNOWN_SPARSITY if target is None else target))
+        mask = mask_bytes(site.in_features)
+        # what several matrices read is in the dump once, and in the workload once if it is shared
+        if held[layer, matrix] == matrix:
+            dump += own_rows * _dump_row_bytes(capture.level, nnz * item, mask)
+        elif packing.share_inputs and not {matrix, held[layer, matrix]} & set(operands.method.out_masks):
             continue
-        rows += tokens
-        width, wanted = shape.inputs[matrix], target(layer, matrix)
-        nnz = width * (1 - (UNKNOWN_SPARSITY if wanted is None else wanted))
-        mask = mask_bytes(width)
-        dump += {"full": nnz * item + mask + 8, "masks": mask + 8, "stats": 12}[capture.level]
-        earlier = SITES[SITE_OF[matrix]][: SITES[SITE_OF[matrix]].index(matrix)]
-        if packing.share_inputs and any(not capture.matrices or other in capture.matrices for other in earlier):
-            continue
-        dense += width * item
+        dense += own_rows * site.in_features * item
         where = mask if packing.encoding == "split" else nnz * INDEX_BYTES
         values = nnz * VALUE_BYTES[shape.dtype]
-        packed += ROW_BYTES + {"full": where + values, "masks": where, "stats": 0}[capture.level]
-    return Sizes(tokens, rows, int(tokens * dense), int(tokens * dump), int(tokens * packed))
+        packed += own_rows * (ROW_BYTES + {"full": where + values, "masks": where, "stats": 0}[capture.level])
+        if matrix in operands.method.out_masks and capture.level != "stats":
+            dump += own_rows * mask_bytes(site.outputs(matrix))
+            packed += own_rows * mask_bytes(site.outputs(matrix))
+    return Sizes(tokens, rows, int(dense), int(dump), int(packed))
+
+
+def _dump_row_bytes(level: str, values: float, mask: int) -> float:
+    """Of one operand, by capture level."""
+    return {
+        "full": OFFSET_BYTES + values + mask,
+        "masks": STATISTICS_BYTES - 4 + mask,
+        "stats": STATISTICS_BYTES,
+    }[level]
 
 
 def too_small(folder: Path, need: int) -> str | None:
@@ -193,25 +239,17 @@ def too_small(folder: Path, need: int) -> str | None:
     return f"needs {need / 1e9:.3g} GB, but {where} has {free / 1e9:.3g} GB free" if need > free else None
 
 
-def shard_warning(
-    model: RuntimeModel,
-    thresholds: Path,
-    prompts: Path,
-    shard: int,
-    out: Path,
-    decoding: Decoding,
-    batching: Batching,
-    capture: Capture,
-) -> str | None:
-    """A warning where the dump of one shard will not fit; the arguments are those of `generate`."""
-    config = model.config
-    inputs = {matrix: config.in_features(SITE_OF[matrix]) for matrix in MATRICES}
-    outputs = {matrix: config.out_features(matrix) for matrix in MATRICES}
-    shape = Shape(config.num_hidden_layers, inputs, outputs, config.dtype)
-    targets = {(row["layer"], row["matrix"]): row["target_sparsity"] for row in read_thresholds(thresholds, model).rows}
-    lengths = [len(sequence.prompt_ids) for group in read_shard(prompts, shard) for sequence in group]
-    need = sizes(shape, lengths, batching.max_new_tokens, decoding, capture, Packing(), lambda *leaf: targets.get(leaf))
-    return too_small(out, need.dump_bytes)
+def shard_warning(job: Job) -> str | None:
+    """A warning where the dump of a shard will not fit its disk; None where it will, or where nothing is captured."""
+    if job.thresholds is None or job.capture is None:
+        return None
+    table = read_thresholds(job.thresholds, job.model)
+    targets = {(row["layer"], row["matrix"]): row["target_sparsity"] for row in table.rows}
+    bits: dict[Leaf, int | None] = {(rule.layer, rule.matrix): rule.threshold_bits for rule in table.rules}
+    operands = Operands(table.method, targets.get, job.capture, Packing(), bits)
+    lengths = [len(sequence.prompt_ids) for group in read_shard(job.prompts, job.shard) for sequence in group]
+    fed = feeds(lengths, job.decoding, job.batching)
+    return too_small(job.out, sizes(Shape(job.model.sites, job.model.config.dtype), fed, operands).dump_bytes)
 
 
 def _model_seconds(
@@ -221,21 +259,12 @@ def _model_seconds(
     size = batching.batch_size
     ordered = sorted(lengths)
     longest = [ordered[min(at + size, len(ordered)) - 1] for at in range(0, len(ordered), size)]
-    passes = [_passes(length, batching.max_new_tokens, way) for way in ways for length in longest]
-    step = _layer_seconds(shape, size, machine)
-    at_once = {n: _layer_seconds(shape, size * n, machine) for n in {_round(n) for n, _ in passes if n}}
-    return shape.layers * sum((at_once[_round(n)] if n else 0) + steps * step for n, steps in passes)
-
-
-def _passes(length: int, new: int, decoding: Decoding) -> tuple[int, int]:
-    """Positions that a sequence is fed at once, and one by one."""
-    if decoding.tokens_from == "text":
-        one_by_one = {"none": 0, "half": length // 2, "all": length}[decoding.prefill]
-    else:
-        one_by_one, length = new - 1, length + new - 1
-    if decoding.tokens_from != "own" and decoding.replay == "forced":
-        one_by_one = 0
-    return length - one_by_one, one_by_one
+    passes = [feed for way in ways for feed in feeds(longest, way, batching)]
+    step = _model_pass_seconds(shape, size, machine)
+    known = {
+        n: _model_pass_seconds(shape, size * n, machine) for n in {_round(feed.known) for feed in passes if feed.known}
+    }
+    return sum((known[_round(feed.known)] if feed.known else 0) + feed.steps * step for feed in passes)
 
 
 def _round(length: int) -> int:
@@ -243,14 +272,14 @@ def _round(length: int) -> int:
     return 1 << math.ceil(math.log2(max(length, 1)))
 
 
-def _layer_seconds(shape: Shape, rows: int, machine: Machine) -> float:
-    """Median time of one layer's multiplies for some rows; many rows are timed in part and scaled."""
-    device = use(machine)
+def _model_pass_seconds(shape: Shape, rows: int, machine: Machine) -> float:
+    """Median time of all layers' multiplies for some rows: one layer is timed, and many rows in part, and scaled."""
+    layers = len({site.layer for site in layer_sites(shape.sites)})
+    device = set_up_torch(machine)
     timed = min(rows, 256)
     dtype = getattr(torch, shape.dtype)
-    weights = [
-        torch.zeros(shape.inputs[matrix], shape.outputs[matrix], dtype=dtype, device=device) for matrix in MATRICES
-    ]
+    first = [site for site in layer_sites(shape.sites) if site.layer == 0]
+    weights = [torch.zeros(site.in_features, site.width, dtype=dtype, device=device) for site in first]
     inputs = [torch.zeros(timed, weight.shape[0], dtype=dtype, device=device) for weight in weights]
     times: list[float] = []
     while len(times) < 3 or sum(times) < MEASURED_SECONDS:
@@ -260,4 +289,4 @@ def _layer_seconds(shape: Shape, rows: int, machine: Machine) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    return sorted(times)[len(times) // 2] * rows / timed
+    return layers * sorted(times)[len(times) // 2] * rows / timed

@@ -1,6 +1,6 @@
-"""Running sequences of a workload again, from the model, and comparing every bit: `sparsetrace verify --recompute`.
+"""Run sequences of a workload again, from the model, and compare every bit: `sparsetrace verify --recompute`.
 
-A sequence's bits depend on those that it was multiplied with, so whole groups are run.
+The bits of a sequence depend on those that it was multiplied with, so whole groups are run.
 """
 
 import shutil
@@ -15,16 +15,19 @@ import torch
 
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, Capture, Decoding, Machine
-from sparsetrace.formats.dump import Block
-from sparsetrace.generation.capture import holders
-from sparsetrace.generation.engine import GroupResult, Kind
-from sparsetrace.generation.generate import Runner
+from sparsetrace.formats.dump import Block, array_prefix
+from sparsetrace.formats.schema import leaf
+from sparsetrace.formats.sites import Leaf, by_leaf, layer_sites
+from sparsetrace.generation.backend import BackendName, EngineSetup
+from sparsetrace.generation.engine import GroupResult
 from sparsetrace.generation.prompts import Sequence
+from sparsetrace.generation.runner import FinishedGroup, Runner
+from sparsetrace.generation.selection import holders
 from sparsetrace.methods import METHODS, MatrixRule
 from sparsetrace.model.patch import install
-from sparsetrace.model.runtime import open_model, use
+from sparsetrace.model.runtime import open_model, set_up_torch
 from sparsetrace.workload.reader import Workload
-from sparsetrace.workload.verify import Fault
+from sparsetrace.workload.verify_faults import Fault
 
 
 def recompute(
@@ -40,7 +43,7 @@ def recompute(
         report: called with (groups done, in all).
 
     Raises:
-        InputError: another model, or a workload that lacks the rules of some matrices.
+        InputError: another model, or a workload that lacks the thresholds of some matrices.
     """
     workload = Workload(folder)
     manifest = workload.manifest
@@ -50,14 +53,15 @@ def recompute(
             f"verify: {model} must be the workload's model ({manifest['model_hash'][:12]}), "
             f"got {opened.model_hash[:12]}"
         )
-    device = use(machine)
+    device = set_up_torch(machine)
     method = METHODS[manifest["method"]](**manifest["parameters"])
     rules = [
         MatrixRule(row["layer"], row["matrix"], row["threshold_bits"], expected=row["target_sparsity"])
         for row in workload.matrix_table.to_pylist()
+        if row["layer"] is not None
     ]
     capture = Capture(**manifest["capture"])
-    if capture.layers or capture.matrices:
+    if set(by_leaf(layer_sites(opened.sites))) - set(workload.leaves):
         raise InputError(
             "verify: the workload must hold every layer and matrix to be recomputed, got a sample: "
             "the thresholds of the others are not in it"
@@ -66,19 +70,20 @@ def recompute(
     patch = install(decoder, method, rules)
     table = workload.sequence_table.sort_by("sequence")
     decoding, batching = Decoding(**manifest["decoding"]), Batching(**manifest["batching"])
-    given = None
+    teacher_forced = None
     if decoding.tokens_from == "dense":
-        given = dict(zip(table["sequence"].to_pylist(), table["output_ids"].to_pylist(), strict=True))
-    kind: Kind = manifest["engine"] if device.type == "cuda" else "torch"
+        teacher_forced = dict(zip(table["sequence"].to_pylist(), table["output_ids"].to_pylist(), strict=True))
+    backend: BackendName = manifest["engine"] if device.type == "cuda" else "torch"
     positions = max(map(len, table["prompt_ids"].to_pylist())) + batching.max_new_tokens
-    runner = Runner(decoder, patch, decoding, batching, opened.eos, capture, kind, positions)
-    held = holders(workload.leaves, patch.parts)
+    runner = Runner(EngineSetup(decoder, patch, decoding, batching, opened.eos, backend, positions), capture)
+    # the matrix under whose name a block holds the operand of each; outside layers every matrix has its own
+    held = {key: key[1] for key in workload.leaves} | holders(workload.leaves, patch.parts)
     groups = list(dict.fromkeys(table["group"].to_pylist()[:sequences]))
     faults: list[Fault] = []
     again: list[tuple[GroupResult, list[str]]] = []
 
-    def keep(_group: list[Sequence], result: GroupResult, _size: int, blocks: list[str], _rows: int) -> None:
-        again.append((result, blocks))
+    def keep(finished: FinishedGroup) -> None:
+        again.append((finished.result, finished.blocks))
 
     for done, group in enumerate(groups, start=1):
         rows = table.filter(pc.field("group") == group).to_pylist()
@@ -87,7 +92,7 @@ def recompute(
         scratch = Path(tempfile.mkdtemp(prefix="sparsetrace-"))
         try:
             size = manifest.get("smaller_batches", {}).get(str(group))
-            runner.run(batch, scratch, keep, given, size)
+            runner.run(batch, scratch, keep, teacher_forced, size)
             runner.wait()
             result, blocks = again.pop()
             for sequence, row, ids in zip(batch, rows, result.output_ids, strict=True):
@@ -103,41 +108,52 @@ def recompute(
     return faults
 
 
-def _differences(
-    workload: Workload, block: Block, held: dict[tuple[int, str], str], device: torch.device
-) -> Iterator[Fault]:
-    tokens = block["rows.token"]
-    known = np.isin(tokens, workload.tokens)
+def _differences(workload: Workload, block: Block, held: dict[Leaf, str], device: torch.device) -> Iterator[Fault]:
+    """Rows of a block that was made again, against those stored: at most one fault of each layer and matrix.
+
+    Args:
+        workload: what is checked.
+        block: made again.
+        held: for each layer and matrix, the matrix under whose name the block holds its operand.
+        device: that the block was made on.
+    """
+    captured = block["rows.token"]
+    known = np.isin(captured, workload.tokens)
     if not known.all():
-        yield Fault("tokens.parquet", f"must name token {tokens[~known][0]}, which is captured when run again")
+        yield Fault("tokens.parquet", f"must name token {captured[~known][0]}, which is captured when run again")
         return
     for layer, matrix in workload.leaves:
-        name, outputs = f"L{layer:02d}.{held[layer, matrix]}", f"L{layer:02d}.{matrix}.out_mask"
+        where, name = f"data/{leaf(layer, matrix)}", array_prefix(layer, held[layer, matrix])
+        tokens = captured[block[f"{name}.rows"]] if f"{name}.rows" in block else captured
+        stored = captured[np.isin(captured, workload.tokens_of(layer, matrix))]
+        if not np.array_equal(stored, tokens):
+            token = np.setxor1d(stored, tokens)[0]
+            yield Fault(
+                where, f"must hold a row of token {token} only if it is captured when run again, got the contrary"
+            )
+            continue
         if workload.level == "stats":
-            figures = workload.select(token=tokens).figures(layer, matrix)
+            statistics = workload.select(token=tokens).figures(layer, matrix)
             back = np.argsort(np.argsort(tokens))
-            pairs = [(figures[kind].to_numpy()[back], block[f"{name}.{kind}"]) for kind in ("nnz", "absmax", "l2")]
+            pairs = [(statistics[kind].to_numpy()[back], block[f"{name}.{kind}"]) for kind in ("nnz", "absmax", "l2")]
         else:
             rows = workload.matrix(layer, matrix, tokens)
             pairs = [(rows.mask, block[f"{name}.mask"])]
             if rows.out_mask is not None:
-                pairs += [(rows.out_mask, block[outputs])]
+                pairs += [(rows.out_mask, block[f"{array_prefix(layer, matrix)}.out_mask"])]
             if rows.bits is not None:
                 # with equal masks, values lie at equal places
                 whole = np.array_equal(*pairs[0])
                 pairs += [(rows.bits, block[f"{name}.values"])] if whole else []
-        for stored, again in pairs:
-            if np.array_equal(stored, again):
+        for kept, again in pairs:
+            if np.array_equal(kept, again):
                 continue
-            differ = np.flatnonzero((stored != again).reshape(len(stored), -1).any(axis=1))
+            differ = np.flatnonzero((kept != again).reshape(len(kept), -1).any(axis=1))
             row = differ[0]
-            if workload.level != "stats" and stored is rows.bits:
+            if workload.level != "stats" and kept is rows.bits:
                 row = np.searchsorted(rows.offsets, differ[0], side="right") - 1
-            yield Fault(
-                f"data/L{layer:02d}/{matrix}",
-                f"token {tokens[row]} must be the same when run again, got another"
-                + _versions(workload.manifest, device),
-            )
+            what = f"token {tokens[row]} must be the same when run again, got another"
+            yield Fault(where, what + _versions(workload.manifest, device))
             break
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from sparsetrace.core.files import InputError, read_json
-from sparsetrace.study.study import EMBEDDED, parse_study
+from sparsetrace.study.sections import EMBEDDED
+from sparsetrace.study.study import parse_study
 
 RESULTS = "results"
 SNAKEFILE = Path(__file__).parents[3] / "workflow" / "Snakefile"
@@ -20,13 +21,13 @@ SNAKEFILE = Path(__file__).parents[3] / "workflow" / "Snakefile"
 
 @dataclass(frozen=True, slots=True)
 class Reproduction:
-    """What became of it.
+    """Result of a reproduction.
 
     Args:
-        workload: the data set made again.
-        equal: paths of files with the same bytes.
-        different: paths of files with other bytes, or of none.
-        notes: what is not as it was when the data set was made.
+        workload: the new data set.
+        equal: paths of files with the same bytes in both.
+        different: paths of files with different bytes, or in one of the two only.
+        notes: what has changed since the data set was made.
     """
 
     workload: Path
@@ -35,17 +36,17 @@ class Reproduction:
     notes: list[str]
 
 
-def reproduce(workload: Path, folder: Path, base: Path, tell: Callable[[str], None] | None = None) -> Reproduction:
-    """Run the study that a manifest carries, and compare.
+def reproduce(workload: Path, folder: Path, base: Path, on_line: Callable[[str], None] | None = None) -> Reproduction:
+    """Run the study that a manifest carries, and compare the result with the data set.
 
     Args:
         workload: a data set.
-        folder: everything is made below it.
+        folder: working folder of the run; everything is written below it.
         base: folder that the study's relative paths start from.
-        tell: called with each line that Snakemake prints.
+        on_line: called with each line that Snakemake prints.
 
     Raises:
-        InputError: the manifest carries no study, a source is not there any more, or the run fails.
+        InputError: the manifest carries no study, a source is missing, or the run fails.
     """
     manifest = read_json(workload / "manifest.json", "reproduce")
     if not manifest.get("study"):
@@ -56,27 +57,27 @@ def reproduce(workload: Path, folder: Path, base: Path, tell: Callable[[str], No
     if not SNAKEFILE.is_file():
         raise InputError(f"reproduce: {SNAKEFILE} must be there, got nothing: run it from a clone of the repository")
     folder.mkdir(parents=True, exist_ok=True)
-    study = located(manifest["study"], base, folder)
+    study = relocated(manifest["study"], base, folder)
     ((model, run, label),) = parse_study(study, f"reproduce: {workload / 'manifest.json'}").workloads()
     (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
     made = Path(RESULTS, model, run, label, "workload")
-    _snakemake(folder, made / "manifest.json", tell)
+    _snakemake(folder, made / "manifest.json", on_line)
 
-    again = read_json(folder / made / "manifest.json", "reproduce")
-    hashes = {file["path"]: file["sha256"] for file in again["files"]}
+    new = read_json(folder / made / "manifest.json", "reproduce")
+    hashes = {file["path"]: file["sha256"] for file in new["files"]}
     expected = {file["path"]: file["sha256"] for file in manifest["files"]}
     paths = sorted({*hashes, *expected})
     equal = [path for path in paths if hashes.get(path) == expected.get(path)]
-    return Reproduction(folder / made, equal, [path for path in paths if path not in equal], changes(manifest, again))
+    return Reproduction(folder / made, equal, [path for path in paths if path not in equal], changes(manifest, new))
 
 
-def located(study: dict[str, Any], base: Path, folder: Path) -> dict[str, Any]:
-    """The study with its files and folders in reach of `folder`, its results below it.
+def relocated(study: dict[str, Any], base: Path, folder: Path) -> dict[str, Any]:
+    """The study with its inputs reachable from `folder`, and its results below it.
 
-    Relative paths stay as they are, by links: a threshold file's path is part of what is compared.
+    Relative paths are kept and become links: the path of a threshold file is part of what is compared.
 
     Raises:
-        InputError: a file or folder that it names is not there.
+        InputError: a file or folder that the study names is missing.
     """
 
     def find(section: dict[str, Any], name: str) -> dict[str, Any]:
@@ -97,30 +98,33 @@ def located(study: dict[str, Any], base: Path, folder: Path) -> dict[str, Any]:
         return section
 
     def method(entry: dict[str, Any]) -> dict[str, Any]:
-        own = entry.get("allocation")
-        return entry | {"allocation": find(own, "file")} if isinstance(own, dict) and "file" in own else entry
+        allocation = entry.get("allocation")
+        if isinstance(allocation, dict) and "file" in allocation:
+            return entry | {"allocation": find(allocation, "file")}
+        return entry
 
-    def run(one: dict[str, Any]) -> dict[str, Any]:
-        return find(one, "prompts") | {"methods": [method(entry) for entry in one["methods"]]}
+    def run(section: dict[str, Any]) -> dict[str, Any]:
+        return find(section, "prompts") | {"methods": [method(entry) for entry in section["methods"]]}
 
     # quality is measured beside the data set, not in it
     models = {
         name: find(find(model, "checkpoint"), "calibration_text") | {"quality_text": None}
         for name, model in study["models"].items()
     }
-    return study | {"results": RESULTS, "models": models, "runs": {n: run(one) for n, one in study["runs"].items()}}
+    runs = {name: run(section) for name, section in study["runs"].items()}
+    return study | {"results": RESULTS, "models": models, "runs": runs}
 
 
-def changes(manifest: dict[str, Any], again: dict[str, Any]) -> list[str]:
-    """What is not as it was: sources, versions, device, code."""
+def changes(manifest: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two manifests in sources, versions, device and code, one line each."""
     sources, machine = ("source_hash", "model_hash", "given"), ("device", "engine", "threads", "tuning")
     names = (*sources, *machine, "commits", "smaller_batches")
-    pairs = [(name, manifest.get(name), again.get(name)) for name in names]
-    pairs += [(name, was, again["versions"].get(name)) for name, was in manifest["versions"].items()]
+    pairs = [(name, manifest.get(name), new.get(name)) for name in names]
+    pairs += [(name, was, new["versions"].get(name)) for name, was in manifest["versions"].items()]
     return [f"{name} was {was}, is {now}" for name, was, now in pairs if was != now]
 
 
-def _snakemake(folder: Path, target: Path, tell: Callable[[str], None] | None) -> None:
+def _snakemake(folder: Path, target: Path, on_line: Callable[[str], None] | None) -> None:
     words = [sys.executable, "-m", "snakemake", "--snakefile", SNAKEFILE, "--cores", "all"]
     words += ["--rerun-incomplete", "--configfile", "study.yaml", "--", target]
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
@@ -134,7 +138,7 @@ def _snakemake(folder: Path, target: Path, tell: Callable[[str], None] | None) -
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if tell is not None:
-                tell(line.rstrip())
+            if on_line is not None:
+                on_line(line.rstrip())
     if process.returncode:
-        raise InputError(f"reproduce: the run in {folder} must end well, got status {process.returncode}: see its logs")
+        raise InputError(f"reproduce: the run in {folder} must succeed, got status {process.returncode}: see its logs")

@@ -1,6 +1,6 @@
-"""A tuning table for one's own GPU and model shapes: which shapes, and where the table goes.
+"""A tuning table for the user's GPU and models: which shapes it covers, and where it is written.
 
-The measuring is `sparsetrace_kernels.tune`'s, the choice by a table `sparsetrace_kernels.configs`'.
+`sparsetrace_kernels.tune` measures, and `sparsetrace_kernels.configs` chooses by the table.
 """
 
 import re
@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from sparsetrace.core.files import InputError, write_beside
-from sparsetrace.formats.architecture import ModelConfig
-from sparsetrace.formats.schema import SITES
+from sparsetrace.formats.architecture import ModelConfig, sites_of
+from sparsetrace.formats.sites import layer_sites
 from sparsetrace.model.runtime import RuntimeModel
 from sparsetrace_kernels import tune as tuner
 from sparsetrace_kernels.configs import active_table, table_name
@@ -20,15 +20,12 @@ DTYPES = ("float16", "bfloat16")
 
 
 def site_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(K, N) of each site's multiply, its matrices side by side."""
-    return {
-        site: (config.in_features(site), max(columns.stop for columns in config.columns(site).values()))
-        for site in SITES
-    }
+    """Return (K, N) of each site's multiply; the weights of its matrices lie side by side."""
+    return {site.name: (site.in_features, site.width) for site in layer_sites(sites_of(config)) if site.layer == 0}
 
 
 def parse_shape(text: str) -> tuple[int, int]:
-    """(K, N) of `4096x11008`: inputs x outputs."""
+    """Read (K, N) from text such as `4096x11008`, inputs x outputs."""
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if found is None:
         raise InputError(f"tune: --shape must be INPUTSxOUTPUTS, such as 4096x11008, got {text}")
@@ -36,12 +33,12 @@ def parse_shape(text: str) -> tuple[int, int]:
 
 
 def choose_dtype(models: Iterable[RuntimeModel], asked: str | None) -> str:
-    """The type to measure in: what is asked for, else the models', float16 where none is named.
+    """Choose the type to measure in: `asked`, else that of the first model, else float16.
 
-    One 16-bit type stands in for the other where a table lacks it.
+    One 16-bit type is enough, since a table's entries for one stand in for the other.
 
     Raises:
-        InputError: a model in float32, which the kernels do not take, and no dtype asked for.
+        InputError: the first model is in float32, which the kernels do not take, and no dtype was asked for.
     """
     if asked is not None:
         return asked
@@ -56,10 +53,10 @@ def choose_dtype(models: Iterable[RuntimeModel], asked: str | None) -> str:
 
 
 def gpu_name(where: str) -> str:
-    """The GPU at hand, as tables name it.
+    """Name of this machine's GPU, as tables hold it.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no GPU.
     """
     if not torch.cuda.is_available():
         raise InputError(f"{where}: a CUDA GPU must be there, got none: run it on the machine that generates")
@@ -67,10 +64,10 @@ def gpu_name(where: str) -> str:
 
 
 def refuse_own_table() -> None:
-    """Refuse a table named by `SPARSETRACE_TUNING` that cannot serve the GPU at hand.
+    """Refuse a table named by `SPARSETRACE_TUNING` that does not fit this machine's GPU.
 
     Raises:
-        InputError: it is not there, is no table, or is another GPU's.
+        InputError: it is not there, is no table, or was measured on another kind of GPU.
     """
     if torch.cuda.is_available():
         try:
@@ -86,14 +83,14 @@ def tune(
     folder: Path,
     report: Callable[[int, int, str], None] | None = None,
 ) -> tuple[Path, int]:
-    """Measure and write a table, whole or not at all.
+    """Measure configurations of the engine's kernel and write a table, completely or not at all.
 
     Args:
-        shapes: (K, N); those that occur twice are measured once.
+        shapes: (K, N); each distinct shape is measured once.
         dtype: one of `DTYPES`.
-        out: table file; None names one after the GPU in `folder`.
+        out: table file; None names it after the GPU, in `folder`.
         folder: of the user's tables.
-        report: called with (steps done, steps in all, what was done last).
+        report: called with (steps done, steps in all, the last step).
 
     Returns:
         The file and the number of its entries.
@@ -106,7 +103,7 @@ def tune(
     if not distinct:
         raise InputError("tune: a model or --shape must be given, got neither")
     path = folder / table_name(gpu) if out is None else out
-    # made now, so that a folder that cannot be written is not found out after minutes of measuring
+    # before minutes of measuring, so that a folder that cannot be made fails at once
     path.parent.mkdir(parents=True, exist_ok=True)
     document = tuner.tune(distinct, [getattr(torch, dtype)], report=report)
     with write_beside(path) as partial:

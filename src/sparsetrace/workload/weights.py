@@ -1,10 +1,11 @@
-"""Weights of a converted or an original checkpoint by memory map, in numpy: what a workload is multiplied with."""
+"""What a workload is multiplied with: weights of a converted or an original checkpoint, by memory map, in numpy."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import mmap
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.schema import FORMATS, SITES
+from sparsetrace.core.folder import Folder
+from sparsetrace.formats.numbers import FORMATS
 
 _CODES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _PREFIX_BYTES = 8
 
 
 class Checkpoint:
-    """A folder of safetensors files, opened lazily.
+    """A folder of safetensors files, memory-mapped when a tensor is first read.
 
     Args:
         folder: a runtime model made by `sparsetrace convert`, or the Hugging Face folder that it was made from.
@@ -41,7 +43,7 @@ class Checkpoint:
         return name in self._tensors
 
     def patterns(self, name: str) -> tuple[np.ndarray, str]:
-        """Bit patterns of a tensor, not copied, and its dtype."""
+        """Bit patterns of a tensor, without a copy, and its dtype."""
         if name not in self._tensors:
             raise InputError(f"weights: {self.folder} must hold {name}, got no such tensor: give the workload's model")
         file, entry = self._tensors[name]
@@ -55,7 +57,7 @@ class Checkpoint:
         return mapped.reshape(shape), dtype
 
     def weight(self, matrix: dict[str, Any], dtype: str) -> np.ndarray:
-        """Bit patterns [in, out] of one matrix in the workload's dtype; a view of the file where they are stored so.
+        """Bit patterns [in, out] of one matrix in the workload's dtype; a view of the file if stored like that.
 
         Args:
             matrix: a row of `matrices.parquet`.
@@ -66,6 +68,8 @@ class Checkpoint:
         """
         if matrix["weight"] in self:
             merged, _ = self.patterns(matrix["weight"])
+            # the runtime model keeps matrices outside layers as the checkpoint does, [out, in]
+            merged = merged.T if matrix["layer"] is None else merged
             start = matrix["weight_column"]
             patterns = merged[:, start : start + matrix["out_features"]]
         else:
@@ -80,29 +84,38 @@ class Checkpoint:
             )
         return patterns
 
-    def check_once(self, matrix: dict[str, Any], siblings: list[dict[str, Any]], dtype: str) -> None:
-        """`check`, the first time that a runtime tensor is asked for."""
-        if matrix["weight"] not in self._checked:
-            self.check(matrix, siblings, dtype)
-            self._checked.add(matrix["weight"])
-
-    def check(self, matrix: dict[str, Any], siblings: list[dict[str, Any]], dtype: str) -> None:
-        """Refuse weights that are not those of the workload, by their hash.
-
-        The hash is of the runtime tensor, which holds all matrices of a site; of an original checkpoint it can be
-        told only where the workload has a row for each of them.
+    def check_once(self, matrix: dict[str, Any], rows: Iterable[dict[str, Any]], sampled: bool, dtype: str) -> None:
+        """`check`, once for each runtime tensor.
 
         Args:
             matrix: a row of `matrices.parquet`.
-            siblings: the rows of its layer and site, itself among them.
+            rows: all rows of `matrices.parquet`.
+            sampled: whether only some matrices were captured.
             dtype: of the workload.
         """
-        order = SITES[matrix["site"]]
+        if matrix["weight"] not in self._checked:
+            self.check(matrix, site_rows(matrix, rows, sampled), dtype)
+            self._checked.add(matrix["weight"])
+
+    def check(self, matrix: dict[str, Any], siblings: list[dict[str, Any]], dtype: str) -> None:
+        """Refuse weights whose hash is not that of the workload's.
+
+        The hash is of the runtime tensor, which holds all matrices of a site. For an original checkpoint it can be
+        computed only if the workload has a row for each of them; otherwise nothing is checked.
+
+        Args:
+            matrix: a row of `matrices.parquet`.
+            siblings: from `site_rows`.
+            dtype: of the workload.
+
+        Raises:
+            InputError: another hash.
+        """
         if matrix["weight"] in self:
             merged, _ = self.patterns(matrix["weight"])
-        elif len(siblings) == len(order):
-            ordered = sorted(siblings, key=lambda sibling: order.index(sibling["matrix"]))
-            merged = np.concatenate([self.weight(sibling, dtype) for sibling in ordered], axis=1)
+        elif siblings:
+            merged = np.concatenate([self.weight(sibling, dtype) for sibling in siblings], axis=1)
+            merged = merged.T if matrix["layer"] is None else merged
         else:
             return
         found = hashlib.sha256(np.ascontiguousarray(merged).data).hexdigest()
@@ -113,8 +126,43 @@ class Checkpoint:
             )
 
 
+def read_weight_mask(folder: Folder, matrix: dict[str, Any]) -> np.ndarray | None:
+    """Which weights of one matrix a weight-side method kept, from `weight_masks.parquet`.
+
+    Args:
+        folder: of the workload.
+        matrix: a row of `matrices.parquet`.
+
+    Returns:
+        bool [in, out]; None if the table lacks the matrix, whose weights are then all kept.
+    """
+    file = folder.parquet("weight_masks.parquet")
+    for group in range(file.num_row_groups):
+        named = file.read_row_group(group, columns=["layer", "matrix"])
+        if (named["layer"][0].as_py(), named["matrix"][0].as_py()) == (matrix["layer"], matrix["matrix"]):
+            masks = file.read_row_group(group, columns=["mask"])["mask"].to_pylist()
+            packed = np.frombuffer(b"".join(masks), np.uint8).reshape(len(masks), -1)
+            return np.unpackbits(packed, axis=1, count=matrix["out_features"], bitorder="little").view(bool)
+    return None
+
+
+def site_rows(matrix: dict[str, Any], rows: Iterable[dict[str, Any]], sampled: bool) -> list[dict[str, Any]]:
+    """The rows of all matrices of a site, in the order of their columns; empty if the workload lacks some of them.
+
+    Args:
+        matrix: a row of `matrices.parquet`.
+        rows: all rows of `matrices.parquet`.
+        sampled: whether only some matrices were captured.
+    """
+    own = [row for row in rows if (row["layer"], row["site"]) == (matrix["layer"], matrix["site"])]
+    columns = matrix.get("weight_columns")
+    # version 1 did not say how many columns the site has
+    whole = not sampled if columns is None else sum(row["out_features"] for row in own) == columns
+    return sorted(own, key=lambda row: row["weight_column"]) if whole else []
+
+
 def _header(file: Path) -> dict[str, dict[str, Any]]:
-    """Entries of a safetensors file by tensor, each with the `start` of the data; nothing else is read.
+    """Header entries of a safetensors file by tensor, each with the `start` of the data; the data is not read.
 
     Raises:
         InputError: the file is cut short or is no safetensors file.
@@ -122,7 +170,7 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(_PREFIX_BYTES), "little")
-        # the length of what is no safetensors file may be any number
+        # in a file of another format, these bytes may be any number
         text = opened.read(min(length, size))
     try:
         header = json.loads(text)

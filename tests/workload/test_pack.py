@@ -1,4 +1,4 @@
-"""Dump to Parquet, decoded here by hand with pyarrow: every bit of every row; and packing again, after whatever."""
+"""From dump to Parquet, decoded by hand with pyarrow: every bit of every row; and packing again after interruptions."""
 
 import json
 import os
@@ -10,22 +10,22 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from safetensors.numpy import load_file
+from workload_testing import dense_rows, tree
 
 import sparsetrace
-from sparsetrace.core.files import InputError, sha256_file
-from sparsetrace.formats.schema import FORMATS, MATRICES
-from sparsetrace.packing import pack as packing
-from sparsetrace.packing.pack import index, pack
-from sparsetrace.study.study import Batching, Decoding
+from sparsetrace.core.files import InputError
+from sparsetrace.formats.numbers import FORMATS
+from sparsetrace.packing import gather
+from sparsetrace.packing.index import index
+from sparsetrace.packing.pack import pack
 
 DTYPES = ["float16", "bfloat16", "float32"]
-# none but one a multiple of eight
+# all but one are no multiples of eight
 WIDTHS = {(0, "q"): 13, (0, "down"): 1, (2, "up"): 64, (11, "o"): 257}
 
 
 def patterns_of(rng, dtype, rows, width) -> np.ndarray:
-    """Dense bit patterns: any finite number but -0.0, denormals among them; rows of none, of all and of one value."""
+    """Dense bit patterns of finite numbers but -0.0, also denormal ones; some rows keep nothing, some all inputs."""
     number = FORMATS[dtype]
     magnitudes = rng.integers(1, number.infinity, (rows, width))
     small = rng.random((rows, width)) < 0.1
@@ -38,7 +38,7 @@ def patterns_of(rng, dtype, rows, width) -> np.ndarray:
 
 
 def hand_made(tiny, folder, rng, dtype, group_rows, widths=WIDTHS):
-    """A dump of several groups and blocks, token numbers with gaps, interleaved and out of order within a group."""
+    """A dump of several groups and blocks; the tokens have gaps and are in no order within a group."""
     groups, token, dense = {}, {}, {key: {} for key in widths}
     for group, block_rows in group_rows.items():
         numbers = rng.permutation(rng.choice(3 * sum(block_rows) + 5, sum(block_rows), replace=False)) + 10_000 * group
@@ -53,31 +53,8 @@ def hand_made(tiny, folder, rng, dtype, group_rows, widths=WIDTHS):
     return tiny.dump(folder, dtype, groups, token), dense
 
 
-def decoded(path, dtype, width) -> dict[int, np.ndarray]:
-    """Dense patterns by token, from a Parquet file, by the recipe of docs/format.md in plain python."""
-    found = {}
-    for row in pq.read_table(path).to_pylist():
-        bits = "".join(f"{byte:08b}"[::-1] for byte in row["mask"])
-        assert len(row["mask"]) == -(-width // 8)
-        assert "1" not in bits[width:]
-        planes = ["values_lo", "values_hi"] if dtype != "float32" else [f"values_b{i}" for i in range(4)]
-        values = [int.from_bytes(bytes(parts), "little") for parts in zip(*(row[p] for p in planes), strict=True)]
-        if dtype == "bfloat16":
-            values = [(value >> 1) | ((value & 1) << 15) for value in values]
-        places = [i for i, bit in enumerate(bits) if bit == "1"]
-        assert row["nnz"] == len(places) == len(values)
-        dense = np.zeros(width, FORMATS[dtype].bits)
-        dense[places] = values
-        found[row["token"]] = dense
-    return found
-
-
 def equal(found, expected) -> bool:
     return found.keys() == expected.keys() and all(np.array_equal(found[key], expected[key]) for key in expected)
-
-
-def contents(folder) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
@@ -94,11 +71,11 @@ def test_every_bit_of_a_hand_made_dump(tiny, tmp_path, rng, dtype, monkeypatch):
         parts.append(tmp_path / "parts" / f"{shard:05d}.json")
         with monkeypatch.context() as patch:
             if shard == 0:
-                patch.setattr(packing, "row_group_rows", lambda features: 512)
+                patch.setattr(gather, "row_group_rows", lambda features: 512)
             pack(manifest, tmp_path / "w", parts[-1])
         for key, rows in dense.items():
             path = tmp_path / "w" / f"data/L{key[0]:02d}/{key[1]}/part-{shard:05d}.parquet"
-            assert equal(decoded(path, dtype, WIDTHS[key]), rows)
+            assert equal(dense_rows(path, dtype, WIDTHS[key]), rows)
             tokens = pq.read_table(path, columns=["token"])["token"].to_pylist()
             assert tokens == sorted(rows)
             metadata = pq.read_metadata(path)
@@ -116,86 +93,6 @@ def test_every_bit_of_a_hand_made_dump(tiny, tmp_path, rng, dtype, monkeypatch):
     nnz = sum(int((row != 0).sum()) for rows in expected.values() for row in rows.values())
     assert ds.manifest["nnz"] == nnz
     assert ds.manifest["rows"] == len(WIDTHS) * len(ds.tokens)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_round_trip_of_a_real_run(tiny, tmp_path, rng, dtype, monkeypatch):
-    """Engine -> dump -> Parquet -> dense: the bits of the blocks come back, and the counts are those of DESIGN."""
-    from sparsetrace.generation import capture, generate
-
-    monkeypatch.setattr(capture, "BLOCK_BYTES", 9_000)
-    model = tiny.model(tmp_path, rng, torch_dtype=dtype)
-    blocks = {}
-    seal = generate._seal
-
-    def keep_blocks(folder, *args):
-        for file in folder.glob("*.safetensors"):
-            blocks[file.name] = load_file(file)
-        return seal(folder, *args)
-
-    monkeypatch.setattr(generate, "_seal", keep_blocks)
-    decoding, batching = Decoding(prefill="half", ignore_eos=True), Batching(max_new_tokens=4, batch_size=3, shards=2)
-    lengths = [2, 9, 5, 1, 7, 4, 11]
-    workload = tiny.workload(tmp_path / "run", model, rng, lengths, decoding, batching)
-    ds = sparsetrace.open(workload)
-    # prompts have a begin token; half of each is captured, and each new token but the last
-    captured = sum((length + 1) // 2 + 3 for length in lengths)
-    assert len(ds.tokens) == ds.manifest["tokens"] == captured
-    assert ds.manifest["rows"] == 2 * 7 * captured
-    assert sum(pq.read_metadata(file).num_rows for file in (workload / "data").rglob("*.parquet")) == 2 * 7 * captured
-    assert len(blocks) > 3
-    seen = 0
-    for layer in range(2):
-        for matrix in MATRICES:
-            width = {"o": 32, "down": 43}.get(matrix, 36)
-            found = {}
-            for part in range(2):
-                found |= decoded(workload / f"data/L{layer:02d}/{matrix}/part-{part:05d}.parquet", dtype, width)
-            for arrays in blocks.values():
-                # thresholds of one site and target are equal
-                holder = {"k": "q", "v": "q", "up": "gate"}.get(matrix, matrix)
-                stem = f"L{layer:02d}.{holder}"
-                keep = np.unpackbits(arrays[f"{stem}.mask"], axis=1, count=width, bitorder="little").astype(bool)
-                dense = np.zeros(keep.shape, FORMATS[dtype].bits)
-                dense[keep] = arrays[f"{stem}.values"]
-                for token, row in zip(arrays["rows.token"].tolist(), dense, strict=True):
-                    assert np.array_equal(found[token], row)
-                    assert np.array_equal(FORMATS[dtype].from_float(ds[layer, matrix, token]), row)
-                    seen += 1
-    assert seen == 2 * 7 * captured
-    for file in ds.manifest["files"]:
-        assert sha256_file(workload / file["path"]) == file["sha256"]
-        assert (workload / file["path"]).stat().st_size == file["bytes"]
-    for row in ds.matrix_table.to_pylist():
-        kept = int((ds.matrix(row["layer"], row["matrix"]).nnz).sum())
-        assert (row["rows"], row["nnz"]) == (captured, kept)
-        assert row["achieved_sparsity"] == 1 - kept / (captured * row["in_features"])
-
-
-def test_two_whole_runs_give_identical_data_files(tiny, tmp_path, rng):
-    model = tiny.model(tmp_path, rng, torch_dtype="bfloat16")
-    decoding, batching = Decoding(prefill="all", temperature=0.8), Batching(max_new_tokens=4, batch_size=2, shards=2)
-    state = rng.bit_generator.state
-    found = []
-    for name in ("a", "b"):
-        rng.bit_generator.state = state
-        found.append(contents(tiny.workload(tmp_path / name, model, rng, [3, 5, 1, 4], decoding, batching)))
-    assert found[0] == found[1]
-    assert {"manifest.json", "README.md", "views.sql", "tokens.parquet"} <= found[0].keys()
-
-
-def test_shards_cut_the_same_data(tiny, tmp_path, rng):
-    """One shard or three: the rows are the same, since groups are."""
-    model = tiny.model(tmp_path, rng)
-    state = rng.bit_generator.state
-    rows = []
-    for shards in (1, 3):
-        rng.bit_generator.state = state
-        batching = Batching(max_new_tokens=4, batch_size=2, shards=shards)
-        ds = sparsetrace.open(tiny.workload(tmp_path / str(shards), model, rng, [3, 5, 1, 4, 6], Decoding(), batching))
-        rows.append([ds.matrix(*key).dense().tobytes() for key in ds.leaves])
-        assert ds.token_table.to_pylist() == sorted(ds.token_table.to_pylist(), key=lambda row: row["token"])
-    assert rows[0] == rows[1]
 
 
 # 1.0, -2.5 and the smallest positive number in inputs 0, 3 and 8 of nine
@@ -246,7 +143,7 @@ def test_figures_are_those_of_float64(tiny, tmp_path, rng, dtype):
         patterns = dense[0, "q"][row["token"]]
         exact = FORMATS[dtype].to_float(patterns).astype(np.float64)
         assert row["absmax"] == np.float32(np.abs(exact).max())
-        # a norm of the largest float32 numbers is no float32
+        # the norm of the largest float32 numbers exceeds float32
         with np.errstate(over="ignore"):
             norm = float(np.sqrt(np.square(exact).sum()).astype(np.float32))
         assert row["l2"] == norm or abs(row["l2"] - norm) <= 1e-6 * norm
@@ -254,7 +151,7 @@ def test_figures_are_those_of_float64(tiny, tmp_path, rng, dtype):
 
 @pytest.fixture
 def packed(tiny, tmp_path, rng):
-    """One packed shard: manifest of its dump, workload, part, and the dense rows."""
+    """A packed shard: manifest of its dump, workload, manifest of the shard, and the dense rows."""
     manifest, dense = hand_made(tiny, tmp_path / "dump", rng, "bfloat16", {0: [5, 6], 1: [3]})
     workload, part = tmp_path / "w", tmp_path / "parts" / "00000.json"
     pack(manifest, workload, part)
@@ -269,24 +166,24 @@ def test_blocks_are_removed_and_the_manifest_stays(packed):
 
 def test_packing_again_touches_nothing(packed):
     manifest, workload, part, _ = packed
-    before = contents(workload)
+    before = tree(workload)
     times = {file: file.stat().st_mtime_ns for file in workload.rglob("*") if file.is_file()}
     told = []
     first = json.loads(part.read_text())
     assert pack(manifest, workload, part, lambda *args: told.append(args)) == first
-    assert contents(workload) == before
+    assert tree(workload) == before
     assert {file: file.stat().st_mtime_ns for file in times} == times
     assert told == []
 
 
 def test_a_deleted_manifest_of_the_part_is_restored(packed):
-    """As a workflow does after a kill; the blocks are gone by then."""
+    """A workflow deletes it after a kill, when the blocks are gone."""
     manifest, workload, part, _ = packed
-    before, data = part.read_bytes(), contents(workload)
+    before, data = part.read_bytes(), tree(workload)
     part.unlink()
     pack(manifest, workload, part)
     assert part.read_bytes() == before
-    assert contents(workload) == data
+    assert tree(workload) == data
 
 
 def test_a_kill_before_the_blocks_were_removed(tiny, tmp_path, rng):
@@ -295,10 +192,10 @@ def test_a_kill_before_the_blocks_were_removed(tiny, tmp_path, rng):
     shutil.copytree(manifest.parent, copy)
     part = tmp_path / "x" / "00000.json"
     pack(copy / "manifest.json", tmp_path / "y", part)
-    data = contents(tmp_path / "y")
-    # the same dump with its blocks still there
+    data = tree(tmp_path / "y")
+    # the same dump, whose blocks are still there
     pack(manifest, tmp_path / "y", part)
-    assert contents(tmp_path / "y") == data
+    assert tree(tmp_path / "y") == data
     assert [file.name for file in manifest.parent.iterdir()] == ["manifest.json"]
 
 
@@ -319,7 +216,7 @@ def test_another_dump_replaces_the_part(packed, tiny, tmp_path, rng):
     index([part], workload)
     ds = sparsetrace.open(workload)
     assert ds.tokens.tolist() == sorted(dense[0, "q"])
-    assert equal(decoded(workload / "data/L11/o/part-00000.parquet", "bfloat16", 257), dense[11, "o"])
+    assert equal(dense_rows(workload / "data/L11/o/part-00000.parquet", "bfloat16", 257), dense[11, "o"])
 
 
 @pytest.mark.parametrize("cut", [0, 5, 100, -1])
@@ -378,8 +275,8 @@ def test_index_refuses_parts_that_do_not_belong_together(tiny, tmp_path, rng):
         index(parts[:2], tmp_path / "w")
 
 
-def test_index_sets_strangers_aside(packed):
-    """Parts that an earlier study with more shards left are no rows of this data set."""
+def test_index_removes_unexpected_files(packed):
+    """Data files that an earlier study with more shards left are no rows of this data set."""
     _, workload, part, _ = packed
     shutil.copy(workload / "data/L00/q/part-00000.parquet", workload / "data/L00/q/part-00001.parquet")
     (workload / "data/L07/q").mkdir(parents=True)

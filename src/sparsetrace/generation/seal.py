@@ -1,0 +1,72 @@
+"""Sealing a group: its tables, and the file that says that its blocks are whole."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sparsetrace.core.files import read_json, write_beside, write_json
+from sparsetrace.formats.dump import group_name
+from sparsetrace.formats.tables import SEQUENCES, TOKENS
+from sparsetrace.generation.runner import FinishedGroup
+from sparsetrace.model.tokenizer import Tokenizer
+
+
+def discard_other_runs(folder: Path, key: str) -> None:
+    """Remove what a run of another key left, and blocks of groups that were never sealed."""
+    sealed = set()
+    for seal in folder.glob("group-*.json"):
+        if read_json(seal, "generate")["key"] == key:
+            sealed.add(seal.stem)
+    for file in folder.glob("group-*"):
+        if file.name.split(".")[0] not in sealed:
+            file.unlink()
+
+
+def write_seal(folder: Path, key: str, finished: FinishedGroup, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Write a group's tables, then the seal that says its blocks are whole; returns the seal.
+
+    Args:
+        folder: of the dump.
+        key: of the run.
+        finished: the group.
+        tokenizer: the model's.
+    """
+    group, result = finished.sequences, finished.result
+    stem = folder / group_name(group[0].group)
+    bases = {sequence.sequence: sequence.base for sequence in group}
+    fed = result.fed.to_pydict()
+    fed["token"] = [bases[s] + p for s, p in zip(fed["sequence"], fed["position"], strict=True)]
+    fed["text"] = [tokenizer.piece(token_id) for token_id in fed["token_id"]]
+    tokens = pa.table({name: pa.array(fed[name], TOKENS.field(name).type) for name in TOKENS.names}, schema=TOKENS)
+    with write_beside(stem.with_suffix(".tokens.parquet")) as partial:
+        pq.write_table(tokens.sort_by("token"), partial)
+    sequences = [
+        dataclasses.asdict(sequence)
+        | {
+            "output": tokenizer.decode(ids),
+            "output_ids": ids,
+            "stopped": stopped,
+            "repeated_4gram_share": repeated_share(ids),
+        }
+        for sequence, ids, stopped in zip(group, result.output_ids, result.stopped, strict=True)
+    ]
+    with write_beside(stem.with_suffix(".sequences.parquet")) as partial:
+        pq.write_table(pa.Table.from_pylist(sequences, schema=SEQUENCES), partial)
+    seal = {
+        "key": key,
+        "group": group[0].group,
+        "blocks": finished.blocks,
+        "rows": finished.rows,
+        "batch_size": finished.batch_size,
+    }
+    write_json(stem.with_suffix(".json"), seal)
+    return seal
+
+
+def repeated_share(ids: list[int], n: int = 4) -> float:
+    """Share of the n-grams of a continuation that occurred in it before; 0 for one of fewer than n tokens."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
