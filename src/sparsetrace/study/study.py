@@ -60,6 +60,11 @@ class Study(Section):
             for setting in self.runs[run].methods
         ]
 
+    def finished(self) -> list[str]:
+        """Folders of the workloads that are complete."""
+        folders = (Path(self.results, *names, "workload") for names in self.workloads())
+        return [str(folder) for folder in folders if (folder / "manifest.json").is_file()]
+
     def models_of(self, run: str) -> tuple[str, ...]:
         """Names of the models that a run uses."""
         return self.runs[run].models or tuple(self.models)
