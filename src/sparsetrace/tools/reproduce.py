@@ -14,6 +14,7 @@ import yaml
 from sparsetrace.core.files import InputError, read_json
 from sparsetrace.study.sections import EMBEDDED
 from sparsetrace.study.study import parse_study
+from sparsetrace.tools.supervised import supervised
 
 RESULTS = "results"
 SNAKEFILE = Path(__file__).parents[3] / "workflow" / "Snakefile"
@@ -128,14 +129,9 @@ def _snakemake(folder: Path, target: Path, on_line: Callable[[str], None] | None
     words = [sys.executable, "-m", "snakemake", "--snakefile", SNAKEFILE, "--cores", "all"]
     words += ["--rerun-incomplete", "--configfile", "study.yaml", "--", target]
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    with subprocess.Popen(
-        [str(word) for word in words],
-        cwd=folder,
-        env=os.environ | {"PATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
+    options = {"cwd": folder, "env": os.environ | {"PATH": path}}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with supervised([str(word) for word in words], **options, **pipes) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if on_line is not None:
