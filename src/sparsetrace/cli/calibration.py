@@ -155,7 +155,7 @@ def allocate(model: Path, search: LayerSearch, out: Path, greedy: Greedy, machin
 
 
 @click.command()
-@path_argument("histograms")
+@path_argument("source")
 @click.option("--method", required=True, help="name of the method, such as teal")
 @click.option("--set", "parameters", multiple=True, metavar="NAME=VALUE", help="parameter of the method; repeatable")
 @click.option("--label", default=None, help="folder name of the setting; the method's own if not given")
@@ -164,24 +164,27 @@ def allocate(model: Path, search: LayerSearch, out: Path, greedy: Greedy, machin
 )
 @path_option("--out", "threshold table (Parquet)")
 def thresholds(
-    histograms: Path,
+    source: Path,
     method: str,
     parameters: tuple[str, ...],
     label: str | None,
     tables: tuple[Path, ...],
     out: Path,
 ) -> None:
-    """Derive a method's thresholds from HISTOGRAMS, and print target and achieved sparsity.
+    """Derive a method's thresholds from SOURCE, and print target and achieved sparsity.
+
+    SOURCE is the model's histograms; for a method that needs no thresholds, the model itself will do.
 
     \b
-    Example:
+    Examples:
       sparsetrace thresholds histograms.safetensors --method teal --set sparsity=0.5 --out thresholds.parquet
+      sparsetrace thresholds results/llama/model --method topk --set sparsity=0.5 --out thresholds.parquet
     """
     from sparsetrace.calibration.derive import derive_thresholds
     from sparsetrace.study.options import parse_method
 
     setting = parse_method(method, parameters, label)
-    result = derive_thresholds(setting.label, setting.method, histograms, out, tables)
+    result = derive_thresholds(setting.label, setting.method, source, out, tables)
     for note in result.notes:
         click.echo(note)
     target, achieved = result.overall()

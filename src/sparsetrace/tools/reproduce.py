@@ -58,8 +58,13 @@ def reproduce(workload: Path, folder: Path, base: Path, on_line: Callable[[str],
     if not SNAKEFILE.is_file():
         raise InputError(f"reproduce: {SNAKEFILE} must be there, got nothing: run it from a clone of the repository")
     folder.mkdir(parents=True, exist_ok=True)
-    study = relocated(manifest["study"], base, folder)
-    ((model, run, label),) = parse_study(study, f"reproduce: {workload / 'manifest.json'}").workloads()
+    parsed = parse_study(manifest["study"], f"reproduce: {workload / 'manifest.json'}")
+    ((model, run, label),) = parsed.workloads()
+    models = manifest["study"]["models"]
+    if not parsed.users_of_calibration(model):
+        # it may be gone, as nothing reads it
+        models = {model: models[model] | {"calibration_text": None}}
+    study = relocated(manifest["study"] | {"models": models}, base, folder)
     (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
     made = Path(RESULTS, model, run, label, "workload")
     _snakemake(folder, made / "manifest.json", on_line)
@@ -82,7 +87,7 @@ def relocated(study: dict[str, Any], base: Path, folder: Path) -> dict[str, Any]
     """
 
     def find(section: dict[str, Any], name: str) -> dict[str, Any]:
-        if section[name] == EMBEDDED:
+        if section[name] in (EMBEDDED, None):
             return section
         path = base / section[name]
         if not path.exists():
