@@ -2,6 +2,7 @@
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from study_testing import inputs, planned, snakemake, write_study
 
 import sparsetrace
@@ -76,3 +77,19 @@ def test_what_is_planned(tmp_path, tiny, model, method, more):
     inputs(tmp_path, tiny, "plans")
     write_study(tmp_path, {"calibration_text": None} | model, {"methods": [{"name": method, "sparsity": 0.5}]})
     assert set(planned(tmp_path)) == UNCALIBRATED | more
+
+
+def test_the_dense_model_is_measured_once_for_all_settings(study):
+    """Quality of two settings, added to the finished study: three jobs, and the dense row is the same in both."""
+    folder, _ = study
+    content = yaml.safe_load((folder / "my.yaml").read_text())
+    content["models"]["tiny"] |= {"quality_text": "held-out.txt", "quality": {"context": 12, "stride": 5}}
+    (folder / "held-out.txt").write_text(" ".join(f"w{i % 90 + 3}" for i in range(200)))
+    (folder / "quality.yaml").write_text(yaml.safe_dump(content))
+    targets = [f"out/tiny/first/{label}/quality.parquet" for label in LABELS]
+    words = ("--configfile", "quality.yaml", "--cores", "1", "--", *targets)
+    assert planned(folder, *words) == {"quality_dense": 1, "quality": 2}
+    snakemake(folder, *words)
+    dense, topk = (pq.read_table(folder / target).to_pylist() for target in targets)
+    assert [row["label"] for row in topk] == ["dense", "topk-0.5"]
+    assert dense[0] == topk[0] and dense[1]["kl_divergence"] == 0 < topk[1]["kl_divergence"]

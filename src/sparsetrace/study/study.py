@@ -21,7 +21,7 @@ from sparsetrace.study.sections import EMBEDDED, Model, Name, Run, Setting
 EMBEDDED_LAYERS = 4
 
 # Files and folders that lie beside the runs of a model, and beside the models.
-RESERVED_RUNS = ("checkpoint", "model", "pruned", "histograms", "greedy")
+RESERVED_RUNS = ("checkpoint", "model", "pruned", "histograms", "greedy", "quality_dense.safetensors")
 RESERVED_MODELS = ("logs",)
 
 
