@@ -10,7 +10,7 @@ from logging import ERROR, LogRecord
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
-from sparsetrace.tools.failures import description
+from sparsetrace.tools.failures import description, without_reason
 
 RED, RESET = "\033[31m", "\033[0m"
 
@@ -26,7 +26,7 @@ class LogHandler(LogHandlerBase):
     needs_rulegraph = False
 
     def __post_init__(self) -> None:
-        self._failures: dict[str, None] = {}
+        self._failures: dict[int, str] = {}
         self._stream = sys.stdout if self.common_settings.stdout else sys.stderr
 
     def emit(self, record: LogRecord) -> None:
@@ -35,15 +35,24 @@ class LogHandler(LogHandlerBase):
         # the formatter has nothing to say of some events
         if text and text != "None":
             self._print(text, record.levelno >= ERROR)
-        if getattr(record, "event", None) == LogEvent.JOB_ERROR:
-            failure = description(record.rule_name, list(record.log or ()))  # type: ignore[attr-defined]
-            self._failures[failure] = None
-            self._print(failure, True)
+        fields = vars(record)
+        if fields.get("event") == LogEvent.JOB_ERROR:
+            rule, logs = fields["rule_name"], fields["log"] or ()
+            failure = description(rule, logs)
+            # of a group, all steps are reported where one has failed
+            if failure is None and not fields["indent"]:
+                failure = without_reason(rule, logs)
+            if failure is not None:
+                self._failures[fields["jobid"]] = failure
+                self._print(failure, True)
+        elif fields.get("event") == LogEvent.JOB_FINISHED:
+            # the attempt that follows a failure may succeed
+            self._failures.pop(fields["job_id"], None)
 
     def close(self) -> None:
         """Print the reasons once more: Snakemake closes its handlers when everything else is said."""
         if self._failures:
-            self._print("\nWhy the run failed:\n" + "\n".join(self._failures), True)
+            self._print("\nWhy the run failed:\n" + "\n".join(self._failures.values()), True)
             self._failures = {}
         super().close()
 

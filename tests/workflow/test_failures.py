@@ -1,11 +1,13 @@
 """What the screen says of a step that fails: the reason from its log, at once and as the last lines of the run."""
 
+import logging
 import re
 
 import pytest
 from study_testing import inputs, snakemake, write_study
 
-from sparsetrace.tools.failures import reason
+from snakemake_logger_plugin_sparsetrace import LogHandler
+from sparsetrace.tools.failures import description, reasons, without_reason
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1, in <module>\nKeyError: 3\n'
 LOGS = [
@@ -18,23 +20,57 @@ LOGS = [
 
 
 @pytest.mark.parametrize(("content", "expected"), LOGS)
-def test_reason(tmp_path, content, expected):
+def test_reasons(tmp_path, content, expected):
     log = tmp_path / "step.log"
     log.write_text("x" * 70000 + "\n" + content)
-    found = reason(log)
+    found = reasons(log)
     if isinstance(expected, int):
         assert found == [f"error: {i}" for i in range(expected)] + ["error: 2 more are in the log"]
     else:
         assert found == expected
 
 
-@pytest.mark.parametrize("content", ["", "generating: 1 of 8 groups\n"])
-def test_a_log_that_does_not_say_why(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "end"), [("", "empty or not there"), ("1 of 8 groups\n", "ends with: 1 of 8 groups")]
+)
+def test_a_log_that_does_not_say_why(tmp_path, content, end):
     log = tmp_path / "step.log"
+    assert without_reason("pack", [str(log)]).endswith(f"  log: {log}, empty or not there")
     log.write_text(content)
-    (line,) = reason(log)
-    assert "killed for lack of memory" in line and line.endswith(content.strip() or "its log is empty")
-    assert "cannot be read: No such file" in reason(tmp_path / "none.log")[0]
+    assert description("pack", [str(log)]) is None
+    assert "killed for lack of memory" in without_reason("pack", [str(log)])
+    assert without_reason("pack", [str(log)]).endswith(end)
+
+
+class Settings:
+    stdout, nocolor = False, True
+
+
+def records(log, indent=False):
+    """A step's failure and its later success, as Snakemake reports them."""
+    error = {"event": "job_error", "rule_name": "pack", "log": [str(log)], "jobid": 7, "indent": indent}
+    for fields in (error, {"event": "job_finished", "job_id": 7}):
+        yield logging.makeLogRecord({"msg": "said by Snakemake", "levelno": logging.INFO} | fields)
+
+
+def test_a_step_that_succeeds_at_its_second_attempt_has_not_failed(tmp_path, capsys):
+    (tmp_path / "log").write_text("error: no room\n")
+    for repeated in (True, False):
+        handler = LogHandler(Settings(), None)
+        failure, success = records(tmp_path / "log")
+        handler.emit(failure)
+        assert "pack failed:\n  error: no room" in capsys.readouterr().err
+        if repeated:
+            handler.emit(success)
+        handler.close()
+        assert ("Why the run failed" in capsys.readouterr().err) != repeated
+
+
+def test_steps_of_a_group_that_have_not_failed_are_not_named(tmp_path, capsys):
+    handler = LogHandler(Settings(), None)
+    handler.emit(next(records(tmp_path / "none", indent=True)))
+    handler.close()
+    assert capsys.readouterr().err == "said by Snakemake\n"
 
 
 @pytest.fixture(scope="module")
