@@ -36,7 +36,7 @@ class Thresholds:
     Args:
         label: of the setting.
         method: with its parameters.
-        calibration: hashes of the model and text, and the tokens counted.
+        calibration: hashes of the model and text, and the tokens counted; of the model alone if nothing was counted.
         rows: `tables.THRESHOLDS` as a list of rows.
         notes: what a person should know of the allocation, a sentence each.
     """

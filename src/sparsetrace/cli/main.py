@@ -27,6 +27,7 @@ COMMANDS: tuple[click.Command, ...] = (
     calibration.calibrate,
     calibration.allocate,
     calibration.thresholds,
+    calibration.quality_dense,
     calibration.quality,
     calibration.import_teal,
     generation.split,
@@ -65,6 +66,7 @@ def cli() -> None:
       calibrate         model, text              ->  exact activation histograms
       allocate          model, histograms, text  ->  search table of one layer (only for `allocation: greedy`)
       thresholds        histograms, a method     ->  threshold table
+      quality-dense     model, text              ->  states of the dense model (where a text is named)
       quality           model, thresholds, text  ->  perplexity beside the dense model's (where a text is named)
       split             prompt set               ->  shards of groups of sequences
       dense-tokens      model, shard             ->  what the dense model writes (only for `tokens_from: dense`)

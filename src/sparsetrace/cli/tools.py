@@ -23,10 +23,17 @@ if TYPE_CHECKING:
 @click.command("check-config")
 @path_argument("config")
 def check_config(config: Path) -> None:
-    """Check a study file and list the workloads that it makes."""
+    """Check a study file, what it names, and this machine, and list the workloads that it makes.
+
+    Takes seconds: the descriptions of checkpoints, the texts and the prompts are read, but no weights.
+    """
     from sparsetrace.study.study import load_study
 
     study = load_study(config)
+    from sparsetrace.tools.preflight import preflight
+
+    if faults := preflight(study):
+        fail("\n".join(f"{config}: {fault}" for fault in faults))
     for model, run, label in study.workloads():
         click.echo(f"{study.results}/{model}/{run}/{label}/workload")
 

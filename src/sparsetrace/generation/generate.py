@@ -146,7 +146,7 @@ def _identity(
         "label": thresholds.label,
         "method": thresholds.method.name,
         "parameters": thresholds.method.model_dump(),
-        "calibration": thresholds.calibration,
+        "calibration": thresholds.calibration if "tokens" in thresholds.calibration else {},
         "thresholds": [rule.threshold_bits for rule in thresholds.rules],
         "prompts": sha256_json([[dataclasses.asdict(sequence) for sequence in group] for group in groups]),
         "decoding": job.decoding.model_dump(),

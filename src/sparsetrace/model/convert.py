@@ -10,6 +10,7 @@
 import dataclasses
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,60 @@ from sparsetrace.core.files import (
     write_json,
 )
 from sparsetrace.core.settings import Conversion
+from sparsetrace.formats.architecture import ModelConfig
+from sparsetrace.formats.sites import Site
 from sparsetrace.formats.versions import MODEL_VERSION
 from sparsetrace.model.checkpoint import Checkpoint
+from sparsetrace.model.families.base import RuntimeTensor
 from sparsetrace.model.read_config import read_config
 from sparsetrace.model.runtime import RuntimeModel, open_model
 from sparsetrace.model.tokenizer import COMPANION_FILES, TOKENIZER_FILES, Tokenizer, begin_token
 from sparsetrace.model.write_weights import write_weights
 
 OUTPUT_FILES = ("config.json", "weights-*.safetensors", *TOKENIZER_FILES, *COMPANION_FILES)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedCheckpoint:
+    """A checkpoint whose description, tokenizer and tensor names have been checked; no tensor has been read.
+
+    Args:
+        config: architecture, in the dtype that the model will have.
+        sites: of the model.
+        tokenizer: of the checkpoint.
+        eos: ids that end a sequence.
+        tensors: of the runtime model.
+        source: the weights.
+    """
+
+    config: ModelConfig
+    sites: tuple[Site, ...]
+    tokenizer: Tokenizer
+    eos: frozenset[int]
+    tensors: list[RuntimeTensor]
+    source: Checkpoint
+
+
+def open_checkpoint(checkpoint: Path, conversion: Conversion) -> OpenedCheckpoint:
+    """Check what can be known of a checkpoint without reading its weights.
+
+    Raises:
+        InputError: names what is missing, unexpected or not supported.
+    """
+    raw = read_json(checkpoint / "config.json", "convert")
+    family, config = read_config(raw, conversion, checkpoint)
+    tokenizer = Tokenizer(checkpoint, config.vocab_size, begin_token(checkpoint, raw.get("bos_token_id")))
+    eos = _end_tokens(checkpoint, raw)
+    source = Checkpoint(checkpoint)
+    spare = set()
+    if config.tie_word_embeddings:
+        # a checkpoint may hold the one table under either name, or under both
+        spare = {family.embedding, family.head}
+        if family.embedding not in source:
+            family = dataclasses.replace(family, embedding=family.head)
+    tensors = list(family.tensors(config))
+    source.refuse_unexpected({name for tensor in tensors for name in tensor.sources}, spare)
+    return OpenedCheckpoint(config, tuple(family.sites(config)), tokenizer, eos, tensors, source)
 
 
 def convert(
@@ -52,28 +99,14 @@ def convert(
     Raises:
         InputError: names what is missing, unexpected, misshapen, not finite or not supported; nothing is left of `out`.
     """
-    raw = read_json(checkpoint / "config.json", "convert")
-    family, config = read_config(raw, conversion, checkpoint)
-    bos = begin_token(checkpoint, raw.get("bos_token_id"))
-    eos = _end_tokens(checkpoint, raw)
-    Tokenizer(checkpoint, config.vocab_size, bos)
-
-    source = Checkpoint(checkpoint)
-    spare = set()
-    if config.tie_word_embeddings:
-        # a checkpoint may hold the one table under either name, or under both
-        spare = {family.embedding, family.head}
-        if family.embedding not in source:
-            family = dataclasses.replace(family, embedding=family.head)
-    tensors = list(family.tensors(config))
-    source.refuse_unexpected({name for tensor in tensors for name in tensor.sources}, spare)
+    opened = open_checkpoint(checkpoint, conversion)
     refuse_unexpected_files(out, OUTPUT_FILES, "convert")
     with write_folder_beside(out) as partial:
-        entries, source_hash = write_weights(partial, tensors, config.dtype, source, report)
+        entries, source_hash = write_weights(partial, opened.tensors, opened.config.dtype, opened.source, report)
         for file in (*TOKENIZER_FILES, *COMPANION_FILES):
             if (checkpoint / file).is_file():
                 shutil.copyfile(checkpoint / file, partial / file)
-        architecture = config.to_json()
+        architecture = opened.config.to_json()
         tokenizer = {file: sha256_file(partial / file) for file in TOKENIZER_FILES if (partial / file).is_file()}
         content = {
             "format": "sparsetrace-model",
@@ -82,9 +115,9 @@ def convert(
             "source_hash": source_hash,
             "model_hash": sha256_json([architecture, {key: t["sha256"] for key, t in entries.items()}, tokenizer]),
             "architecture": architecture,
-            "sites": [dataclasses.asdict(site) for site in family.sites(config)],
-            "bos": bos,
-            "eos": sorted(eos),
+            "sites": [dataclasses.asdict(site) for site in opened.sites],
+            "bos": opened.tokenizer.bos,
+            "eos": sorted(opened.eos),
             "tensors": entries,
         }
         write_json(partial / "config.json", content)

@@ -69,7 +69,11 @@ class Model(Section):
     prune: Pruning | None = Field(
         None, description="weight-side method, {name: magnitude | wanda, sparsity: s} or {name: ..., pattern: N:M}"
     )
-    calibration_text: str = Field(description="file of text, or `embedded` with the demonstration model")
+    calibration_text: str | None = Field(
+        None,
+        description="file of text, or `embedded` with the demonstration model; needed where a method takes thresholds "
+        "from it, or `prune` reads activations",
+    )
     calibration: Calibration = Field(Calibration(), description="which activations are counted")
     greedy: Greedy = Field(Greedy(), description="search behind `allocation: greedy`")
     quality_text: str | None = Field(

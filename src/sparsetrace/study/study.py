@@ -21,7 +21,7 @@ from sparsetrace.study.sections import EMBEDDED, Model, Name, Run, Setting
 EMBEDDED_LAYERS = 4
 
 # Files and folders that lie beside the runs of a model, and beside the models.
-RESERVED_RUNS = ("checkpoint", "model", "pruned", "histograms", "greedy")
+RESERVED_RUNS = ("checkpoint", "model", "pruned", "histograms", "greedy", "quality_dense.safetensors")
 RESERVED_MODELS = ("logs",)
 
 
@@ -51,6 +51,21 @@ class Study(Section):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _texts_are_named_where_they_are_needed(self) -> Self:
+        for name, model in self.models.items():
+            if model.calibration_text is None and (users := self.users_of_calibration(name)):
+                raise ValueError(f"models.{name}.calibration_text must be given, since {users[0]} needs it, got none")
+        return self
+
+    def users_of_calibration(self, model: str) -> list[str]:
+        """What needs a model's calibration text, in words."""
+        users = ["prune"] if self._pruning_reads_text(model) else []
+        for run in self.runs_of(model):
+            needing = (setting for setting in self.runs[run].methods if setting.method.needs_thresholds)
+            users += [f"{setting.label} of run {run}" for setting in needing]
+        return users
+
     def workloads(self) -> list[tuple[str, str, str]]:
         """(model, run, label) of every workload."""
         return [
@@ -59,6 +74,11 @@ class Study(Section):
             for model in self.models_of(run)
             for setting in self.runs[run].methods
         ]
+
+    def finished(self) -> list[str]:
+        """Folders of the workloads that are complete."""
+        folders = (Path(self.results, *names, "workload") for names in self.workloads())
+        return [str(folder) for folder in folders if (folder / "manifest.json").is_file()]
 
     def models_of(self, run: str) -> tuple[str, ...]:
         """Names of the models that a run uses."""
@@ -83,10 +103,25 @@ class Study(Section):
             return []
         return sorted(str(path) for path in Path(self.models[model].checkpoint).glob("*.safetensors"))
 
-    def calibration_text(self, model: str) -> str:
-        """File of a model's calibration text."""
+    def calibration_text(self, model: str) -> str | None:
+        """File of a model's calibration text; None where none is named, which nothing then needs."""
         text = self.models[model].calibration_text
         return f"{self.checkpoint(model)}/calibration.txt" if text == EMBEDDED else text
+
+    def pruning_text(self, model: str) -> list[str]:
+        """File of the text over which `prune` reads activations; none where it scores weights alone."""
+        text = self.calibration_text(model)
+        return [text] if self._pruning_reads_text(model) and text is not None else []
+
+    def _pruning_reads_text(self, model: str) -> bool:
+        pruning = self.models[model].prune
+        return pruning is not None and pruning.method.needs_norms
+
+    def threshold_source(self, model: str, run: str, label: str) -> str:
+        """What the thresholds of a setting are made from: histograms, or the model alone where it has none."""
+        if self.setting(run, label).method.needs_thresholds:
+            return f"{self.results}/{model}/histograms.safetensors"
+        return self.runtime_model(model)
 
     def quality_text(self, model: str) -> str | None:
         """File of a model's held-out text; None where no quality is measured."""

@@ -14,6 +14,7 @@ import yaml
 from sparsetrace.core.files import InputError, read_json
 from sparsetrace.study.sections import EMBEDDED
 from sparsetrace.study.study import parse_study
+from sparsetrace.tools.supervised import supervised
 
 RESULTS = "results"
 SNAKEFILE = Path(__file__).parents[3] / "workflow" / "Snakefile"
@@ -57,8 +58,13 @@ def reproduce(workload: Path, folder: Path, base: Path, on_line: Callable[[str],
     if not SNAKEFILE.is_file():
         raise InputError(f"reproduce: {SNAKEFILE} must be there, got nothing: run it from a clone of the repository")
     folder.mkdir(parents=True, exist_ok=True)
-    study = relocated(manifest["study"], base, folder)
-    ((model, run, label),) = parse_study(study, f"reproduce: {workload / 'manifest.json'}").workloads()
+    parsed = parse_study(manifest["study"], f"reproduce: {workload / 'manifest.json'}")
+    ((model, run, label),) = parsed.workloads()
+    models = manifest["study"]["models"]
+    if not parsed.users_of_calibration(model):
+        # it may be gone, as nothing reads it
+        models = {model: models[model] | {"calibration_text": None}}
+    study = relocated(manifest["study"] | {"models": models}, base, folder)
     (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
     made = Path(RESULTS, model, run, label, "workload")
     _snakemake(folder, made / "manifest.json", on_line)
@@ -81,7 +87,7 @@ def relocated(study: dict[str, Any], base: Path, folder: Path) -> dict[str, Any]
     """
 
     def find(section: dict[str, Any], name: str) -> dict[str, Any]:
-        if section[name] == EMBEDDED:
+        if section[name] in (EMBEDDED, None):
             return section
         path = base / section[name]
         if not path.exists():
@@ -128,14 +134,9 @@ def _snakemake(folder: Path, target: Path, on_line: Callable[[str], None] | None
     words = [sys.executable, "-m", "snakemake", "--snakefile", SNAKEFILE, "--cores", "all"]
     words += ["--rerun-incomplete", "--configfile", "study.yaml", "--", target]
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    with subprocess.Popen(
-        [str(word) for word in words],
-        cwd=folder,
-        env=os.environ | {"PATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
+    options = {"cwd": folder, "env": os.environ | {"PATH": path}}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with supervised([str(word) for word in words], **options, **pipes) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if on_line is not None:
