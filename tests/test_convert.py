@@ -342,7 +342,7 @@ def test_refuses_a_wrong_index(tiny, tmp_path, rng):
     index.write_text(json.dumps(content))
     refused(checkpoint, tmp_path / "m", "tensors must be in the files it names, got none for model.ghost")
     index.write_text(json.dumps({"weight_map": [1]}))
-    refused(checkpoint, tmp_path / "m", r"weight_map must be an object, got \[1\]")
+    refused(checkpoint, tmp_path / "m", r"weight_map must be an object that names files, got \[1\]")
     index.write_text("{")
     refused(checkpoint, tmp_path / "m", "index.json must be JSON")
     index.unlink()

@@ -63,6 +63,9 @@ def convert(
     if config.tie_word_embeddings:
         # a checkpoint may hold the one table under either name, or under both
         spare = {family.embedding, family.head}
+        if spare <= set(source.shapes):
+            shape = [config.vocab_size, config.hidden_size]
+            source.refuse_other_values(family.embedding, family.head, shape, config.torch_dtype)
         if family.embedding not in source:
             family = dataclasses.replace(family, embedding=family.head)
     tensors = list(family.tensors(config))
@@ -78,7 +81,7 @@ def convert(
         content = {
             "format": "sparsetrace-model",
             "version": MODEL_VERSION,
-            "source": name or checkpoint.resolve().name,
+            "source": name or _folder_name(checkpoint),
             "source_hash": source_hash,
             "model_hash": sha256_json([architecture, {key: t["sha256"] for key, t in entries.items()}, tokenizer]),
             "architecture": architecture,
@@ -91,6 +94,12 @@ def convert(
     return open_model(out)
 
 
+def _folder_name(checkpoint: Path) -> str:
+    """Name of the folder that the user gave, which may be a link to a folder that is named by a commit."""
+    folder = checkpoint.absolute()
+    return (folder.resolve() if folder.name == ".." else folder).name
+
+
 def _end_tokens(checkpoint: Path, raw: dict[str, Any]) -> frozenset[int]:
     """Ids that end a sequence: those of generation_config.json if it names any, else those of config.json."""
     value = raw.get("eos_token_id")
@@ -98,6 +107,6 @@ def _end_tokens(checkpoint: Path, raw: dict[str, Any]) -> frozenset[int]:
     if generation.is_file() and (own := read_json(generation, "convert").get("eos_token_id")) is not None:
         value = own
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(item, int) for item in ids):
+    if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
         raise InputError(f"convert: {checkpoint}: eos_token_id must be an integer or a list of them, got {value!r}")
     return frozenset(ids)
