@@ -396,7 +396,7 @@ def test_refuses_a_model_that_is_none(tiny, tmp_path, rng):
     model = convert(checkpoint, tmp_path / "m", Conversion())
     content = json.loads((model.folder / "config.json").read_text())
     (model.folder / "config.json").write_text(json.dumps(content | {"version": 99}))
-    with pytest.raises(InputError, match="must have version 2, got 99: convert again"):
+    with pytest.raises(InputError, match="must have version 3, got 99: convert again"):
         open_model(model.folder)
 
 

@@ -2,7 +2,7 @@
 
 | file | what |
 |---|---|
-| `config.json` | version, architecture, sites, tensors with file, shape and sha256, hash of the source; written last |
+| `config.json` | version, architecture, sites, tensors with file, shape and hashes, hash of the source; written last |
 | `weights-00000.safetensors`, ... | `layers.N.<site>.weight` [in, out], the site's matrices side by side; the rest |
 | `tokenizer.json` or `tokenizer.model` | copied, with the files that say how it is used |
 """
