@@ -369,6 +369,8 @@ def test_failure_keeps_the_earlier_model(tiny, tmp_path, rng):
 
 def test_tokenizer_is_copied_with_its_settings(tiny, tmp_path, rng):
     checkpoint = tiny.checkpoint(tmp_path / "c", rng)
+    content = json.loads((checkpoint / "tokenizer.json").read_text())
+    (checkpoint / "tokenizer.json").write_text(json.dumps(content | {"post_processor": None}))
     (checkpoint / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": [2, 7], "bos_token_id": 5}')
     model = convert(checkpoint, tmp_path / "m", Conversion())
