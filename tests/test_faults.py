@@ -210,6 +210,10 @@ def test_wrong_tokenizer(step, whole, tmp_path, command, untouched):
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["more"] = 96
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    # recorded anew, or the file would be refused as damaged
+    content = json.loads((model / "config.json").read_text())
+    content["tokenizer"]["tokenizer.json"] = hashlib.sha256((model / "tokenizer.json").read_bytes()).hexdigest()
+    (model / "config.json").write_text(json.dumps(content))
     (tmp_path / "text.txt").write_text("w3 more " * 200)
     source = "--text" if step == "calibrate" else "--prompts"
     words = steps(whole, tmp_path / "new")[step]

@@ -86,6 +86,18 @@ def test_a_flipped_bit_before_the_weights_alters_none(sound, tmp_path):
     assert refused > begin // 11 // 2
 
 
+def test_a_flipped_bit_of_the_tokenizer_ends_in_one_line(sound, tmp_path):
+    model, draw = sound[0], random.Random(2)
+    for _ in range(20):
+        position = draw.randrange((model.folder / "tokenizer.json").stat().st_size)
+        damaged = flipped(model, tmp_path / "m", "tokenizer.json", position, draw.randrange(8))
+        with pytest.raises(InputError, match="^model: .*tokenizer.json must be as config.json records it, .* again$"):
+            damaged.tokenizer()
+    (tmp_path / "m" / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="got another or none: convert again"):
+        damaged.tokenizer()
+
+
 @pytest.mark.gpu
 def test_a_flipped_bit_is_found_on_the_way_to_a_gpu(sound, tmp_path):
     damaged = flipped(sound[0], tmp_path / "m", "weights-00001.safetensors", -1, 0)

@@ -96,6 +96,7 @@ def convert(
             "sites": [dataclasses.asdict(site) for site in family.sites(config)],
             "bos": bos,
             "eos": sorted(eos),
+            "tokenizer": hashes,
             "tensors": entries,
         }
         write_json(partial / "config.json", content)

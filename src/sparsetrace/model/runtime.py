@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from sparsetrace.core.checksum import Checksum
-from sparsetrace.core.files import InputError, read_json
+from sparsetrace.core.files import InputError, read_json, sha256_file
 from sparsetrace.core.settings import Machine
 from sparsetrace.formats.architecture import ModelConfig, weight_name
 from sparsetrace.formats.sites import Leaf, Site, by_leaf, layer_sites, sites_from_json
@@ -45,6 +45,7 @@ class RuntimeModel:
         source: what data sets call the model.
         bos: id put before prompts, or None.
         eos: ids that end a sequence.
+        tokenizer_files: sha256 of each.
         sites: the places where a vector is read, in the order of execution.
         tensors: name to {file, shape, sha256, xxh3, sources}; sources are the checkpoint's tensors that it was made of.
     """
@@ -56,11 +57,19 @@ class RuntimeModel:
     source: str
     bos: int | None
     eos: frozenset[int]
+    tokenizer_files: dict[str, str]
     sites: tuple[Site, ...]
     tensors: dict[str, dict[str, Any]]
 
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
+        """The model's tokenizer.
+
+        Raises:
+            InputError: its file is missing, or not what `convert` wrote.
+        """
+        file = self.folder / "tokenizer.json"
+        if not file.is_file() or sha256_file(file) != self.tokenizer_files[file.name]:
+            raise InputError(f"model: {file} must be as config.json records it, got another or none: convert again")
         return Tokenizer(self.folder, self.config.vocab_size, self.bos)
 
     def weight(self, site: Site) -> str:
@@ -187,6 +196,7 @@ def open_model(folder: Path) -> RuntimeModel:
         source=content["source"],
         bos=content["bos"],
         eos=frozenset(content["eos"]),
+        tokenizer_files=content["tokenizer"],
         sites=sites_from_json(content["sites"]),
         tensors=content["tensors"],
     )
