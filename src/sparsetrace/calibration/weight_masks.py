@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sparsetrace.calibration.layer_inputs import BlockInputs, block_inputs, observe_sites
 from sparsetrace.calibration.windows import calibration_windows, passes
+from sparsetrace.core.checksum import Checksum
 from sparsetrace.core.files import InputError, read_json, sha256_json, write_folder_beside, write_json
 from sparsetrace.core.settings import Calibration, Machine
 from sparsetrace.formats.tables import WEIGHT_MASKS
@@ -156,8 +157,8 @@ def _write_model(folder: Path, model: RuntimeModel, decoder: Decoder, identity: 
         for name in loaded:
             if name.startswith("layers."):
                 loaded[name] = state[name].cpu().contiguous()
-                digest = hashlib.sha256(loaded[name].flatten().view(torch.uint8).numpy().data)
-                tensors[name]["sha256"] = digest.hexdigest()
+                data = loaded[name].flatten().view(torch.uint8).numpy().data
+                tensors[name] |= {"sha256": hashlib.sha256(data).hexdigest(), "xxh3": str(Checksum(data))}
         save_file(loaded, folder / file, metadata={"format": "sparsetrace-model"})
     for path in model.folder.iterdir():
         if path.suffix != ".safetensors" and path.name not in ("config.json", MASK_FILE):

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from sparsetrace.core.files import InputError, read_json
 from sparsetrace.core.settings import Machine, Section
 from sparsetrace.methods import FromFile, ThresholdMethod
+from sparsetrace.model.weight_files import weight_files
 from sparsetrace.study.resources import Need, needs
 from sparsetrace.study.sections import EMBEDDED, FilePath, Model, Name, Run, Setting
 from sparsetrace.study.yaml_text import read_yaml
@@ -107,7 +108,9 @@ class Study(Section):
         """Weight files of a checkpoint; none of the embedded one, which is made whole with its config.json."""
         if self.models[model].checkpoint == EMBEDDED:
             return []
-        return sorted(str(path) for path in Path(self.models[model].checkpoint).glob("*.safetensors"))
+        # what is absent is left for `convert` to name
+        files = weight_files(Path(self.models[model].checkpoint))[0]
+        return [str(file) for file in files if file.is_file()]
 
     def calibration_text(self, model: str) -> str | None:
         """File of a model's calibration text; None where none is named, which nothing then needs."""
@@ -225,9 +228,9 @@ class Study(Section):
 
     def _weight_bytes(self, model: str, converted: str | None) -> int:
         # before the runtime model is there, which is so in a dry run, the checkpoint's own weights are counted
-        folders = (*([Path(converted).parent] if converted else []), Path(self.models[model].checkpoint))
-        sizes = (sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in folders)
-        return next((size for size in sizes if size), 0)
+        own = Path(converted).parent.glob("*.safetensors") if converted else ()
+        files = list(own) or weight_files(Path(self.models[model].checkpoint))[0]
+        return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def load_study(path: Path) -> Study:
