@@ -38,6 +38,7 @@ from sparsetrace_kernels.torch_ops import pack_bits
 # Shape suffixes: K input features, N output features, M bytes of a mask of N bits.
 
 MASK_FILE = "weight_masks.parquet"
+MASK_SETTINGS: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["matrix"], "write_page_checksum": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ def prune(job: PruneJob, report: Callable[[int, int], None] | None = None) -> Ru
     with torch.inference_mode():
         inputs = _first_inputs(job, decoder, device)
         with write_folder_beside(out) as partial:
-            with pq.ParquetWriter(partial / MASK_FILE, schema, compression="zstd", use_dictionary=["matrix"]) as writer:
+            with pq.ParquetWriter(partial / MASK_FILE, schema, **MASK_SETTINGS) as writer:
                 for layer, block in enumerate(decoder.layers):
                     assert isinstance(block, Block)
                     for matrix, keep_KN in _prune_block(block, method, inputs):

@@ -134,12 +134,13 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
     return content
 
 
-def parse_json(text: str | bytes, where: str) -> Any:
+def parse_json(text: str | bytes, where: str, what: str = "JSON") -> Any:
     """The value of a JSON text.
 
     Args:
         text: in UTF-8 if bytes.
         where: for the message, `<step>: <place>`.
+        what: what it must be, for the message.
 
     Raises:
         InputError: no JSON, a key that stands twice in one object, nesting that is too deep, or a number of thousands
@@ -148,10 +149,10 @@ def parse_json(text: str | bytes, where: str) -> Any:
     try:
         return json.loads(text if isinstance(text, str) else text.decode("utf-8"), object_pairs_hook=_distinct)
     except RecursionError:
-        raise InputError(f"{where} must be JSON of a few levels, got deeper nesting") from None
+        raise InputError(f"{where} must be {what} of a few levels, got deeper nesting") from None
     # what the parser raises, of characters, syntax and numbers, is always this
     except ValueError as error:
-        raise InputError(f"{where} must be JSON, got {' '.join(str(error).split())}") from None
+        raise InputError(f"{where} must be {what}, got {' '.join(str(error).split())}") from None
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -220,6 +221,38 @@ def read_regular(path: Path, where: str, what: str = "a file", most: int | None 
         # a path may hold what no file name can, such as a zero byte
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"{where}: {str(path)!r} must be {what} that can be read, got {reason}") from None
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """Path of a file that a manifest or an index names, which must lie in the folder of that manifest or index.
+
+    Links may lead elsewhere within the folder, and in the cache of the Hugging Face hub to its `blobs`, where all files
+    of a snapshot are.
+
+    Args:
+        folder: in which the file must lie.
+        name: as it stands in the manifest, with `/` between its parts.
+        where: for the message, `<step>: <place>`.
+
+    Raises:
+        InputError: an absolute name, one with `..`, or a link that leads outside.
+    """
+    refuse_outside_name(name, where)
+    path = folder / name
+    root, real = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    allowed = [root]
+    if "snapshots" in root.parts:
+        allowed.append(Path(*root.parts[: root.parts.index("snapshots")], "blobs"))
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise InputError(f"{where} must name files in its own folder, got {name!r}, a link to {real}")
+    return path
+
+
+def refuse_outside_name(name: Any, where: str) -> None:
+    """Refuse the name of a file that could lie outside the folder it is relative to; see `inside`."""
+    known = isinstance(name, str) and name and not set(name) & {"\0", "\\"}
+    if not known or name.startswith("/") or {"..", "."} & set(name.split("/")):
+        raise InputError(f"{where} must name files by a path below its own folder, got {name!r}")
 
 
 def sha256_file(path: Path) -> str:

@@ -221,6 +221,7 @@ class _Shard:
                 "last_token": last_token,
                 "bytes": file.size,
                 "sha256": file.sha256,
+                "footer_sha256": file.footer_sha256,
             }
             for matrix, path, file in zip(operand.matrices, paths, files, strict=True)
         ]

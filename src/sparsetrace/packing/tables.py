@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 
 from sparsetrace.core.checked import read_checked_table
 from sparsetrace.core.files import sha256_file
+from sparsetrace.core.folder import footer_sha256
 from sparsetrace.formats.schema import leaf
 from sparsetrace.formats.tables import MATRIX_TABLE
 
@@ -36,7 +37,8 @@ def merge_tables(files: list[Path], out: Path, schema: pa.Schema, where: str) ->
 def table_entry(workload: Path, name: str, rows: int) -> dict[str, Any]:
     """Manifest entry of a file that is not a data file."""
     path = workload / name
-    return {"path": name, "rows": rows, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    entry = {"path": name, "rows": rows, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    return entry | ({"footer_sha256": footer_sha256(path)} if path.suffix == ".parquet" else {})
 
 
 def matrix_table(shards: list[dict[str, Any]]) -> pa.Table:
