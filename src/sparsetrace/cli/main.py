@@ -103,6 +103,9 @@ def main() -> None:
         fail("interrupted: nothing half-written is left; run the same command again to resume", INTERRUPTED)
     except InputError as error:
         fail(str(error))
+    except MemoryError as error:
+        reason = f": {error}" if str(error) else ""
+        fail(f"memory: must suffice for this step, got too little{reason}: give the job more, or lower batch sizes")
     except OSError as error:
         if error.errno is None:
             raise

@@ -4,21 +4,27 @@ Imports no torch: every dry run loads it.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from sparsetrace.core.files import InputError, read_json
 from sparsetrace.core.settings import Machine, Section
 from sparsetrace.methods import FromFile, ThresholdMethod
 from sparsetrace.study.resources import Need, needs
-from sparsetrace.study.sections import EMBEDDED, Model, Name, Run, Setting
+from sparsetrace.study.sections import EMBEDDED, FilePath, Model, Name, Run, Setting
+from sparsetrace.study.yaml_text import read_yaml
 
 # Layers of the embedded model: the workflow has to know them before the model is trained.
 EMBEDDED_LAYERS = 4
+
+# Layers for which jobs are planned before the checkpoint is read: `layer` has three digits in file names.
+MOST_LAYERS = 1000
+
+# Faults of a study file that are listed.
+MOST_FAULTS = 20
 
 # Files and folders that lie beside the runs of a model, and beside the models.
 RESERVED_RUNS = ("checkpoint", "model", "pruned", "histograms", "greedy")
@@ -28,7 +34,7 @@ RESERVED_MODELS = ("logs",)
 class Study(Section):
     """The whole file."""
 
-    results: str = Field("results", description="folder for everything that is written; may lie elsewhere")
+    results: FilePath = Field("results", description="folder for everything that is written; may lie elsewhere")
     machine: Machine = Field(Machine(), description="where the model runs")
     models: dict[Name, Model] = Field(min_length=1, description="checkpoints by name")
     runs: dict[Name, Run] = Field(min_length=1, description="runs by name")
@@ -130,7 +136,12 @@ class Study(Section):
             layers = EMBEDDED_LAYERS
         else:
             config = Path(self.models[model].checkpoint) / "config.json"
-            layers = read_json(config, "config").get("num_hidden_layers", 0)
+            found = read_json(config, "config").get("num_hidden_layers")
+            if type(found) is not int or not 1 <= found <= MOST_LAYERS:
+                raise InputError(
+                    f"config: {config}: num_hidden_layers must be a whole number from 1 to {MOST_LAYERS}, got {found!r}"
+                )
+            layers = found
         return [f"{layer:03d}" for layer in range(layers)]
 
     def shards(self, run: str) -> list[str]:
@@ -189,14 +200,18 @@ def load_study(path: Path) -> Study:
     return parse_study(_read_yaml(path), str(path))
 
 
-def study_of(config: Mapping[str, Any], default: Path) -> Study:
+def study_of(config: Mapping[str, Any], default: Path, files: Iterable[str | Path] = ()) -> Study:
     """The study that Snakemake was given.
 
     Args:
         config: Snakemake's, from `--configfile` and `--config`.
         default: study file to read where `config` names no models; keys that `config` has, such as `results`, replace
             those of the file.
+        files: that `config` was read from. Snakemake takes the last of two equal keys, so they are read once more.
     """
+    for file in map(Path, files):
+        if file.is_file():
+            _ = read_json(file, "config") if file.suffix == ".json" else read_yaml(file, "config")
     if "models" in config:
         return parse_study(config, "config")
     return parse_study(_read_yaml(default) | dict(config), str(default))
@@ -215,8 +230,9 @@ def parse_study(content: Mapping[str, Any], where: str) -> Study:
 
 
 def error_lines(error: ValidationError, where: str) -> Iterator[str]:
-    """A line for each fault that pydantic found."""
-    for item in error.errors():
+    """A line for each fault that pydantic found, the first `MOST_FAULTS` of them."""
+    faults = error.errors()
+    for item in faults[:MOST_FAULTS]:
         place = ".".join(str(part) for part in item["loc"])
         match item["type"]:
             case "extra_forbidden":
@@ -229,6 +245,8 @@ def error_lines(error: ValidationError, where: str) -> Iterator[str]:
                 yield f"{where}: {place + ': ' if place else ''}{item['ctx']['error']}"
             case _:
                 yield f"{where}: {place} must be valid, got {item['input']!r}: {item['msg']}"
+    if len(faults) > MOST_FAULTS:
+        yield f"{where}: {len(faults) - MOST_FAULTS} more faults"
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
@@ -247,12 +265,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"config: {path} must be a file, got nothing there") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"config: {path} must be YAML, got {' '.join(str(error).split())}") from None
+    content = read_yaml(path, "config")
     if not isinstance(content, dict):
         raise InputError(f"config: {path} must hold `models` and `runs`, got {content!r}")
     return content
