@@ -42,6 +42,7 @@ import mmap
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ _NO_SUM = "0" * 16
 # What to do about a damaged block: `generate` leaves sealed groups alone.
 _REMEDY = "delete the folder of the dump and generate it again"
 # Bytes of an array that are checked at a time: few enough to stay in a core's cache.
-_CHECKED_BYTES = 1 << 20
+_CHECKED_BYTES = 1 << 18
 # Arrays with a row for each row of their operand, and how many they have beyond these.
 _ROWS_BEYOND = {"offsets": 1, "mask": 0, "absmax": 0, "l2": 0, "nnz": 0}
 # Blocks of at least this size are written with direct I/O, which bypasses the page cache, in chunks.
@@ -76,8 +77,8 @@ def write_block(path: Path, arrays: dict[str, np.ndarray]) -> None:
     A large run of arrays that are adjacent in memory and begin at a memory page also begins at a page of the file
     (padding arrays `fill.0`, ... come before it), so that direct I/O can write it without a copy.
     """
-    sums = {"header": _NO_SUM}
-    header: dict[str, Any] = {"__metadata__": sums}
+    header: dict[str, Any] = {"__metadata__": dict.fromkeys(("header", *arrays), _NO_SUM)}
+    views: dict[str, memoryview] = {}
     pieces: list[np.ndarray] = []
     offset = 0
 
@@ -95,19 +96,30 @@ def write_block(path: Path, arrays: dict[str, np.ndarray]) -> None:
         for name in names:
             nbytes = arrays[name].nbytes
             add(name, _CODES[arrays[name].dtype], arrays[name].shape, nbytes)
-            sums[name] = xxhash.xxh3_64_hexdigest(piece[start : start + nbytes].data)
+            views[name] = piece[start : start + nbytes].data
             start += nbytes
         pieces.append(piece)
-    text = json.dumps(header, separators=(",", ":")).encode()
     direct = offset >= _DIRECT_BYTES
-    text += b" " * (-(len(text) + _PREFIX_BYTES) % (mmap.PAGESIZE if direct else _PREFIX_BYTES))
-    text = text.replace(_HEADER_SUM + _NO_SUM.encode(), _HEADER_SUM + xxhash.xxh3_64_hexdigest(text).encode(), 1)
-    pieces.insert(0, np.frombuffer(len(text).to_bytes(_PREFIX_BYTES, "little") + text, np.uint8))
-    with write_beside(path) as partial:
+    # its length is known before its checksums are
+    pieces.insert(0, np.frombuffer(_header_bytes(header, direct), np.uint8))
+    with write_beside(path) as partial, ThreadPoolExecutor(1) as pool:
+        # beside the writing, which waits for the disk
+        sums = pool.submit(lambda: {name: xxhash.xxh3_64_hexdigest(view) for name, view in views.items()})
         if not direct or not _write_direct(partial, pieces):
             with partial.open("wb") as file:
                 for piece in pieces:
                     file.write(piece.data)
+        header["__metadata__"] = {"header": _NO_SUM} | sums.result()
+        with partial.open("r+b") as begin:
+            begin.write(_header_bytes(header, direct))
+
+
+def _header_bytes(header: dict[str, Any], direct: bool) -> bytes:
+    """The first bytes of a block: length of the header, the header with its own checksum, and padding."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + _PREFIX_BYTES) % (mmap.PAGESIZE if direct else _PREFIX_BYTES))
+    text = text.replace(_HEADER_SUM + _NO_SUM.encode(), _HEADER_SUM + xxhash.xxh3_64_hexdigest(text).encode(), 1)
+    return len(text).to_bytes(_PREFIX_BYTES, "little") + text
 
 
 def _runs(arrays: dict[str, np.ndarray]) -> Iterator[tuple[list[str], np.ndarray]]:
