@@ -306,3 +306,46 @@ def test_a_long_message_keeps_its_begin_and_its_remedy():
     first, second = str(error).split("\n")
     assert len(first) < 1_000 and first.startswith("a: x must be y") and first.endswith(": do this")
     assert second == "second"
+
+
+MANIFEST = {"files": [{"path": "data/x", "sha256": "1"}], "versions": {}, "study": STUDY | {"results": "r"}}
+MANIFESTS = [
+    ("no-files", {"files": None}, "files must be list, got None"),
+    ("no-versions", {"versions": 3}, "versions must be dict, got 3"),
+    ("file", {"files": [{"path": "x"}]}, "files must have a path and a sha256 each"),
+    (
+        "name",
+        {"files": [{"path": "../x", "sha256": "1"}]},
+        "a path below its own folder, got '../x'",
+    ),
+    ("study", {"study": ["x"]}, "study must be an object, got"),
+    ("braces", {"study": STUDY | {"results": "{x}"}}, "results: must be a path without braces"),
+    ("none", {"study": None}, "must carry its study, got none"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), [pytest.param(*case[1:], id=case[0]) for case in MANIFESTS])
+def test_manifests_that_are_not_made_again(tmp_path, changes, message):
+    from sparsetrace.tools.reproduce import reproduce
+
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | changes))
+    with pytest.raises(InputError) as error:
+        reproduce(tmp_path, tmp_path / "again", tmp_path)
+    assert message in one_line(error)
+
+
+def test_a_study_of_somebody_else_reads_nothing_outside_its_base(tmp_path):
+    from sparsetrace.tools.reproduce import relocated
+
+    base = tmp_path / "base"
+    base.mkdir()
+    for path in (base / "c", base / "t.txt", base / "p.txt", tmp_path / "secret"):
+        path.touch()
+    relocated(STUDY, base, tmp_path / "again")
+    (base / "link").symlink_to(tmp_path / "secret")
+    for name in ("../secret", str(tmp_path / "secret"), "link", "/etc/passwd"):
+        study = STUDY | {"runs": {"r": STUDY["runs"]["r"] | {"prompts": name}}}
+        with pytest.raises(InputError, match=f"reproduce: prompts must lie in {base}, got .*--outside") as error:
+            relocated(study, base, tmp_path / "again")
+        one_line(error)
+        relocated(study, base, tmp_path / "again", outside=True)

@@ -85,10 +85,12 @@ def estimate(config: Path, machine: Machine) -> None:
     default=Path(),
     help="folder that the study was run in; the current folder if not given",
 )
-def reproduce(workload: Path, out: Path | None, base: Path) -> None:
+@click.option("--outside", is_flag=True, help="let the study read files that do not lie in --base")
+def reproduce(workload: Path, out: Path | None, base: Path, outside: bool) -> None:
     """Make WORKLOAD again from its manifest alone and compare every file; exit status 1 if one differs.
 
-    The checkpoint, the texts and the prompts must still be where they were; their hashes are compared too.
+    The checkpoint, the texts and the prompts must still be where they were; their hashes are compared too. The study is
+    shown before it runs.
 
     \b
     Example:
@@ -99,7 +101,7 @@ def reproduce(workload: Path, out: Path | None, base: Path) -> None:
     from sparsetrace.tools.reproduce import reproduce as run
 
     with TemporaryDirectory(prefix=".reproduce-", dir=".") as temporary:
-        result = run(workload, out or Path(temporary), base, lambda line: click.echo(line, err=True))
+        result = run(workload, out or Path(temporary), base, lambda line: click.echo(line, err=True), outside=outside)
     for note in result.notes:
         click.echo(note)
     total = len(result.equal) + len(result.different)

@@ -178,7 +178,7 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
         header.pop("__metadata__", None)
         start = _PREFIX_BYTES + length
         needed = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"weights: {file} must be a safetensors file, got {error!r}") from None
     if size < needed:
         raise InputError(f"weights: {file} must have {needed} bytes, got {size}: copy it again")
