@@ -154,7 +154,10 @@ def test_documented_views(half, tmp_path, monkeypatch, capsys):
     sql = duckdb.connect()
     sql.execute(Path("views.sql").read_text())
     found = sql.execute("SELECT * FROM sparsity").fetchall()
-    assert found == names["sql"].execute("SELECT * FROM sparsity").fetchall() and len(found) == LAYERS * len(MATRICES)
+    expected = names["sql"].execute("SELECT * FROM sparsity").fetchall()
+    assert [row[:3] for row in found] == [row[:3] for row in expected] and len(found) == LAYERS * len(MATRICES)
+    # threads add up a mean in any order
+    assert [row[3:] for row in found] == [pytest.approx(row[3:], rel=1e-12) for row in expected]
 
 
 def test_documented_tables(half, monkeypatch):
