@@ -2,7 +2,7 @@
 # make test   set everything up in .venv and run the tests, in as many processes as PROCESSES says
 # make lint   formatting, types, import layers, workflow
 # Both take PYTHON=/my/env/bin/python: an environment that already has torch; what is missing is installed into it.
-# make run CORES=4 ARGS="--configfile my.yaml" passes arguments on to snakemake.
+# make run CORES=4 ARGS="--configfile my.yaml" passes arguments on to snakemake, here to run a study of your own.
 
 CORES ?= all
 # some tests wait more than they compute
@@ -31,7 +31,6 @@ help:
 run: $(STAMPS)/run
 	@$(RUN) sparsetrace unlock
 	$(RUN) snakemake --cores $(CORES) $(ARGS)
-	@$(RUN) sparsetrace show results/*/*/*/workload
 
 test: $(STAMPS)/test
 	$(RUN) $(PYTHON) -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -2,7 +2,7 @@
 rule prune:
     input:
         model=rules.convert.output[0],
-        text=lambda wildcards: STUDY.calibration_text(wildcards.model),
+        text=lambda wildcards: STUDY.pruning_text(wildcards.model),
     output:
         config=f"{RESULTS}/{{model}}/pruned/config.json",
         masks=f"{RESULTS}/{{model}}/pruned/weight_masks.parquet",
@@ -23,6 +23,7 @@ rule prune:
         ).runtime,
     params:
         out=subpath(output.config, parent=True),
+        text=lambda wildcards, input: repeated("--text", input.text),
         method=lambda wildcards: weight_method_options(
             STUDY.models[wildcards.model].prune
         ),
@@ -32,5 +33,5 @@ rule prune:
     message:
         "Masking the weights of {wildcards.model}"
     shell:
-        "sparsetrace prune {input.model:q} {params.method} --text {input.text:q} --out {params.out:q}"
+        "sparsetrace prune {input.model:q} {params.method} {params.text} --out {params.out:q}"
         " {params.options} {params.machine} > {log:q} 2>&1"

@@ -9,6 +9,8 @@ rule split:
         f"{RESULTS}/logs/split/{{model}}/{{run}}.log",
     benchmark:
         f"{RESULTS}/logs/split/{{model}}/{{run}}.bench.tsv"
+    # a prompt that does not fit is told of before hours of calibration, not after them
+    priority: 1
     conda:
         "../envs/generate.yaml"
     resources:

@@ -1,7 +1,9 @@
-# Step 2, for one method setting: thresholds from the histograms.
+# Step 2, for one method setting: thresholds from the histograms, or from the model alone for a method without any.
 rule thresholds:
     input:
-        histograms=rules.histograms.output[0],
+        source=lambda wildcards: STUDY.threshold_source(
+            wildcards.model, wildcards.run, wildcards.label
+        ),
         tables=lambda wildcards: expand(
             rules.allocate.output[0],
             layer=STUDY.greedy_layers(wildcards.model, wildcards.run, wildcards.label),
@@ -29,4 +31,4 @@ rule thresholds:
     message:
         "Thresholds of {wildcards.model} under {wildcards.label}"
     shell:
-        "sparsetrace thresholds {input.histograms:q} {params.method} {params.tables} --out {output:q} > {log:q} 2>&1"
+        "sparsetrace thresholds {input.source:q} {params.method} {params.tables} --out {output:q} > {log:q} 2>&1"

@@ -131,13 +131,15 @@ class Tiny:
     # changes to `config` that make it one of Qwen3
     qwen3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 
-    def tokenizer(self, folder: Path) -> Path:
-        """A tokenizer of one token a word: `w3` .. `w95`, after <unk>, <s> and </s>."""
-        from tokenizers import Tokenizer, models, pre_tokenizers
+    def tokenizer(self, folder: Path, begin: bool = True) -> Path:
+        """A tokenizer of one token a word: `w3` .. `w95`, after <unk>, <s> and </s>; it puts <s> before a text."""
+        from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
         words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCABULARY))]
         tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        if begin:
+            tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(folder / "tokenizer.json"))
         return folder
@@ -179,7 +181,7 @@ class Tiny:
 
     def write(self, folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> Path:
         """A Hugging Face folder with its weights in one file."""
-        self.tokenizer(folder)
+        self.tokenizer(folder, begin=config.get("bos_token_id") is not None)
         (folder / "config.json").write_text(json.dumps(config))
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder

@@ -214,10 +214,15 @@ def test_a_fault_of_ours_is_not_hidden(run, monkeypatch):
         run("check-config", "x.yaml")
 
 
-def test_check_config(run, tmp_path):
+def test_check_config(run, tmp_path, tiny, rng, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.checkpoint(tmp_path / "c", rng)
+    tiny.prompts(tmp_path / "p.jsonl", rng, [3, 5])
+    (tmp_path / "t.txt").write_text(tiny.words(rng, 100))
+    model = {"checkpoint": "c", "calibration_text": "t.txt", "calibration": {"tokens": 64, "sequence_length": 32}}
     content = {
         "results": "elsewhere",
-        "models": {"tiny": {"checkpoint": "c", "calibration_text": "t.txt"}},
+        "models": {"tiny": model},
         "runs": {"default": {"prompts": "p.jsonl", "methods": [{"name": "teal", "sparsity": [0.25, 0.5]}]}},
     }
     path = tmp_path / "config.yaml"

@@ -99,6 +99,14 @@ WRONG = [
     ("empty-models", study(models={}), "models must be valid"),
     ("no-prompts", study(runs={"default": {"methods": RUN["methods"]}}), "runs.default.prompts must be given"),
     ("no-text", study(models={"tiny": {"checkpoint": "x"}}), "models.tiny.calibration_text must be given"),
+    (
+        "no-text-for-prune",
+        study(
+            models={"tiny": {"checkpoint": "x", "prune": {"name": "wanda", "sparsity": 0.5}}},
+            runs={"default": RUN | {"methods": [{"name": "dense"}]}},
+        ),
+        "models.tiny.calibration_text must be given, since prune needs it, got none",
+    ),
     ("no-methods", methods(), "methods must be valid"),
     ("sparsity-one", methods({"name": "teal", "sparsity": 1}), "sparsity must be valid, got 1: .* less than 1"),
     ("sparsity-below", methods({"name": "teal", "sparsity": [0.5, -0.1]}), "greater than or equal to 0"),

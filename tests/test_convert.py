@@ -342,7 +342,7 @@ def test_refuses_a_wrong_index(tiny, tmp_path, rng):
     index.write_text(json.dumps(content))
     refused(checkpoint, tmp_path / "m", "tensors must be in the files it names, got none for model.ghost")
     index.write_text(json.dumps({"weight_map": [1]}))
-    refused(checkpoint, tmp_path / "m", r"weight_map must be an object, got \[1\]")
+    refused(checkpoint, tmp_path / "m", r"weight_map must be an object that names files, got \[1\]")
     index.write_text("{")
     refused(checkpoint, tmp_path / "m", "index.json must be JSON")
     index.unlink()
@@ -369,6 +369,8 @@ def test_failure_keeps_the_earlier_model(tiny, tmp_path, rng):
 
 def test_tokenizer_is_copied_with_its_settings(tiny, tmp_path, rng):
     checkpoint = tiny.checkpoint(tmp_path / "c", rng)
+    content = json.loads((checkpoint / "tokenizer.json").read_text())
+    (checkpoint / "tokenizer.json").write_text(json.dumps(content | {"post_processor": None}))
     (checkpoint / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": [2, 7], "bos_token_id": 5}')
     model = convert(checkpoint, tmp_path / "m", Conversion())
@@ -396,7 +398,7 @@ def test_refuses_a_model_that_is_none(tiny, tmp_path, rng):
     model = convert(checkpoint, tmp_path / "m", Conversion())
     content = json.loads((model.folder / "config.json").read_text())
     (model.folder / "config.json").write_text(json.dumps(content | {"version": 99}))
-    with pytest.raises(InputError, match="must have version 2, got 99: convert again"):
+    with pytest.raises(InputError, match="must have version 3, got 99: convert again"):
         open_model(model.folder)
 
 

@@ -19,6 +19,7 @@ import pytest
 
 import sparsetrace
 from sparsetrace.core.files import InputError, sha256_file, sha256_json
+from sparsetrace.core.folder import footer_sha256
 from sparsetrace.core.settings import Batching, Decoding, Machine, PromptSet
 from sparsetrace.generation.generate import generate
 from sparsetrace.generation.job import Job
@@ -271,6 +272,8 @@ def test_verify_finds_a_token_that_was_not_given(run, tmp_path):
     manifest.pop("sha256")
     for file in manifest["files"]:
         file |= {"bytes": (folder / file["path"]).stat().st_size, "sha256": sha256_file(folder / file["path"])}
+        if "footer_sha256" in file:
+            file["footer_sha256"] = footer_sha256(folder / file["path"])
     (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": sha256_json(manifest)}))
     (fault,) = verify(folder)
     assert str(fault).startswith("sequences.parquet: must hold the tokens given, of hash ")

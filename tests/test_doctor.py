@@ -6,10 +6,13 @@
 import importlib.metadata
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -75,6 +78,33 @@ def test_reproduce_makes_the_same_bytes_and_names_what_differs(study, manifest, 
     found = reproduce(other, tmp_path / "again", study)
     assert found.different == [files[3]["path"]] and len(found.equal) == len(files) - 1
     assert found.notes == [f"source_hash was 1, is {manifest['source_hash']}"]
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda end: end.name)
+def test_nothing_of_reproduce_outlives_it(study, tmp_path, end):
+    """Ended while a step runs, by a signal to itself alone: Snakemake, the step and the temporary folder are gone."""
+    workload = study / "out/tiny/first/teal-0.5/workload"
+    words = [sys.executable, "-m", "sparsetrace", "reproduce", workload, "--base", study]
+
+    def of_run() -> list[str]:
+        found = []
+        for process in psutil.process_iter(["cwd", "cmdline", "status"]):
+            if process.info["status"] != psutil.STATUS_ZOMBIE and (process.info["cwd"] or "").startswith(str(tmp_path)):
+                found.append(" ".join(process.info["cmdline"] or ()))
+        return found
+
+    with subprocess.Popen(words, cwd=tmp_path, env=kill.environment(), stderr=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 60
+        while not any("sparsetrace convert" in line for line in of_run()) and time.monotonic() < until:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(end)
+        assert process.wait(25) in (-end, 128 + end)
+    until = time.monotonic() + 25
+    while of_run() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert of_run() == []
+    assert (list(tmp_path.iterdir()) == []) == (end != signal.SIGKILL)
 
 
 def test_reproduce_names_a_source_that_is_gone(study, manifest, tmp_path):

@@ -21,6 +21,9 @@ from sparsetrace.generation.selection import Selection
 
 # A block of two rows of one layer in bfloat16 with K = 2: each matrix keeps both inputs, 1.0 and -2.0, of the first row
 # and none of the second.
+GOLDEN_SUMS = (
+    b'{"__metadata__":{"header":"add55e4b9e9a3e56","rows.token":"d3c9ade5f5122453","rows.sequence":"0389e2c8892d5450","'
+)
 GOLDEN_HEADER = (
     b'{"rows.token":{"dtype":"I64","shape":[2],"data_offsets":[0,16]},'
     b'"rows.sequence":{"dtype":"I32","shape":[2],"data_offsets":[16,24]},'
@@ -73,7 +76,8 @@ def test_golden_bytes(tmp_path):
     length = int.from_bytes(data[:8], "little")
     assert length % 8 == 0
     header, body = data[8 : 8 + length], data[8 + length :]
-    assert header.startswith(GOLDEN_HEADER)
+    assert header.startswith(GOLDEN_SUMS)
+    assert header[header.index(b'"},"') + 3 :].startswith(GOLDEN_HEADER[1:])
     assert header.rstrip(b" ").endswith(
         b'"L00.down.values":{"dtype":"U16","shape":[2],"data_offsets":[236,240]},'
         b'"L00.down.mask":{"dtype":"U8","shape":[2,1],"data_offsets":[240,242]}}'
@@ -134,6 +138,39 @@ def test_every_truncation_is_refused(rng, tmp_path):
         (tmp_path / "cut").write_bytes((data + b"x")[:size])
         with pytest.raises(InputError, match=r"dump: .*cut must .*: generate it again"):
             Block(tmp_path / "cut")
+
+
+def test_every_flipped_bit_is_noticed(rng, tmp_path):
+    """In the header or in an array, whatever is read of the block."""
+    arrays = partial_block(**every_dtype(rng))
+    write_block(tmp_path / "block", arrays)
+    data = (tmp_path / "block").read_bytes()
+    changed = 0
+    for place in range(len(data)):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        (tmp_path / "flipped").write_bytes(flipped)
+        try:
+            block = Block(tmp_path / "flipped")
+            found = {name: block[name] for name in arrays}
+        except InputError as error:
+            assert str(error).startswith("dump: ") and "generate it again" in str(error)
+            changed += 1
+        else:
+            # the name of the checksums themselves, without which a block is another program's
+            assert all(np.array_equal(found[name], array) for name, array in arrays.items())
+    assert changed > len(data) - 20
+
+
+def test_an_array_is_checked_once(rng, tmp_path, monkeypatch):
+    write_block(tmp_path / "block", {"x": rng.integers(0, 256, 3 << 20, np.uint8)})
+    block, checked = Block(tmp_path / "block"), []
+    plain = block._check
+    monkeypatch.setattr(block, "_check", lambda *arguments: (checked.append(arguments[1]), plain(*arguments)))
+    for _ in range(2):
+        block["x"]
+        block.release()
+    assert checked == ["x"]
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):

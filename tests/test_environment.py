@@ -11,7 +11,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # conda's name of a package, where it is another than PyPI's
-CONDA_NAMES = {"snakemake-minimal": "snakemake"}
+CONDA_NAMES = {"snakemake-minimal": "snakemake", "python-xxhash": "xxhash"}
 # what each environment has to hold: the reader and these extras
 ENVIRONMENTS = {"generate": ("cli", "generate"), "pack": ("cli",), "workflow": ("cli", "workflow", "cluster")}
 

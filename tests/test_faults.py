@@ -23,6 +23,7 @@ import sparsetrace.cli.main
 import sparsetrace.generation.selection
 import sparsetrace.model.runtime
 from sparsetrace.calibration.calibrate import CalibrationJob, calibrate
+from sparsetrace.core.checksum import Checksum
 from sparsetrace.core.settings import Batching, Calibration, Capture, Conversion, Decoding, Machine, PromptSet
 from sparsetrace.generation.engine import Engine
 from sparsetrace.generation.generate import generate
@@ -209,6 +210,10 @@ def test_wrong_tokenizer(step, whole, tmp_path, command, untouched):
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["more"] = 96
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    # recorded anew, or the file would be refused as damaged
+    content = json.loads((model / "config.json").read_text())
+    content["tokenizer"]["tokenizer.json"] = hashlib.sha256((model / "tokenizer.json").read_bytes()).hexdigest()
+    (model / "config.json").write_text(json.dumps(content))
     (tmp_path / "text.txt").write_text("w3 more " * 200)
     source = "--text" if step == "calibrate" else "--prompts"
     words = steps(whole, tmp_path / "new")[step]
@@ -320,6 +325,10 @@ def test_activation_that_is_not_finite(whole, tmp_path, command, untouched):
     tensors = load_file(model / "weights-00000.safetensors")
     tensors["layers.1.mlp_norm.weight"] = np.full_like(tensors["layers.1.mlp_norm.weight"], np.inf)
     save_file(tensors, model / "weights-00000.safetensors")
+    # recorded anew, or the file would be refused as damaged
+    content = json.loads((model / "config.json").read_text())
+    content["tensors"]["layers.1.mlp_norm.weight"]["xxh3"] = str(Checksum(tensors["layers.1.mlp_norm.weight"].data))
+    (model / "config.json").write_text(json.dumps(content))
     line = command("calibrate", model, *steps(whole, tmp_path / "new")["calibrate"][1:])
     assert "layer 1, site mlp_in, token" in line
 

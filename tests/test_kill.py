@@ -87,7 +87,7 @@ def test_a_workflow_survives_ctrl_c_and_a_kill_of_everything(tmp_path, rng):
     subprocess.run([sys.executable, SCRIPT, "--undisturbed", plain, *size], env=kill.environment(), check=True)
     shutil.copytree(plain, study, ignore=shutil.ignore_patterns("out"))
     words = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "workflow" / "Snakefile"]
-    words += ["--cores", "2", "--configfile", "my.yaml", "--workflow-profile", ROOT / "profiles" / "default"]
+    words += ["--cores", "2", "--configfile", "my.yaml"]
 
     def run(end: signal.Signals | None, milestone: str = "") -> None:
         # as `make run` does

@@ -11,7 +11,7 @@ from sparsetrace.core.settings import Batching, PromptSet
 from sparsetrace.core.text import read_documents, read_text
 from sparsetrace.formats.tables import PROMPTS
 from sparsetrace.generation.prompts import Sequence, read_shard, split, write_split
-from sparsetrace.model.tokenizer import Tokenizer, begin_token
+from sparsetrace.model.tokenizer import Tokenizer
 
 TEXTS = ["plain", 'quote " and \\', "two\nlines", "café ☃ 𝄞", "next\x85line\u2028sep\x0cfeed"]
 DOCUMENTS = [
@@ -210,17 +210,11 @@ def test_sentencepiece(tmp_path):
         byte_fallback=False,
         minloglevel=2,
     )
+    # without it, transformers puts no space before a text
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     tokenizer = Tokenizer(tmp_path, 60, 1)
     processor = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     ids = tokenizer.encode("the lazy fox", "test")
     assert ids == [1, *processor.encode("the lazy fox")]
     assert tokenizer.decode(ids[1:]) == "the lazy fox"
     assert tokenizer.piece(ids[1]) == processor.decode([ids[1]])
-
-
-def test_begin_token_follows_the_settings(tmp_path):
-    assert begin_token(tmp_path, 1) == 1
-    assert begin_token(tmp_path, None) is None
-    for setting, expected in (("true", 1), ("false", None), ("null", 1)):
-        (tmp_path / "tokenizer_config.json").write_text(f'{{"add_bos_token": {setting}}}')
-        assert begin_token(tmp_path, 1) == expected

@@ -5,8 +5,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from sparsetrace.calibration import quality as quality_module
+from sparsetrace.calibration.dense_states import DenseJob, quality_windows, scored_states, write_dense_states
 from sparsetrace.calibration.derive import derive_thresholds
-from sparsetrace.calibration.quality import QUALITY, QualityJob, measure, quality_windows
+from sparsetrace.calibration.quality import QUALITY, QualityJob, measure
 from sparsetrace.calibration.thresholds import read_thresholds
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Machine, Quality
@@ -118,3 +120,32 @@ def test_refuses(made, tmp_path):
         every = Quality(context=11, stride=5, prefill="all")
         measure(QualityJob(model, text, [table(Griffin(sparsity=0.5))], out, every, CPU))
     assert not out.exists()
+
+
+@pytest.mark.parametrize("stride", [5, 1])
+def test_states_of_the_dense_model_give_the_same_bytes(made, tmp_path, stride):
+    """Whether the dense model is run beside each setting or once before them; several passes, the last one short."""
+    model, text, table = made
+    text.write_text(text.read_text() * 40)
+    quality, path = Quality(context=16 - stride, stride=stride, windows=300), table(Teal(sparsity=0.5))
+    dense, own, given = tmp_path / "dense.safetensors", tmp_path / "own.parquet", tmp_path / "given.parquet"
+    reports = []
+    assert write_dense_states(DenseJob(model, text, dense, quality, CPU), lambda *r: reports.append(r)) == 300 * stride
+    assert reports == [(256, 300), (300, 300)]
+    measure(QualityJob(model, text, [path], own, quality, CPU))
+    ran = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality_module, "scored_states", lambda *a: ran.append(1) or scored_states(*a))
+        measure(QualityJob(model, text, [path], given, quality, CPU, dense))
+    assert given.read_bytes() == own.read_bytes()
+    # the setting alone
+    assert len(ran) == 2
+    for other, name in (
+        (Quality(context=10, stride=5), "windows_hash"),
+        (Quality(context=10, stride=6), "windows_hash, stride"),
+    ):
+        with pytest.raises(InputError, match=f"must be of this model, text and windows, got another .*{name}"):
+            measure(QualityJob(model, text, [path], given, other, CPU, dense))
+    dense.write_bytes(dense.read_bytes()[:-9])
+    with pytest.raises(InputError, match="must be a readable file of dense states"):
+        measure(QualityJob(model, text, [path], given, quality, CPU, dense))

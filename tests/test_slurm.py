@@ -194,7 +194,7 @@ def test_shards_run_side_by_side_and_a_cancelled_one_is_resubmitted(slurm, tmp_p
 @pytest.mark.parametrize(
     ("option", "name", "status", "said"),
     [
-        pytest.param("--profile", "slurm", 0, f"Using profile {PROFILE}", id="used"),
+        pytest.param("--profile", "slurm", 0, f"Using profiles {PROFILE} and ", id="used"),
         pytest.param("--profile", "slrum", 1, "no profile.yaml (or config.yaml) found", id="refused"),
         # ignored without a word: docs/cluster.md says to use --profile and to look for the line
         pytest.param("--workflow-profile", "slrum", 0, "", id="ignored"),
@@ -212,5 +212,5 @@ def test_the_line_that_names_a_profile(option, name, status, said, tmp_path):
     )
     output = run.stdout + run.stderr
     assert run.returncode == status and said in output
-    assert ("Using" in output) == (option == "--profile")
-    assert "Using profile" in (ROOT / "docs" / "cluster.md").read_text()
+    assert (f"Using profiles {PROFILE}" in output) == (name == "slurm")
+    assert "Using profiles profiles/slurm and " in (ROOT / "docs" / "cluster.md").read_text()

@@ -14,6 +14,7 @@ from run_testing import CPU, MATRICES, make_run
 
 import sparsetrace
 from sparsetrace.core.files import InputError, sha256_file, sha256_json
+from sparsetrace.core.folder import footer_sha256
 from sparsetrace.core.settings import Capture
 from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.formats.row_statistics import row_norms
@@ -124,6 +125,8 @@ def test_a_changed_value_is_found_by_recomputing(run, tmp_path):
     manifest.pop("sha256")
     for file in manifest["files"]:
         file |= {"bytes": (folder / file["path"]).stat().st_size, "sha256": sha256_file(folder / file["path"])}
+        if "footer_sha256" in file:
+            file["footer_sha256"] = footer_sha256(folder / file["path"])
     (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": sha256_json(manifest)}))
     assert verify(folder) == []
     token = table["token"][row].as_py()

@@ -1,6 +1,8 @@
 """Weights of a workload's model: against the tensors that were saved, and products in float64."""
 
 import hashlib
+import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +14,7 @@ from test_read import LEAVES
 from workload_testing import SITES
 
 import sparsetrace
-from sparsetrace.core.files import InputError
+from sparsetrace.core.files import InputError, sha256_file
 from sparsetrace.formats.tables import MATRIX_TABLE
 from sparsetrace.workload.weights import site_rows
 
@@ -30,29 +32,30 @@ def test_weights_and_products(tmp_path, half):
     for name, tensors in (("runtime", merged), ("original", plain)):
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "model.safetensors")
-    path = half.workload / "matrices.parquet"
-    before = path.read_bytes()
-    table = pq.read_table(path)
+    folder = shutil.copytree(half.workload, tmp_path / "w")
+    table = pq.read_table(folder / "matrices.parquet")
     rows = [r | {"weight_sha256": digests[r["layer"], r["site"]]} for r in table.to_pylist()]
-    pq.write_table(pa.Table.from_pylist(rows, schema=MATRIX_TABLE), path)
-    try:
-        for name in ("runtime", "original"):
-            ds = sparsetrace.open(half.workload, model=tmp_path / name)
-            for layer, matrix in LEAVES:
-                exact = plain[f"model.layers.{layer}.{matrix}"].half().double().T.numpy()
-                weight = ds.weight(layer, matrix)
-                assert np.array_equal(weight, exact)
-                # of the runtime model a view of the mapped file; the original is float32 and has to be rounded
-                assert (weight.flags.owndata or weight.flags.writeable) == (name == "original")
-                y = ds.product(layer, matrix, int(half.tokens[9]))
-                wanted = half.values(layer, matrix)[9].astype(np.float64) @ exact
-                assert np.allclose(y, wanted, rtol=1e-6, atol=1e-6 * np.abs(wanted).max())
-        other = {k: v + 1 for k, v in merged.items()}
-        save_file(other, tmp_path / "runtime" / "model.safetensors")
-        with pytest.raises(InputError, match="must have sha256"):
-            sparsetrace.open(half.workload, model=tmp_path / "runtime").weight(0, "q")
-    finally:
-        path.write_bytes(before)
+    pq.write_table(pa.Table.from_pylist(rows, schema=MATRIX_TABLE), folder / "matrices.parquet")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"]
+    for file in manifest["files"]:
+        file["sha256"] = sha256_file(folder / file["path"])
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for name in ("runtime", "original"):
+        ds = sparsetrace.open(folder, model=tmp_path / name)
+        for layer, matrix in LEAVES:
+            exact = plain[f"model.layers.{layer}.{matrix}"].half().double().T.numpy()
+            weight = ds.weight(layer, matrix)
+            assert np.array_equal(weight, exact)
+            # of the runtime model a view of the mapped file; the original is float32 and has to be rounded
+            assert (weight.flags.owndata or weight.flags.writeable) == (name == "original")
+            y = ds.product(layer, matrix, int(half.tokens[9]))
+            wanted = half.values(layer, matrix)[9].astype(np.float64) @ exact
+            assert np.allclose(y, wanted, rtol=1e-6, atol=1e-6 * np.abs(wanted).max())
+    other = {k: v + 1 for k, v in merged.items()}
+    save_file(other, tmp_path / "runtime" / "model.safetensors")
+    with pytest.raises(InputError, match="must have sha256"):
+        sparsetrace.open(folder, model=tmp_path / "runtime").weight(0, "q")
 
 
 SIBLINGS = [

@@ -29,6 +29,13 @@ def test_commands(run, tmp_path):
     assert code == 1
     assert "error: data/L00/q/part-00001.parquet: must be there, got nothing" in text
 
+    # each is checked, whatever is wrong with those before it
+    code, text = invoke("verify", broken, tmp_path / "none", run.full)
+    assert code == 1
+    assert f"{run.full}: no fault found" in text
+    assert f"error: {broken}: data/L00/q/part-00001.parquet: must be there, got nothing" in text
+    assert f"error: {tmp_path / 'none'}: " in text
+
     code, text = invoke("stats", run.full, "--out", tmp_path / "stats", "--phase", "decode", "--layer", 1)
     assert code == 0
     assert "Jaccard of neighbouring tokens" in text

@@ -238,7 +238,7 @@ def edited(folder, change):
     block = sorted((folder / "dump" / "00000").glob("*.safetensors"))[0]
     opened = Block(block)
     header = json.loads(block.read_bytes()[8 : 8 + int.from_bytes(block.read_bytes()[:8], "little")])
-    arrays = {name: opened[name].copy() for name in header}
+    arrays = {name: opened[name].copy() for name in header if name != "__metadata__"}
     change(arrays)
     write_block(block, arrays)
     return folder / "dump" / "00000" / "manifest.json", block

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +15,7 @@ duckdb = pytest.importorskip("duckdb")
 
 
 def connect(folder):
-    """Run views.sql as its header says: with the workload folder as the working directory."""
+    """Run views.sql as its header says for another working directory than the workload's folder."""
     connection = duckdb.connect()
     connection.execute(f"SET file_search_path = '{folder}'")
     connection.execute((folder / "views.sql").read_text())
@@ -135,17 +136,49 @@ def test_polars_example(built):
     assert mean.height == LAYERS * len(MATRICES)
 
 
-def documented(language):
-    """The code block of docs/format.md that reads a workload in one language."""
+def documented(before, language):
+    """The first code block in a language behind some words of docs/format.md."""
     text = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
-    (block,) = re.findall(rf"```{language}\n(.*?)```", text[text.index("DuckDB, with the folder") :], re.DOTALL)
-    return block
+    return re.search(rf"```{language}\n(.*?)```", text[text.index(before) :], re.DOTALL)[1]
+
+
+def test_documented_views(half, tmp_path, monkeypatch, capsys):
+    """From a folder that is neither the workload's nor above it; and from the workload's own, without the setting."""
+    monkeypatch.chdir(tmp_path)
+    block = documented("DuckDB finds the files", "python")
+    names = {"Path": Path}
+    # the text of our own page
+    exec(block.replace("results/demo/default/teal-0.5/workload", str(half.workload)), names)  # noqa: S102
+    assert capsys.readouterr().out.count("down") == LAYERS
+    monkeypatch.chdir(half.workload)
+    sql = duckdb.connect()
+    sql.execute(Path("views.sql").read_text())
+    found = sql.execute("SELECT * FROM sparsity").fetchall()
+    expected = names["sql"].execute("SELECT * FROM sparsity").fetchall()
+    assert [row[:3] for row in found] == [row[:3] for row in expected] and len(found) == LAYERS * len(MATRICES)
+    # threads add up a mean in any order
+    assert [row[3:] for row in found] == [pytest.approx(row[3:], rel=1e-12) for row in expected]
+
+
+def test_documented_tables(half, monkeypatch):
+    monkeypatch.chdir(half.folder)
+    names = {"pq": pq}
+    block = documented("A reader that takes every", "python").replace('"=", 2', '"=", 1')
+    exec(block, names)  # noqa: S102
+    assert set(names["rows"]["matrix"].to_pylist()) == {"down"} and len(names["rows"]) == len(half.tokens)
+    assert len(names["tokens"]) >= len(half.tokens)
+    with pytest.raises(pa.ArrowInvalid):
+        pq.read_table("workload")
 
 
 def test_documented_queries(half):
     """The queries of docs/format.md, but with a layer and a token of this workload."""
     sql = connect(half.workload)
-    block = documented("sql").replace("layer = 2", "layer = 1").replace("token = 17", f"token = {half.tokens[5]}")
+    block = (
+        documented("DuckDB finds the files", "sql")
+        .replace("layer = 2", "layer = 1")
+        .replace("token = 17", f"token = {half.tokens[5]}")
+    )
     sparsity, row, overlap = (sql.execute(query).fetchall() for query in block.split(";")[:3])
     x = half.dense[1, "down"]
     assert len(sparsity) == LAYERS * len(MATRICES)
@@ -160,7 +193,7 @@ def test_documented_queries(half):
 def test_documented_polars(half, tmp_path, monkeypatch):
     pl = pytest.importorskip("polars")
     monkeypatch.chdir(half.folder)
-    block = documented("python").replace("layer=2", "layer=1").replace("token=17", f"token={half.tokens[5]}")
+    block = documented("polars:", "python").replace("layer=2", "layer=1").replace("token=17", f"token={half.tokens[5]}")
     *lines, last = block.strip().splitlines()
     names = {"pl": pl}
     # the text of our own page

@@ -11,6 +11,7 @@ import pytest
 from workload_testing import build
 
 from sparsetrace.core.files import InputError, sha256_file, sha256_json
+from sparsetrace.core.folder import footer_sha256
 from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.formats.schema import LEVELS, column_encodings, data_schema
 from sparsetrace.workload.verify import verify
@@ -37,6 +38,8 @@ def resign(folder, **changes):
     manifest["files"] = [file for file in manifest["files"] if (folder / file["path"]).is_file()]
     for file in manifest["files"]:
         file |= {"bytes": (folder / file["path"]).stat().st_size, "sha256": sha256_file(folder / file["path"])}
+        if "footer_sha256" in file:
+            file["footer_sha256"] = footer_sha256(folder / file["path"])
     path.write_text(json.dumps(manifest | {"sha256": sha256_json(manifest)}))
 
 

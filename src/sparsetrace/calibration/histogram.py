@@ -12,7 +12,7 @@ the number of activations that a threshold drops is still exact.
 
 File: safetensors with `LNN.name`, int64 [65536] by pattern, and `zeros`, int64 [histograms], the zeros of both signs in
 each: by layer, and in a layer first its sites in the order of execution, then the scores of each counted method by
-matrix (methods by name). Metadata: the version of the file and `Provenance`.
+matrix (methods by name). Metadata: the version of the file, `Provenance`, and the hash of `sparsetrace.core.checked`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
-from sparsetrace.core.files import InputError, write_beside
+from sparsetrace.core.checked import BLANK, read_checked, seal
+from sparsetrace.core.files import InputError, parse_json, write_beside
 from sparsetrace.formats.numbers import FORMATS, NumberFormat
 from sparsetrace.formats.sites import Site, layer_sites, sites_from_json
 from sparsetrace.methods import METHODS
@@ -202,12 +203,12 @@ class Histograms:
 
     def save(self, path: Path, provenance: Provenance) -> None:
         """Write the file described above."""
-        content = {"version": HISTOGRAMS_VERSION} | asdict(provenance)
+        content = {"version": HISTOGRAMS_VERSION} | asdict(provenance) | {"checksum": BLANK}
         self._write(path, {"sparsetrace_histograms": json.dumps(content)})
 
     def save_progress(self, path: Path, key: str, done: int) -> None:
         """Write the counts of an unfinished calibration, for `resume` with the same key."""
-        self._write(path, {"sparsetrace_progress": json.dumps({"key": key, "done": done})})
+        self._write(path, {"sparsetrace_progress": json.dumps({"key": key, "done": done, "checksum": BLANK})})
 
     def resume(self, path: Path, key: str) -> int:
         """Read the counts of an interrupted calibration, and return how much of it was done.
@@ -218,12 +219,11 @@ class Histograms:
         if not path.is_file():
             return 0
         try:
-            with safe_open(path, framework="np") as file:
-                found = json.loads((file.metadata() or {}).get("sparsetrace_progress", "{}"))
-                if found.get("key") != key:
-                    return 0
-                self._read(file)
-        except SafetensorError:
+            found, arrays = _contents(path, "sparsetrace_progress")
+            if found is None or found.get("key") != key:
+                return 0
+            self._take(arrays, path)
+        except InputError:
             return 0
         return int(found["done"])
 
@@ -233,33 +233,76 @@ class Histograms:
         with write_beside(path) as partial:
             # `save_file` writes to a temporary file of its own, which would stay behind after a kill
             partial.write_bytes(save(arrays, metadata=metadata))
+            seal(partial)
 
-    def _read(self, file: safe_open) -> None:
-        self.zeros_H[:] = file.get_tensor("zeros")
-        for (layer, name), counts_P in self.counts.items():
-            counts_P[:] = file.get_tensor(f"L{layer:02d}.{name}")
+    def _take(self, arrays: dict[str, np.ndarray], path: Path) -> None:
+        """Set the counts to those of a file, which must be counts of just these distributions."""
+        wanted = {f"L{layer:02d}.{name}": row for (layer, name), row in self.row.items()}
+        shapes = {name: (np.dtype(np.int64), (NUM_PATTERNS,)) for name in wanted}
+        shapes["zeros"] = np.dtype(np.int64), self.zeros_H.shape
+        found = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+        if other := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
+            raise InputError(
+                f"histograms: {path} must hold int64 counts of each distribution of its model, got another or none for "
+                f"{', '.join(other)}: calibrate again"
+            )
+        if negative := [name for name, array in arrays.items() if (array < 0).any()]:
+            raise InputError(f"histograms: {path}: {negative[0]} must be counts of at least 0, got others")
+        self.zeros_H[:] = arrays["zeros"]
+        for name, row in wanted.items():
+            self.counts_HP[row] = arrays[name]
 
     @staticmethod
     def load(path: Path) -> tuple[Histograms, Provenance]:
         """Read the file described above.
 
         Raises:
-            InputError: the file is unreadable, no histogram file, or of another version.
+            InputError: the file is damaged, no histogram file, or of another version.
         """
+        content, arrays = _contents(path, "sparsetrace_histograms")
+        if content is None:
+            raise InputError(f"histograms: {path} must be a histogram file of sparsetrace, got another")
+        content.pop("checksum", None)
+        # the first version named none
+        if (version := content.pop("version", 1)) != HISTOGRAMS_VERSION:
+            raise InputError(
+                f"histograms: {path} must have version {HISTOGRAMS_VERSION}, got {version}: calibrate again"
+            )
         try:
-            with safe_open(path, framework="np") as file:
-                metadata = (file.metadata() or {}).get("sparsetrace_histograms")
-                if metadata is None:
-                    raise InputError(f"histograms: {path} must be a histogram file of sparsetrace, got another")
-                content = json.loads(metadata)
-                # the first version named none
-                if (version := content.pop("version", 1)) != HISTOGRAMS_VERSION:
-                    raise InputError(
-                        f"histograms: {path} must have version {HISTOGRAMS_VERSION}, got {version}: calibrate again"
-                    )
-                provenance = Provenance.from_json(content)
-                histograms = Histograms(provenance.sites, provenance.dtype, provenance.scores)
-                histograms._read(file)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"histograms: {path} must be a readable histogram file, got {error}") from None
+            provenance = Provenance.from_json(content)
+            named = distributions(layer_sites(provenance.sites), provenance.dtype, provenance.scores)
+            formats = [FORMATS[dtype] for dtype in named.values()]
+            if not all(isinstance(word, str) for word in (provenance.model_hash, provenance.text_hash)):
+                raise TypeError("model_hash and text_hash must be texts")
+        except (KeyError, TypeError, AttributeError, ValueError, AssertionError) as error:
+            raise InputError(f"histograms: {path} must say what it was counted on, got {error!r}") from None
+        if len(formats) >= len(arrays):
+            raise InputError(
+                f"histograms: {path} must hold {len(formats)} distributions and their zeros, got {len(arrays)} arrays: "
+                "calibrate again"
+            )
+        histograms = Histograms(provenance.sites, provenance.dtype, provenance.scores)
+        histograms._take(arrays, path)
         return histograms, provenance
+
+
+def _contents(path: Path, key: str) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
+    """What the metadata of a safetensors file says under a key, None if nothing, and the arrays.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    data = read_checked(path, "histograms", "a readable histogram file")
+    try:
+        arrays = load(data)
+        # sound, since the library has read it
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"histograms: {path} must be a readable histogram file, got {error}") from None
+    text = header.get("__metadata__", {}).get(key)
+    if text is None:
+        return None, arrays
+    content = parse_json(text, f"histograms: the metadata of {path}")
+    if not isinstance(content, dict):
+        raise InputError(f"histograms: {path} must say what it was counted on, got {content!r}")
+    return content, arrays

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sparsetrace.core.files import InputError, parse_json
+
 Row = dict[str, float]
 
 
@@ -40,6 +42,10 @@ def _read(path: Path, key: str) -> list[Row]:
     if not path.is_file():
         return []
     # the last line may have been cut off
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    entries = [json.loads(line) for line in lines]
+    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    try:
+        entries = [parse_json(line, str(path)) for line in lines]
+    except InputError:
+        # damaged: the rows are computed again
+        return []
     return entries[1:] if entries and entries[0] == {"key": key} else []

@@ -23,22 +23,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from sparsetrace.calibration.dense_states import quality_windows, read_dense_states, scored_states
 from sparsetrace.calibration.thresholds import read_thresholds
 from sparsetrace.calibration.windows import passes
 from sparsetrace.core.files import InputError, write_beside
 from sparsetrace.core.settings import Machine, Quality
-from sparsetrace.core.text import read_text
 from sparsetrace.methods import Dense, Method
 from sparsetrace.model.decoder import Decoder
 from sparsetrace.model.patch import Patch, install
 from sparsetrace.model.runtime import RuntimeModel, set_up_torch
-from sparsetrace.model.tokenizer import Tokenizer
 
 # Shape suffixes: W windows, B windows of one pass, T tokens of a window, S scored tokens, V vocabulary.
 
@@ -71,6 +69,7 @@ class QualityJob:
         out: the table.
         quality: windows, and which part of them is sparsified.
         machine: where the model runs.
+        dense: what the dense model made of the text (`sparsetrace.calibration.dense_states`); None runs it here.
     """
 
     model: RuntimeModel
@@ -79,6 +78,7 @@ class QualityJob:
     out: Path
     quality: Quality
     machine: Machine
+    dense: Path | None = None
 
 
 class _Sums:
@@ -119,7 +119,8 @@ def measure(job: QualityJob, report: Callable[[int, int], None] | None = None) -
         `QUALITY`, the dense model first.
 
     Raises:
-        InputError: the text is shorter than a window, the window longer than the context, or a logit is not finite.
+        InputError: the text is shorter than a window, the window longer than the context, a logit is not finite, or
+            `dense` is of another model or text.
     """
     model, quality = job.model, job.quality
     settings = [read_thresholds(path, model) for path in job.thresholds]
@@ -134,15 +135,19 @@ def measure(job: QualityJob, report: Callable[[int, int], None] | None = None) -
         patches.append(install(decoder, setting.method, setting.rules))
         patches[-1].put(decoder, sparse=False)
     dense_sums, sums = _Sums(), [_Sums() for _ in settings]
+    stored = None if job.dense is None else read_dense_states(job.dense, model, windows_WT, quality, device)
     done = 0
     for tokens_BT, positions_BT in passes(windows_WT, device):
         ids_N = tokens_BT[:, -quality.stride :].flatten()
-        dense_NV = _logits(decoder, tokens_BT, positions_BT, quality)
+        if stored is None:
+            dense_NV = _logits(decoder, scored_states(decoder, tokens_BT, positions_BT, quality.stride))
+        else:
+            dense_NV = _logits(decoder, next(stored))
         dense_sums.add(dense_NV, dense_NV, ids_N)
         for setting, patch, total in zip(settings, patches, sums, strict=True):
             patch.put(decoder)
             _sparsify(patch, positions_BT, quality, total)
-            logits_NV = _logits(decoder, tokens_BT, positions_BT, quality)
+            logits_NV = _logits(decoder, scored_states(decoder, tokens_BT, positions_BT, quality.stride))
             patch.put(decoder, sparse=False)
             if not bool(logits_NV.isfinite().all()):
                 raise InputError(
@@ -173,20 +178,6 @@ def _row(label: str, method: Method, target: float | None, sums: _Sums, quality:
     }
 
 
-def quality_windows(tokenizer: Tokenizer, text: Path, quality: Quality, context: int) -> np.ndarray:
-    """[W, T] int64 token ids; each window begins `stride` tokens after the one before it."""
-    T = quality.context + quality.stride
-    if context < T:
-        raise InputError(
-            f"quality: context and stride together must be at most the model's {context} positions, got {T}: lower them"
-        )
-    ids = tokenizer.encode(read_text(text, quality.field, "quality"), f"quality: {text}")
-    starts = range(0, len(ids) - T + 1, quality.stride)[: quality.windows]
-    if not starts:
-        raise InputError(f"quality: {text} must hold at least one window of {T} tokens, got {len(ids)}")
-    return np.array([ids[start : start + T] for start in starts], dtype=np.int64)
-
-
 def _sparsify(patch: Patch, positions_BT: Tensor, quality: Quality, sums: _Sums) -> None:
     """Set which positions of the coming pass are sparsified, and count what their matrices read."""
     T = positions_BT.shape[1]
@@ -205,8 +196,6 @@ def _sparsify(patch: Patch, positions_BT: Tensor, quality: Quality, sums: _Sums)
 
 
 @torch.inference_mode()
-def _logits(decoder: Decoder, tokens_BT: Tensor, positions_BT: Tensor, quality: Quality) -> Tensor:
-    """[B S, V] float32: the predictions of the last `stride` tokens of each window."""
-    hidden_BTC = decoder(tokens_BT, positions_BT)
-    # position t predicts token t + 1
-    return decoder.logits(hidden_BTC[:, -quality.stride - 1 : -1]).flatten(0, 1)
+def _logits(decoder: Decoder, states_BSC: Tensor) -> Tensor:
+    """[B S, V] float32: the predictions of the scored tokens of each window."""
+    return decoder.logits(states_BSC).flatten(0, 1)

@@ -8,15 +8,16 @@
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from sparsetrace.core.files import InputError, write_beside
+from sparsetrace.core.checked import read_checked_table, write_checked_table
+from sparsetrace.core.files import InputError, parse_json
 
 # The columns that belong to the layer; every other one is a matrix's.
 LAYER_COLUMNS = ("effective_sparsity", "error", "uniform_error")
@@ -64,7 +65,12 @@ class SearchTable:
         step = min(range(len(self.effective)), key=lambda i: abs(self.effective[i] - target))
         if self.error[step] > self.uniform_error[step]:
             return dict.fromkeys(self.matrices, target), True
-        return dict(self.sparsities[step]), False
+        found = dict(self.sparsities[step])
+        if bad := [number for number in found.values() if not 0 <= number < 1]:
+            raise InputError(
+                f"{where}: each matrix's sparsity must be at least 0 and below 1, got {bad[0]} for {target}"
+            )
+        return found, False
 
 
 def search_table_schema(matrices: Sequence[str]) -> pa.Schema:
@@ -85,8 +91,7 @@ def write_search_table(
     """
     metadata = {"sparsetrace_greedy": json.dumps(identity)}
     table = pa.Table.from_pylist(list(rows), schema=search_table_schema(matrices).with_metadata(metadata))
-    with write_beside(path) as partial:
-        pq.write_table(table, partial)
+    write_checked_table(table, path)
     return table
 
 
@@ -98,11 +103,44 @@ def read_search_table(path: Path) -> tuple[dict[str, Any], SearchTable]:
     """
     if not path.is_file():
         raise InputError(f"allocate: {path} must be a greedy table, got nothing there: run `sparsetrace allocate`")
-    table = pq.read_table(path)
+    table = read_checked_table(path, "allocate", "a greedy table")
     metadata = (table.schema.metadata or {}).get(b"sparsetrace_greedy")
     if metadata is None:
         raise InputError(f"allocate: {path} must be a greedy table of sparsetrace, got another Parquet file")
+    identity = parse_json(metadata, f"allocate: the metadata of {path}")
+    if not isinstance(identity, dict) or {"model_hash", "method", "layer"} - identity.keys():
+        raise InputError(f"allocate: {path} must name its model, method and layer, got {identity!r}")
     matrices = [name for name in table.column_names if name not in LAYER_COLUMNS]
+    if not table.schema.equals(search_table_schema(matrices)):
+        raise InputError(
+            f"allocate: {path} must have the columns of a greedy table, got {', '.join(table.column_names)}"
+        )
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    effective, error, uniform_error = (columns[name] for name in LAYER_COLUMNS)
+    refuse_no_search(columns, matrices, effective, f"allocate: {path}")
     sparsities = table.select(matrices).to_pylist()
-    effective, error, uniform_error = (table[name].to_pylist() for name in LAYER_COLUMNS)
-    return json.loads(metadata), SearchTable(matrices, effective, error, uniform_error, sparsities)
+    return identity, SearchTable(matrices, effective, error, uniform_error, sparsities)
+
+
+def refuse_no_search(
+    columns: Mapping[str, Sequence[float]], matrices: Sequence[str], effective: Sequence[float], where: str
+) -> None:
+    """Refuse numbers that no search makes.
+
+    Args:
+        columns: of a table, by name.
+        matrices: names of the columns that hold sparsities.
+        effective: sparsity of the whole layer in each row.
+        where: for the message, `<step>: <place>`.
+
+    Raises:
+        InputError: a number is not finite, sparsities do not ascend, or one is not in [0, 1).
+    """
+    for name, column in columns.items():
+        if bad := [number for number in column if number is None or not math.isfinite(number)]:
+            raise InputError(f"{where}: {name} must be finite numbers, got {bad[0]}")
+    if list(effective) != sorted(effective):
+        raise InputError(f"{where} must list ascending finite effective sparsities, got another order")
+    for name, column in [("effective sparsity", effective), *((name, columns[name]) for name in matrices)]:
+        if bad := [number for number in column if not 0 <= number < 1]:
+            raise InputError(f"{where}: {name} must be at least 0 and below 1, got {bad[0]}")

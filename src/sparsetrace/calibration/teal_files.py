@@ -12,16 +12,16 @@ The files are of Llama models, whose matrices and sites are named here. Source: 
 """
 
 import csv
-import math
+import io
 from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from sparsetrace.calibration.search_table import SearchTable
+from sparsetrace.calibration.search_table import SearchTable, refuse_no_search
 from sparsetrace.calibration.teal_histograms import read_histograms, refuse_other_layers, refuse_other_model
-from sparsetrace.core.files import InputError, read_json, write_beside
+from sparsetrace.core.checked import write_checked_table
+from sparsetrace.core.files import InputError, read_json, read_regular
 
 ThresholdRule = Literal["teal", "magnitude"]
 
@@ -100,8 +100,7 @@ def import_teal(
                 }
             )
     table = pa.Table.from_pylist(rows, schema=THRESHOLD_FILE)
-    with write_beside(out) as partial:
-        pq.write_table(table, partial)
+    write_checked_table(table, out)
     return table
 
 
@@ -117,9 +116,9 @@ def read_lookup(folder: Path, layers: int) -> dict[int, SearchTable]:
         path = folder / f"layer-{layer}" / "results.csv"
         columns = _lookup_columns(path)
         effective, error, uniform_error = (columns[name] for name in LAYER_COLUMNS)
-        finite = all(math.isfinite(number) for column in columns.values() for number in column)
-        if not effective or not finite or effective != sorted(effective):
-            raise InputError(f"import-teal: {path} must list ascending finite effective sparsities, got another table")
+        if not effective:
+            raise InputError(f"import-teal: {path} must list ascending finite effective sparsities, got no row")
+        refuse_no_search(columns, (), effective, f"import-teal: {path}")
         steps = zip(*(columns[matrix] for matrix in MATRICES), strict=True)
         sparsities = [dict(zip(MATRICES, step, strict=True)) for step in steps]
         tables[layer] = SearchTable(MATRICES, effective, error, uniform_error, sparsities)
@@ -129,12 +128,17 @@ def read_lookup(folder: Path, layers: int) -> dict[int, SearchTable]:
 def _lookup_columns(path: Path) -> dict[str, list[float]]:
     names = (*LAYER_COLUMNS, *MATRICES)
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        # `strict`: a quote that is never closed is an error too
+        rows = list(
+            csv.DictReader(io.StringIO(read_regular(path, "import-teal").decode("utf-8"), newline=""), strict=True)
+        )
+        # what a row has beyond the header stands under None
+        if uneven := [number for number, row in enumerate(rows, start=2) if None in row or None in row.values()]:
+            raise ValueError(f"another number of cells in line {uneven[0]}")
         return {name: [float(row[name]) for row in rows] for name in names}
-    except FileNotFoundError:
-        raise InputError(f"import-teal: {path} must be a file, got nothing there") from None
-    except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise InputError(
             f"import-teal: {path} must have the columns {', '.join(names)} in numbers, got {error}"
         ) from None

@@ -24,6 +24,8 @@ PLACES = {
 }
 # A histogram that lacks no more activations than this probably lost them to rounding, and is not another model's.
 FEW = 8
+# Counts of a bin: those of TEAL's files are below 2**31, and beyond 2**53 sums are no longer whole numbers.
+MOST_COUNTED = 2.0**40
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,14 @@ def read_histograms(folder: Path, layers: int) -> dict[tuple[int, str], SignedHi
                 raise InputError(
                     f"import-teal: {path} must hold {key} and {key}_centers of one length, got {sorted(content)}"
                 )
-            whole = counts.dim() == 1 and bool((counts >= 0).all()) and bool((counts == counts.round()).all())
+            for name, tensor in ((key, counts), (f"{key}_centers", centers)):
+                # TEAL's arithmetic is that of float32: half precision overflows, and integers are rounded elsewhere
+                if tensor.dtype != torch.float32 or tensor.dim() != 1 or tensor.layout != torch.strided:
+                    shape = "x".join(map(str, tensor.shape))
+                    raise InputError(
+                        f"import-teal: {path}: {name} must be one row of float32, got {shape} of {tensor.dtype}"
+                    )
+            whole = bool(((counts >= 0) & (counts <= MOST_COUNTED) & (counts == counts.round())).all())
             if not whole or not bool(centers.isfinite().all()) or bool((centers.diff() < 0).any()):
                 raise InputError(
                     f"import-teal: {path}: {key} must be counts over ascending bin centers, got other numbers"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
 
 from sparsetrace.calibration.target import Target, layer_leaves
-from sparsetrace.core.files import InputError
+from sparsetrace.core.checked import read_checked_table
+from sparsetrace.core.files import InputError, read_regular
 from sparsetrace.formats.sites import Site
 
 # At most so many matrices are named in a message.
@@ -41,8 +41,15 @@ def read_threshold_file(path: Path, sites: Sequence[Site]) -> dict[tuple[int, st
             raise InputError(f"{at} must be a matrix of a model of {layers} layers, got another")
         if leaf in found:
             raise InputError(f"{at} must have one row, got two")
-        if not isinstance(threshold, int | float) or not math.isfinite(threshold) or threshold < 0:
+        if (
+            not isinstance(threshold, int | float)
+            or isinstance(threshold, bool)
+            or not math.isfinite(threshold)
+            or threshold < 0
+        ):
             raise InputError(f"{at}: threshold must be a number of at least 0, got {threshold!r}")
+        if sparsity is not None and not (isinstance(sparsity, int | float) and 0 <= sparsity < 1):
+            raise InputError(f"{at}: sparsity must be at least 0 and below 1, got {sparsity!r}")
         found[leaf] = Target(None if sparsity is None else float(sparsity), float(threshold))
     if absent := [f"layer {layer} {matrix}" for layer, matrix in wanted if (layer, matrix) not in found]:
         more = f" and {len(absent) - NAMED} more" if len(absent) > NAMED else ""
@@ -51,11 +58,11 @@ def read_threshold_file(path: Path, sites: Sequence[Site]) -> dict[tuple[int, st
 
 
 def _read(path: Path, where: str) -> pa.Table:
+    if path.suffix != ".csv":
+        return read_checked_table(path, "thresholds", "Parquet, or CSV with the suffix .csv")
     try:
-        return pa_csv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
-    except FileNotFoundError:
-        raise InputError(f"{where} must be a file, got nothing there") from None
-    except pa.ArrowInvalid as error:
+        return pa_csv.read_csv(pa.BufferReader(read_regular(path, "thresholds")))
+    except (pa.ArrowException, ValueError) as error:
         raise InputError(
             f"{where} must be Parquet, or CSV with the suffix .csv, got {str(error).splitlines()[0]}"
         ) from None

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+from pydantic import ValidationError
 
-from sparsetrace.core.files import InputError, write_beside
+from sparsetrace.core.checked import read_checked_table, write_checked_table
+from sparsetrace.core.files import InputError, parse_json
+from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.formats.sites import by_leaf, layer_sites
 from sparsetrace.formats.tables import THRESHOLDS
 from sparsetrace.methods import METHODS, MatrixRule, Method
@@ -36,7 +38,7 @@ class Thresholds:
     Args:
         label: of the setting.
         method: with its parameters.
-        calibration: hashes of the model and text, and the tokens counted.
+        calibration: hashes of the model and text, and the tokens counted; of the model alone if nothing was counted.
         rows: `tables.THRESHOLDS` as a list of rows.
         notes: what a person should know of the allocation, a sentence each.
     """
@@ -79,8 +81,7 @@ def write_thresholds(thresholds: Thresholds, path: Path) -> None:
         "calibration": thresholds.calibration,
     }
     schema = THRESHOLDS.with_metadata({"sparsetrace": json.dumps(content)})
-    with write_beside(path) as partial:
-        pq.write_table(pa.Table.from_pylist(thresholds.rows, schema=schema), partial)
+    write_checked_table(pa.Table.from_pylist(thresholds.rows, schema=schema), path)
 
 
 def read_thresholds(path: Path, model: RuntimeModel) -> Thresholds:
@@ -89,21 +90,46 @@ def read_thresholds(path: Path, model: RuntimeModel) -> Thresholds:
     Raises:
         InputError: it belongs to another model or dtype.
     """
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"thresholds: {path} must be a whole Parquet file, got {error}") from None
-    content = json.loads((table.schema.metadata or {}).get(b"sparsetrace", b"{}"))
+    table = read_checked_table(path, "thresholds", "a whole Parquet file")
+    metadata = (table.schema.metadata or {}).get(b"sparsetrace", b"{}")
+    content = parse_json(metadata, f"thresholds: the metadata of {path}")
     if not content:
         raise InputError(f"thresholds: {path} must be a threshold table of sparsetrace, got another Parquet file")
-    calibration = content["calibration"]
-    if calibration["model_hash"] != model.model_hash:
+    if not table.schema.equals(THRESHOLDS):
+        raise InputError(f"thresholds: {path} must have the columns of thresholds, got {', '.join(table.column_names)}")
+    try:
+        label, calibration = content["label"], content["calibration"]
+        counted_on, dtype = calibration["model_hash"], calibration["dtype"]
+        method = METHODS[content["method"]](**content["parameters"])
+    except (KeyError, TypeError, ValidationError) as error:
+        raise InputError(f"thresholds: {path} must name its method and calibration, got {error!r}") from None
+    if counted_on != model.model_hash:
         raise InputError(
             f"thresholds: {path} must be calibrated on this model ({model.model_hash[:12]}, {model.config.dtype}), "
-            f"got {calibration['model_hash'][:12]}, {calibration['dtype']}: calibrate again"
+            f"got {str(counted_on)[:12]}, {dtype}: calibrate again"
         )
-    method = METHODS[content["method"]](**content["parameters"])
-    return Thresholds(content["label"], method, calibration, table.to_pylist())
+    thresholds = Thresholds(label, method, calibration, table.to_pylist())
+    _refuse_impossible(thresholds, model, path)
+    return thresholds
+
+
+def _refuse_impossible(thresholds: Thresholds, model: RuntimeModel, path: Path) -> None:
+    """Refuse a table whose rows are not those of the model's matrices, or hold what no threshold is."""
+    wanted = list(by_leaf(layer_sites(model.sites)))
+    if (found := [(row["layer"], row["matrix"]) for row in thresholds.rows]) != wanted:
+        other = [f"layer {layer} {matrix}" for layer, matrix in set(found).symmetric_difference(wanted)]
+        raise InputError(
+            f"thresholds: {path} must have one row for each matrix of the model, in order, got others: "
+            f"{', '.join(sorted(other)) or 'another order'}"
+        )
+    infinity = FORMATS["float32" if thresholds.method.score == "scaled" else model.config.dtype].infinity
+    for row in thresholds.rows:
+        at = f"thresholds: {path}: layer {row['layer']} {row['matrix']}"
+        bits, target = row["threshold_bits"], row["target_sparsity"]
+        if bits is not None and not 0 <= bits < infinity:
+            raise InputError(f"{at}: threshold_bits must be the pattern of a finite number, got {bits}")
+        if target is not None and not 0 <= target < 1:
+            raise InputError(f"{at}: target_sparsity must be at least 0 and below 1, got {target}")
 
 
 def dense_thresholds(model: RuntimeModel) -> Thresholds:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sparsetrace.calibration.layer_inputs import BlockInputs, block_inputs, observe_sites
 from sparsetrace.calibration.windows import calibration_windows, passes
+from sparsetrace.core.checksum import Checksum
 from sparsetrace.core.files import InputError, read_json, sha256_json, write_folder_beside, write_json
 from sparsetrace.core.settings import Calibration, Machine
 from sparsetrace.formats.tables import WEIGHT_MASKS
@@ -38,6 +39,7 @@ from sparsetrace_kernels.torch_ops import pack_bits
 # Shape suffixes: K input features, N output features, M bytes of a mask of N bits.
 
 MASK_FILE = "weight_masks.parquet"
+MASK_SETTINGS: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["matrix"], "write_page_checksum": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ def prune(job: PruneJob, report: Callable[[int, int], None] | None = None) -> Ru
     with torch.inference_mode():
         inputs = _first_inputs(job, decoder, device)
         with write_folder_beside(out) as partial:
-            with pq.ParquetWriter(partial / MASK_FILE, schema, compression="zstd", use_dictionary=["matrix"]) as writer:
+            with pq.ParquetWriter(partial / MASK_FILE, schema, **MASK_SETTINGS) as writer:
                 for layer, block in enumerate(decoder.layers):
                     assert isinstance(block, Block)
                     for matrix, keep_KN in _prune_block(block, method, inputs):
@@ -155,8 +157,8 @@ def _write_model(folder: Path, model: RuntimeModel, decoder: Decoder, identity: 
         for name in loaded:
             if name.startswith("layers."):
                 loaded[name] = state[name].cpu().contiguous()
-                digest = hashlib.sha256(loaded[name].flatten().view(torch.uint8).numpy().data)
-                tensors[name]["sha256"] = digest.hexdigest()
+                data = loaded[name].flatten().view(torch.uint8).numpy().data
+                tensors[name] |= {"sha256": hashlib.sha256(data).hexdigest(), "xxh3": str(Checksum(data))}
         save_file(loaded, folder / file, metadata={"format": "sparsetrace-model"})
     for path in model.folder.iterdir():
         if path.suffix != ".safetensors" and path.name not in ("config.json", MASK_FILE):

@@ -1,4 +1,4 @@
-"""Commands of calibration: prune, calibrate, allocate, thresholds, quality, import-teal."""
+"""Commands of calibration: prune, calibrate, allocate, thresholds, quality-dense, quality, import-teal."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -155,7 +155,7 @@ def allocate(model: Path, search: LayerSearch, out: Path, greedy: Greedy, machin
 
 
 @click.command()
-@path_argument("histograms")
+@path_argument("source")
 @click.option("--method", required=True, help="name of the method, such as teal")
 @click.option("--set", "parameters", multiple=True, metavar="NAME=VALUE", help="parameter of the method; repeatable")
 @click.option("--label", default=None, help="folder name of the setting; the method's own if not given")
@@ -164,24 +164,27 @@ def allocate(model: Path, search: LayerSearch, out: Path, greedy: Greedy, machin
 )
 @path_option("--out", "threshold table (Parquet)")
 def thresholds(
-    histograms: Path,
+    source: Path,
     method: str,
     parameters: tuple[str, ...],
     label: str | None,
     tables: tuple[Path, ...],
     out: Path,
 ) -> None:
-    """Derive a method's thresholds from HISTOGRAMS, and print target and achieved sparsity.
+    """Derive a method's thresholds from SOURCE, and print target and achieved sparsity.
+
+    SOURCE is the model's histograms; for a method that needs no thresholds, the model itself will do.
 
     \b
-    Example:
+    Examples:
       sparsetrace thresholds histograms.safetensors --method teal --set sparsity=0.5 --out thresholds.parquet
+      sparsetrace thresholds results/llama/model --method topk --set sparsity=0.5 --out thresholds.parquet
     """
     from sparsetrace.calibration.derive import derive_thresholds
     from sparsetrace.study.options import parse_method
 
     setting = parse_method(method, parameters, label)
-    result = derive_thresholds(setting.label, setting.method, histograms, out, tables)
+    result = derive_thresholds(setting.label, setting.method, source, out, tables)
     for note in result.notes:
         click.echo(note)
     target, achieved = result.overall()
@@ -200,10 +203,21 @@ def thresholds(
     "--thresholds", "tables", required=True, multiple=True, type=click.Path(path_type=Path), help="table; repeatable"
 )
 @path_option("--text", "held-out text: .txt, .json, .jsonl, or gzipped")
+@click.option(
+    "--dense", type=click.Path(path_type=Path), help="file that quality-dense made; the dense model is run if not given"
+)
 @path_option("--out", "table of the measurement (Parquet)")
 @settings(Quality, Machine)
 @on_gpu
-def quality(model: Path, tables: tuple[Path, ...], text: Path, out: Path, quality: Quality, machine: Machine) -> None:
+def quality(
+    model: Path,
+    tables: tuple[Path, ...],
+    text: Path,
+    dense: Path | None,
+    out: Path,
+    quality: Quality,
+    machine: Machine,
+) -> None:
     """Measure the quality of MODEL under each method setting, and of the dense model, on held-out text.
 
     Perplexity, KL divergence of the next token from the dense model's, and share of predictions that agree on the
@@ -213,7 +227,7 @@ def quality(model: Path, tables: tuple[Path, ...], text: Path, out: Path, qualit
     from sparsetrace.model.runtime import open_model
 
     with progress("measuring quality", "windows") as report:
-        rows = measure(QualityJob(open_model(model), text, tables, out, quality, machine), report).to_pylist()
+        rows = measure(QualityJob(open_model(model), text, tables, out, quality, machine, dense), report).to_pylist()
     shown = Table("setting", "target", "achieved", "perplexity", "KL (nats)", "top-1 agreement")
     for row in rows:
         target = "-" if row["target_sparsity"] is None else f"{row['target_sparsity']:.4f}"
@@ -221,6 +235,27 @@ def quality(model: Path, tables: tuple[Path, ...], text: Path, out: Path, qualit
         shown.add_row(row["label"], target, f"{row['achieved_sparsity']:.4f}", *numbers)
     Console().print(shown)
     click.echo(f"{rows[0]['tokens']:,} tokens, context {quality.context}, prefill {quality.prefill}")
+
+
+@click.command("quality-dense")
+@path_argument("model")
+@path_option("--text", "held-out text: .txt, .json, .jsonl, or gzipped")
+@path_option("--out", "hidden states of the dense model (safetensors)")
+@settings(Quality, Machine)
+@on_gpu
+def quality_dense(model: Path, text: Path, out: Path, quality: Quality, machine: Machine) -> None:
+    """Run the dense MODEL over held-out text once, for `quality --dense` of every setting.
+
+    \b
+    Example:
+      sparsetrace quality-dense results/llama/model --text held-out.txt --out quality_dense.safetensors
+    """
+    from sparsetrace.calibration.dense_states import DenseJob, write_dense_states
+    from sparsetrace.model.runtime import open_model
+
+    with progress("running the dense model", "windows") as report:
+        tokens = write_dense_states(DenseJob(open_model(model), text, out, quality, machine), report)
+    click.echo(f"{out}: states of {tokens:,} scored tokens")
 
 
 @click.command("import-teal")

@@ -27,6 +27,7 @@ COMMANDS: tuple[click.Command, ...] = (
     calibration.calibrate,
     calibration.allocate,
     calibration.thresholds,
+    calibration.quality_dense,
     calibration.quality,
     calibration.import_teal,
     generation.split,
@@ -65,6 +66,7 @@ def cli() -> None:
       calibrate         model, text              ->  exact activation histograms
       allocate          model, histograms, text  ->  search table of one layer (only for `allocation: greedy`)
       thresholds        histograms, a method     ->  threshold table
+      quality-dense     model, text              ->  states of the dense model (where a text is named)
       quality           model, thresholds, text  ->  perplexity beside the dense model's (where a text is named)
       split             prompt set               ->  shards of groups of sequences
       dense-tokens      model, shard             ->  what the dense model writes (only for `tokens_from: dense`)
@@ -103,6 +105,9 @@ def main() -> None:
         fail("interrupted: nothing half-written is left; run the same command again to resume", INTERRUPTED)
     except InputError as error:
         fail(str(error))
+    except MemoryError as error:
+        reason = f": {error}" if str(error) else ""
+        fail(f"memory: must suffice for this step, got too little{reason}: give the job more, or lower batch sizes")
     except OSError as error:
         if error.errno is None:
             raise

@@ -1,6 +1,5 @@
 """Commands that turn dumps into a data set: pack, index."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import click
 
 from sparsetrace.cli.options import path_argument, path_option, settings
 from sparsetrace.cli.terminal import progress
-from sparsetrace.core.files import InputError
+from sparsetrace.core.files import InputError, parse_json
 from sparsetrace.core.settings import Packing
 
 
@@ -50,9 +49,6 @@ def index(parts: tuple[Path, ...], workload: Path, weight_masks: Path | None, st
     from sparsetrace.packing.index import index as run
     from sparsetrace.workload.reader import open as open_workload
 
-    try:
-        content = None if study is None else json.loads(study)
-    except json.JSONDecodeError as error:
-        raise InputError(f"index: --study must be JSON, got {error}") from None
+    content = None if study is None else parse_json(study, "index: --study")
     run(list(parts), workload, weight_masks, study=content)
     click.echo(open_workload(workload))

@@ -23,10 +23,17 @@ if TYPE_CHECKING:
 @click.command("check-config")
 @path_argument("config")
 def check_config(config: Path) -> None:
-    """Check a study file and list the workloads that it makes."""
+    """Check a study file, what it names, and this machine, and list the workloads that it makes.
+
+    Takes seconds: the descriptions of checkpoints, the texts and the prompts are read, but no weights.
+    """
     from sparsetrace.study.study import load_study
 
     study = load_study(config)
+    from sparsetrace.tools.preflight import preflight
+
+    if faults := preflight(study):
+        fail("\n".join(f"{config}: {fault}" for fault in faults))
     for model, run, label in study.workloads():
         click.echo(f"{study.results}/{model}/{run}/{label}/workload")
 
@@ -78,10 +85,12 @@ def estimate(config: Path, machine: Machine) -> None:
     default=Path(),
     help="folder that the study was run in; the current folder if not given",
 )
-def reproduce(workload: Path, out: Path | None, base: Path) -> None:
+@click.option("--outside", is_flag=True, help="let the study read files that do not lie in --base")
+def reproduce(workload: Path, out: Path | None, base: Path, outside: bool) -> None:
     """Make WORKLOAD again from its manifest alone and compare every file; exit status 1 if one differs.
 
-    The checkpoint, the texts and the prompts must still be where they were; their hashes are compared too.
+    The checkpoint, the texts and the prompts must still be where they were; their hashes are compared too. The study is
+    shown before it runs.
 
     \b
     Example:
@@ -92,7 +101,7 @@ def reproduce(workload: Path, out: Path | None, base: Path) -> None:
     from sparsetrace.tools.reproduce import reproduce as run
 
     with TemporaryDirectory(prefix=".reproduce-", dir=".") as temporary:
-        result = run(workload, out or Path(temporary), base, lambda line: click.echo(line, err=True))
+        result = run(workload, out or Path(temporary), base, lambda line: click.echo(line, err=True), outside=outside)
     for note in result.notes:
         click.echo(note)
     total = len(result.equal) + len(result.different)

@@ -24,36 +24,50 @@ def show(workloads: tuple[Path, ...]) -> None:
 
 
 @click.command()
-@path_argument("workload")
+@path_argument("workloads", nargs=-1, required=True)
 @click.option(
-    "--recompute", type=click.IntRange(min=1), default=None, help="number of sequences to run again and compare"
+    "--recompute", type=click.IntRange(min=1), default=None, help="number of sequences of each to run again and compare"
 )
 @click.option(
     "--model", type=click.Path(path_type=Path), default=None, help="folder of the runtime model, for --recompute"
 )
 @settings(Machine)
-def verify(workload: Path, recompute: int | None, model: Path | None, machine: Machine) -> None:
-    """Check WORKLOAD: hashes, schema, completeness, counts, values, thresholds; exit status 1 if a fault is found.
+def verify(workloads: tuple[Path, ...], recompute: int | None, model: Path | None, machine: Machine) -> None:
+    """Check WORKLOADS: hashes, schema, completeness, counts, values, thresholds; exit status 1 if a fault is found.
 
     \b
     Example:
-      sparsetrace verify results/demo/default/teal-0.5/workload
+      sparsetrace verify results/demo/default/*/workload
       sparsetrace verify results/demo/default/teal-0.5/workload --recompute 4 --model results/demo/model
     """
-    from sparsetrace.workload.verify import verify as run
-
     if recompute is not None and model is None:
         raise InputError("verify: --model must be given with --recompute, got none: name the runtime model")
-    with progress("verifying", "files") as report:
-        faults = [str(fault) for fault in run(workload, report)]
-    if recompute is not None and model is not None and not faults:
+    faults = []
+    for workload in workloads:
+        found = _faults(workload, recompute, model, machine)
+        if not found:
+            click.echo(f"{workload}: no fault found")
+        # the name is needed only where there are several
+        faults += found if len(workloads) == 1 else [f"{workload}: {fault}" for fault in found]
+    if faults:
+        fail("\n".join(faults))
+
+
+def _faults(workload: Path, recompute: int | None, model: Path | None, machine: Machine) -> list[str]:
+    """What is wrong with a workload, a line each; one that cannot be read is one fault, so that others are checked."""
+    from sparsetrace.workload.verify import verify as run
+
+    try:
+        with progress("verifying", "files") as report:
+            faults = [str(fault) for fault in run(workload, report)]
+        if recompute is None or model is None or faults:
+            return faults
         with own_gpu(machine), progress("recomputing", "groups") as report:
             from sparsetrace.tools.recompute import recompute as run_again
 
-            faults = [str(fault) for fault in run_again(workload, model, recompute, machine, report)]
-    if faults:
-        fail("\n".join(faults))
-    click.echo(f"{workload}: no fault found")
+            return [str(fault) for fault in run_again(workload, model, recompute, machine, report)]
+    except InputError as error:
+        return str(error).splitlines()
 
 
 @click.command()

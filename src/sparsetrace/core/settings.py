@@ -8,6 +8,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# Shards have five digits in file names. Seeds are keys of 64 bits. Other numbers have limits far beyond what a model
+# reads, so that what is planned from them stays small or fails at once.
+MOST_SHARDS = 99_999
+MOST_SEED = (1 << 64) - 1
+MOST_TOKENS = 1 << 40
+MOST_POSITIONS = 1 << 24
+MOST_SEQUENCES = 1 << 16
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]
 # Which ones a model has is known when the model is opened.
 MatrixName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
@@ -30,19 +37,27 @@ class Calibration(Section):
     """Which activations the thresholds are taken from."""
 
     field: str | None = Field(None, description="field of a .json/.jsonl text that holds the text; found if not given")
-    tokens: int = Field(65_536, ge=1, description="tokens counted, at most what the text holds")
-    sequence_length: int = Field(512, ge=2, description="tokens per calibration sequence, the begin token included")
-    seed: int = Field(0, ge=0, description="which sequences are drawn when the text holds more than asked")
-    shards: int = Field(1, ge=1, description="parts of the sequences, counted by one job each and added up")
+    tokens: int = Field(65_536, ge=1, le=MOST_TOKENS, description="tokens counted, at most what the text holds")
+    sequence_length: int = Field(
+        512, ge=2, le=MOST_POSITIONS, description="tokens per calibration sequence, the begin token included"
+    )
+    seed: int = Field(
+        0, ge=0, le=MOST_SEED, description="which sequences are drawn when the text holds more than asked"
+    )
+    shards: int = Field(
+        1, ge=1, le=MOST_SHARDS, description="parts of the sequences, counted by one job each and added up"
+    )
 
 
 class Greedy(Section):
     """The search behind `allocation: greedy`; its text is the calibration text."""
 
     field: str | None = Field(None, description="field of a .json/.jsonl text that holds the text; found if not given")
-    tokens: int = Field(20_480, ge=1, description="tokens on which the error of a layer is measured")
-    sequence_length: int = Field(512, ge=4, description="tokens per sequence; the last quarter of each counts")
-    seed: int = Field(0, ge=0, description="which sequences are drawn")
+    tokens: int = Field(20_480, ge=1, le=MOST_TOKENS, description="tokens on which the error of a layer is measured")
+    sequence_length: int = Field(
+        512, ge=4, le=MOST_POSITIONS, description="tokens per sequence; the last quarter of each counts"
+    )
+    seed: int = Field(0, ge=0, le=MOST_SEED, description="which sequences are drawn")
     step: float = Field(
         0.05, gt=0, lt=1, description="sparsity step of q, 0 < s < 1; larger matrices take smaller steps"
     )
@@ -52,12 +67,16 @@ class Quality(Section):
     """How perplexity, KL divergence and top-1 agreement are measured on held-out text."""
 
     field: str | None = Field(None, description="field of a .json/.jsonl text that holds the text; found if not given")
-    context: int = Field(2048, ge=1, description="tokens before the scored ones in each window")
-    stride: int = Field(512, ge=1, description="tokens scored in each window, and between two windows")
+    context: int = Field(2048, ge=1, le=MOST_POSITIONS, description="tokens before the scored ones in each window")
+    stride: int = Field(
+        512, ge=1, le=MOST_POSITIONS, description="tokens scored in each window, and between two windows"
+    )
     prefill: Literal["half", "all"] = Field(
         "half", description="part of each window that is sparsified: half (last floor(T/2) positions) or all"
     )
-    windows: int | None = Field(None, ge=1, description="use only the first N windows; all of the text if not given")
+    windows: int | None = Field(
+        None, ge=1, le=MOST_TOKENS, description="use only the first N windows; all of the text if not given"
+    )
 
 
 class PromptSet(Section):
@@ -66,7 +85,7 @@ class PromptSet(Section):
     field: str | None = Field(
         None, description="field of a .json/.jsonl prompt set that holds the prompt; found if not given"
     )
-    limit: int | None = Field(None, ge=1, description="use only the first N prompts of the file")
+    limit: int | None = Field(None, ge=1, le=MOST_TOKENS, description="use only the first N prompts of the file")
     longer: Literal["error", "skip"] = Field("error", description="prompts beyond the context: error or skip")
 
 
@@ -74,18 +93,22 @@ class Batching(Section):
     """How sequences are batched; fixed by the study file, so that it is the same in every run."""
 
     max_new_tokens: int = Field(
-        64, ge=1, description="tokens generated per sequence, at most; none with tokens_from text"
+        64, ge=1, le=MOST_POSITIONS, description="tokens generated per sequence, at most; none with tokens_from text"
     )
-    batch_size: int = Field(8, ge=1, description="sequences per group, run at fixed shapes")
-    shards: int = Field(1, ge=1, description="parts of the prompt set, one generate and one pack job each")
+    batch_size: int = Field(8, ge=1, le=MOST_SEQUENCES, description="sequences per group, run at fixed shapes")
+    shards: int = Field(
+        1, ge=1, le=MOST_SHARDS, description="parts of the prompt set, one generate and one pack job each"
+    )
 
 
 class Sampling(Section):
     """How the next token is chosen."""
 
     temperature: float = Field(0.0, ge=0, description="0 is greedy; otherwise logits are divided by it")
-    top_k: int = Field(0, ge=0, description="sample from the k likeliest tokens; 0 is all")
-    seed: int = Field(0, ge=0, description="seed of the random draws, each keyed by (seed, sequence, position)")
+    top_k: int = Field(0, ge=0, le=MOST_TOKENS, description="sample from the k likeliest tokens; 0 is all")
+    seed: int = Field(
+        0, ge=0, le=MOST_SEED, description="seed of the random draws, each keyed by (seed, sequence, position)"
+    )
     ignore_eos: bool = Field(False, description="keep generating after the end-of-sequence token")
 
 
@@ -132,7 +155,7 @@ class Capture(Section):
         description="only these matrices of the model, such as q or down; all of its layers' matrices if none is "
         "given; lm_head where it is named",
     )
-    every: int = Field(1, ge=1, description="only positions that are multiples of this")
+    every: int = Field(1, ge=1, le=MOST_POSITIONS, description="only positions that are multiples of this")
 
 
 class Packing(Section):
@@ -155,4 +178,6 @@ class Machine(Section):
         description="torch: the reference; triton: sparse kernels and CUDA graphs; auto takes triton on a GPU where "
         "the method is a threshold on the input and the model 16-bit",
     )
-    threads: int = Field(1, ge=1, description="CPU threads of a step that runs the model; sums may depend on it")
+    threads: int = Field(
+        1, ge=1, le=MOST_SEQUENCES, description="CPU threads of a step that runs the model; sums may depend on it"
+    )

@@ -10,15 +10,20 @@ Any of them may be gzipped (`.gz`).
 """
 
 import gzip
-import json
+import io
 import zlib
 from pathlib import Path
 from typing import Any
 
-from sparsetrace.core.files import InputError
+from sparsetrace.core.files import InputError, parse_json, read_regular
 
 # Field names under which prompts are commonly published; the first one that a record has is read.
 FIELDS = ("prompt", "question", "instruction", "turns", "text", "input", "content")
+# Bytes of a file, and of what a gzipped one unpacks to: `UNPACKED_BYTES`, or so many times its own size where that is
+# more. Text becomes 3 to 20 times as small; a file that unpacks to 1,000 times its size was made to fill the memory.
+MOST_BYTES = 1 << 30
+UNPACKED_BYTES = 64 << 20
+UNPACKED_FACTOR = 100
 
 
 def read_text(path: Path, field: str | None, where: str) -> str:
@@ -46,10 +51,12 @@ def read_documents(path: Path, field: str | None, where: str) -> list[str]:
                 raise InputError(f"{where}: field must not be given for a .txt file, got {field!r}")
             documents = [line for line in _lines(text) if line.strip()]
         case ".jsonl":
-            records = [_parse(line, f"{where}: {path}:{i + 1}") for i, line in enumerate(_lines(text)) if line.strip()]
+            records = [
+                parse_json(line, f"{where}: {path}:{i + 1}") for i, line in enumerate(_lines(text)) if line.strip()
+            ]
             documents = [_text(record, field, f"{where}: {path}: record {i}") for i, record in enumerate(records)]
         case ".json":
-            records = _only_list(_parse(text, f"{where}: {path}"), f"{where}: {path}")
+            records = _only_list(parse_json(text, f"{where}: {path}"), f"{where}: {path}")
             documents = [_text(record, field, f"{where}: {path}: record {i}") for i, record in enumerate(records)]
         case _:
             raise InputError(f"{where}: {path} must end in .jsonl, .json, .txt or one of these with .gz")
@@ -64,11 +71,15 @@ def _suffix(path: Path) -> str:
 
 
 def _content(path: Path, where: str) -> str:
+    data = read_regular(path, where, most=MOST_BYTES)
     try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{where}: {path} must be a file, got nothing there") from None
+        if path.suffix == ".gz":
+            most = min(MOST_BYTES, max(UNPACKED_BYTES, UNPACKED_FACTOR * len(data)))
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+                data = file.read(most + 1)
+            if len(data) > most:
+                raise InputError(f"{where}: {path} must unpack to at most {most:,} bytes, got more: cut it")
+        return data.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"{where}: {path} must be readable UTF-8 text, got {error}") from None
 
@@ -76,13 +87,6 @@ def _content(path: Path, where: str) -> str:
 def _lines(text: str) -> list[str]:
     # `str.splitlines` also splits at form feeds and U+2028, which occur within texts
     return text.replace("\r\n", "\n").split("\n")
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} must be JSON, got {error}") from None
 
 
 def _only_list(content: Any, where: str) -> list[Any]:
@@ -96,7 +100,7 @@ def _only_list(content: Any, where: str) -> list[Any]:
 
 def _text(record: Any, field: str | None, where: str) -> str:
     if isinstance(record, str) and field is None:
-        return record
+        return _whole(record, where)
     if not isinstance(record, dict):
         raise InputError(f"{where} must be an object with a text field, got {type(record).__name__}")
     name = field if field is not None else next((name for name in FIELDS if name in record), None)
@@ -108,4 +112,15 @@ def _text(record: Any, field: str | None, where: str) -> str:
     first = value[0] if isinstance(value, list) and value else value
     if not isinstance(first, str):
         raise InputError(f"{where}: {name} must be text or a list of texts, got {type(first).__name__}")
-    return first
+    return _whole(first, f"{where}: {name}")
+
+
+def _whole(text: str, where: str) -> str:
+    """Refuse half a surrogate pair, which JSON can escape and no encoding of text can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where} must be text, got half a surrogate pair, {text[error.start]!r}, as character {error.start}"
+        ) from None
+    return text

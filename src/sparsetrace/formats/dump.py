@@ -27,6 +27,11 @@ Arrays of a block of T rows, one row per captured token:
 `<prefix>.rows`, n = T. An operand that several matrices of a site read, as q, k and v do under equal thresholds, is
 stored once: `held_by` of each matrix in the manifest names the matrix whose prefix it has. The order of the arrays in
 a block carries no meaning.
+
+The header's `__metadata__` holds the XXH3-64 of each array's bytes in hexadecimal, under the array's name, and under
+`header` that of the header itself, computed with 16 zeros in its place. `Block` checks both; arrays named `fill.0`, ...
+are padding and have none. A block without `__metadata__` was written by another program and is not checked. The JSON
+files hold their own hash under `sha256`, and the tables theirs, see `sparsetrace.core.checked`.
 """
 
 import errno
@@ -35,18 +40,29 @@ import json
 import math
 import mmap
 import os
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
-from sparsetrace.core.files import InputError, write_beside
+from sparsetrace.core.files import InputError, parse_json, read_sealed_json, write_beside
+from sparsetrace.formats.versions import DUMP_VERSION
 
 _NAMES = {"U8": "uint8", "U16": "uint16", "U32": "uint32", "I32": "int32", "I64": "int64", "F32": "float32"}
 _DTYPES = {code: np.dtype(name).newbyteorder("<") for code, name in _NAMES.items()}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _PREFIX_BYTES = 8
+# Key of a header's own checksum, and what stands there while it is computed.
+_HEADER_SUM = b'"header":"'
+_NO_SUM = "0" * 16
+# What to do about a damaged block: `generate` leaves sealed groups alone.
+_REMEDY = "delete the folder of the dump and generate it again"
+# Bytes of an array that are checked at a time: few enough to stay in a core's cache.
+_CHECKED_BYTES = 1 << 18
 # Arrays with a row for each row of their operand, and how many they have beyond these.
 _ROWS_BEYOND = {"offsets": 1, "mask": 0, "absmax": 0, "l2": 0, "nnz": 0}
 # Blocks of at least this size are written with direct I/O, which bypasses the page cache, in chunks.
@@ -61,7 +77,8 @@ def write_block(path: Path, arrays: dict[str, np.ndarray]) -> None:
     A large run of arrays that are adjacent in memory and begin at a memory page also begins at a page of the file
     (padding arrays `fill.0`, ... come before it), so that direct I/O can write it without a copy.
     """
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": dict.fromkeys(("header", *arrays), _NO_SUM)}
+    views: dict[str, memoryview] = {}
     pieces: list[np.ndarray] = []
     offset = 0
 
@@ -75,18 +92,34 @@ def write_block(path: Path, arrays: dict[str, np.ndarray]) -> None:
         if on_page and (gap := -offset % mmap.PAGESIZE):
             pieces.append(np.zeros(gap, np.uint8))
             add(f"fill.{len(pieces)}", "U8", (gap,), gap)
+        start = 0
         for name in names:
-            add(name, _CODES[arrays[name].dtype], arrays[name].shape, arrays[name].nbytes)
+            nbytes = arrays[name].nbytes
+            add(name, _CODES[arrays[name].dtype], arrays[name].shape, nbytes)
+            views[name] = piece[start : start + nbytes].data
+            start += nbytes
         pieces.append(piece)
-    text = json.dumps(header, separators=(",", ":")).encode()
     direct = offset >= _DIRECT_BYTES
-    text += b" " * (-(len(text) + _PREFIX_BYTES) % (mmap.PAGESIZE if direct else _PREFIX_BYTES))
-    pieces.insert(0, np.frombuffer(len(text).to_bytes(_PREFIX_BYTES, "little") + text, np.uint8))
-    with write_beside(path) as partial:
+    # its length is known before its checksums are
+    pieces.insert(0, np.frombuffer(_header_bytes(header, direct), np.uint8))
+    with write_beside(path) as partial, ThreadPoolExecutor(1) as pool:
+        # beside the writing, which waits for the disk
+        sums = pool.submit(lambda: {name: xxhash.xxh3_64_hexdigest(view) for name, view in views.items()})
         if not direct or not _write_direct(partial, pieces):
             with partial.open("wb") as file:
                 for piece in pieces:
                     file.write(piece.data)
+        header["__metadata__"] = {"header": _NO_SUM} | sums.result()
+        with partial.open("r+b") as begin:
+            begin.write(_header_bytes(header, direct))
+
+
+def _header_bytes(header: dict[str, Any], direct: bool) -> bytes:
+    """The first bytes of a block: length of the header, the header with its own checksum, and padding."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + _PREFIX_BYTES) % (mmap.PAGESIZE if direct else _PREFIX_BYTES))
+    text = text.replace(_HEADER_SUM + _NO_SUM.encode(), _HEADER_SUM + xxhash.xxh3_64_hexdigest(text).encode(), 1)
+    return len(text).to_bytes(_PREFIX_BYTES, "little") + text
 
 
 def _runs(arrays: dict[str, np.ndarray]) -> Iterator[tuple[list[str], np.ndarray]]:
@@ -188,24 +221,51 @@ class Block:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._map: mmap.mmap | None = None
-        with path.open("rb") as file:
+        # arrays that were found as they were written; each is read whole for that, once
+        self._checked: set[str] = set()
+        header = self._read_header()
+        self._has_sums = header.pop("__metadata__", None) is not None
+        self.rows, self.partial = 0, {}
+        try:
+            self.rows = int(header["rows.token"]["shape"][0]) if "rows.token" in header else 0
+            self.partial = {
+                name.removesuffix(".rows"): int(entry["shape"][0])
+                for name, entry in header.items()
+                if name.endswith(".rows")
+            }
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            if self.size == self._start + end and self.rows:
+                self._check_rows(header)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise InputError(f"dump: {path} must have the header of a block, got {error!r}: {_REMEDY}") from None
+        if self.size != self._start + end:
+            raise InputError(f"dump: {path} must have {self._start + end} bytes, got {self.size}: generate it again")
+
+    def _read_header(self) -> dict[str, Any]:
+        """The header, which is as it was written where it says so."""
+        path = self.path
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            raise InputError(f"dump: {path} must be a block, got nothing there: {_REMEDY}") from None
+        with file:
             size = self.size = path.stat().st_size
             length = int.from_bytes(file.read(_PREFIX_BYTES), "little")
             if size < _PREFIX_BYTES + length:
                 raise InputError(f"dump: {path} must be a whole block, got {size} bytes: generate it again")
-            header = json.loads(file.read(length))
-            self._start = _PREFIX_BYTES + length
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            if size != self._start + end:
-                raise InputError(f"dump: {path} must have {self._start + end} bytes, got {size}: generate it again")
-        self.rows = int(header["rows.token"]["shape"][0]) if "rows.token" in header else 0
-        self.partial = {
-            name.removesuffix(".rows"): int(entry["shape"][0])
-            for name, entry in header.items()
-            if name.endswith(".rows")
-        }
-        if self.rows:
-            self._check_rows(header)
+            text = file.read(length)
+        self._start = _PREFIX_BYTES + length
+        head, key, rest = text.partition(_HEADER_SUM)
+        digits = len(_NO_SUM)
+        if key and rest[:digits] != xxhash.xxh3_64_hexdigest(head + key + _NO_SUM.encode() + rest[digits:]).encode():
+            raise InputError(f"dump: {path} must have the header that was written, got damaged: {_REMEDY}")
+        try:
+            header = parse_json(text, f"dump: the header of {path}")
+        except InputError as error:
+            raise InputError(f"{error}: generate it again") from None
+        if not isinstance(header, dict):
+            raise InputError(f"dump: {path} must have the header of a block, got {type(header).__name__}: {_REMEDY}")
+        return header
 
     def _check_rows(self, header: dict[str, Any]) -> None:
         """Refuse an array with more or fewer rows than its operand; output masks may belong to one of another name."""
@@ -230,7 +290,27 @@ class Block:
             raise KeyError(name)
         shape = tuple(entry["shape"])
         offset = self._start + entry["data_offsets"][0]
+        if self._has_sums and name not in self._checked:
+            self._check(mapped, name, offset, entry["data_offsets"][1] - entry["data_offsets"][0])
         return np.frombuffer(mapped, _DTYPES[entry["dtype"]], count=math.prod(shape), offset=offset).reshape(shape)
+
+    def _check(self, mapped: mmap.mmap, name: str, offset: int, nbytes: int) -> None:
+        """Refuse an array whose bytes are not those that were written.
+
+        They are read by calls, not through the map, whose pages would count as memory of the process.
+        """
+        key = f'"{name}":"'.encode()
+        at = mapped.find(key, _PREFIX_BYTES, self._start) + len(key)
+        wanted, found = bytes(mapped[at : at + len(_NO_SUM)]), xxhash.xxh3_64()
+        with self.path.open("rb", 0) as file:
+            file.seek(offset)
+            buffer = memoryview(bytearray(min(nbytes, _CHECKED_BYTES)))
+            while nbytes and (count := file.readinto(buffer[:nbytes])):
+                found.update(buffer[:count])
+                nbytes -= count
+        if found.hexdigest().encode() != wanted:
+            raise InputError(f"dump: {self.path} must have {name} as it was written, got damaged: {_REMEDY}")
+        self._checked.add(sys.intern(name))
 
     def _mapped(self) -> mmap.mmap:
         mapped = self._map
@@ -257,6 +337,46 @@ class Block:
 def group_name(group: int) -> str:
     """Stem of the names of a group's files."""
     return f"group-{group:05d}"
+
+
+def read_seal(path: Path, where: str) -> dict[str, Any]:
+    """The seal of a group.
+
+    Args:
+        path: of the seal.
+        where: name of the step, for messages.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    seal = read_sealed_json(path, where, ("key", "blocks", "rows"))
+    names = seal["blocks"]
+    if not isinstance(names, list) or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise InputError(f"{where}: {path} must name the blocks beside it, got {names!r}: {_REMEDY}")
+    if type(seal["rows"]) is not int:
+        raise InputError(f"{where}: {path}: rows must be a whole number, got {seal['rows']!r}: {_REMEDY}")
+    return seal
+
+
+def read_manifest(path: Path, where: str) -> dict[str, Any]:
+    """The manifest of a dump.
+
+    Args:
+        path: of the manifest.
+        where: name of the step, for messages.
+
+    Raises:
+        InputError: it is missing or damaged, or of another version.
+    """
+    manifest = read_sealed_json(path, where, ("version",))
+    if manifest["version"] != DUMP_VERSION:
+        raise InputError(f"{where}: {path} must have version {DUMP_VERSION}, got {manifest['version']}")
+    if missing := [key for key in ("groups", "rows", "matrices", "method", "model_hash") if key not in manifest]:
+        raise InputError(f"{where}: {path} must have {', '.join(missing)}, got no such key: {_REMEDY}")
+    groups = manifest["groups"]
+    if not isinstance(groups, list) or not all(type(group) is int for group in groups):
+        raise InputError(f"{where}: {path}: groups must be whole numbers, got {groups!r}: {_REMEDY}")
+    return manifest
 
 
 def block_name(group: int, block: int) -> str:

@@ -14,7 +14,7 @@ READABLE_WORKLOADS: Final = ((1, 0), (2, 0))
 LAYER_FILE_VERSION: Final = 1
 MODEL_FILE_VERSION: Final = 2
 DUMP_VERSION: Final = 3
-MODEL_VERSION: Final = 2
+MODEL_VERSION: Final = 3
 
 
 def refuse_unknown_format(manifest: dict[str, Any], where: str) -> None:

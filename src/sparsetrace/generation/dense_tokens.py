@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from sparsetrace.core.files import InputError, read_json
-from sparsetrace.formats.dump import group_name
+from sparsetrace.core.checked import read_checked_table
+from sparsetrace.core.files import InputError
+from sparsetrace.formats.dump import group_name, read_manifest
+from sparsetrace.formats.tables import SEQUENCES
 from sparsetrace.generation.prompts import Sequence
 from sparsetrace.model.runtime import RuntimeModel
 
@@ -26,7 +25,7 @@ def read_dense_tokens(
     Raises:
         InputError: the dump is not whole, or of another model, method or split.
     """
-    manifest = read_json(manifest_path, "generate")
+    manifest = read_manifest(manifest_path, "generate")
     if manifest.get("method") != "dense" or manifest.get("model_hash") != model.model_hash:
         raise InputError(
             f"generate: tokens must be a dump of the same model under method dense, got {manifest_path} of "
@@ -36,9 +35,10 @@ def read_dense_tokens(
     rows: list[dict[str, Any]] = []
     for file in [manifest_path.parent / f"{group_name(group)}.sequences.parquet" for group in manifest["groups"]]:
         try:
-            rows += pq.read_table(file, columns=columns).to_pylist()
-        except (OSError, pa.ArrowInvalid) as error:
-            raise InputError(f"generate: tokens must be a whole dump, got {' '.join(str(error).split())}") from None
+            table = read_checked_table(file, "dump", "a group's whole table", SEQUENCES)
+        except InputError as error:
+            raise InputError(f"generate: tokens must be a whole dump, got {error}") from None
+        rows += table.select(columns).to_pylist()
     found = {row["sequence"]: row for row in rows}
     for sequence in (sequence for group in groups for sequence in group):
         row = found.get(sequence.sequence)

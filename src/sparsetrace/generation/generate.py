@@ -14,10 +14,10 @@ import torch
 
 from sparsetrace import __version__
 from sparsetrace.calibration.thresholds import Thresholds, dense_thresholds, read_thresholds
-from sparsetrace.core.files import InputError, read_json, sha256_json, write_json
+from sparsetrace.core.files import InputError, sha256_json, write_sealed_json
 from sparsetrace.core.provenance import commit, tuning_table
 from sparsetrace.core.settings import Capture
-from sparsetrace.formats.dump import group_name
+from sparsetrace.formats.dump import group_name, read_seal
 from sparsetrace.formats.versions import DUMP_VERSION
 from sparsetrace.generation.backend import BackendName, EngineSetup
 from sparsetrace.generation.backends import choose_backend
@@ -66,7 +66,7 @@ def generate(job: Job, report: Report | None = None) -> dict[str, Any]:
         for group in groups:
             seal = folder / f"{group_name(group[0].group)}.json"
             if seal.is_file():
-                note(read_json(seal, "generate"))
+                note(read_seal(seal, "generate"))
                 continue
             if runner is None:
                 runner = _new_runner(job, thresholds, groups, backend, device)
@@ -92,8 +92,7 @@ def generate(job: Job, report: Report | None = None) -> dict[str, Any]:
         "rows": sum(seal["rows"] for seal in sealed),
         "commit": commit(),
     }
-    write_json(job.out, manifest)
-    return manifest
+    return write_sealed_json(job.out, manifest)
 
 
 def _groups(job: Job) -> list[list[Sequence]]:
@@ -146,7 +145,7 @@ def _identity(
         "label": thresholds.label,
         "method": thresholds.method.name,
         "parameters": thresholds.method.model_dump(),
-        "calibration": thresholds.calibration,
+        "calibration": thresholds.calibration if "tokens" in thresholds.calibration else {},
         "thresholds": [rule.threshold_bits for rule in thresholds.rules],
         "prompts": sha256_json([[dataclasses.asdict(sequence) for sequence in group] for group in groups]),
         "decoding": job.decoding.model_dump(),

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from sparsetrace.core.files import InputError, write_beside
+from sparsetrace.core.checked import read_checked_table, write_checked_table
+from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Batching, PromptSet
 from sparsetrace.core.text import read_documents
 from sparsetrace.formats.tables import PROMPTS
@@ -101,8 +101,7 @@ def write_split(groups: list[list[Sequence]], shards: int, path: Path) -> None:
         for group in groups[len(groups) * shard // shards : len(groups) * (shard + 1) // shards]
         for sequence in group
     ]
-    with write_beside(path) as partial:
-        pq.write_table(pa.Table.from_pylist(rows, schema=PROMPTS), partial)
+    write_checked_table(pa.Table.from_pylist(rows, schema=PROMPTS), path)
 
 
 def read_shard(path: Path, shard: int) -> list[list[Sequence]]:
@@ -111,10 +110,9 @@ def read_shard(path: Path, shard: int) -> list[list[Sequence]]:
     Raises:
         InputError: the split has no such shard.
     """
-    try:
-        table = pq.read_table(path, schema=PROMPTS)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"prompts: {path} must be a whole split prompt set, got {error}") from None
+    table = read_checked_table(path, "prompts", "a whole split prompt set", PROMPTS)
+    if not len(table):
+        raise InputError(f"prompts: {path} must hold at least one sequence, got none: split the prompt set again")
     rows = table.filter(pc.field("shard") == shard).drop_columns("shard").to_pylist()
     if not rows:
         raise InputError(f"prompts: shard must be below {1 + max(table['shard'].to_pylist())} in {path}, got {shard}")

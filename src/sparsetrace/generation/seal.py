@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from sparsetrace.core.files import read_json, write_beside, write_json
-from sparsetrace.formats.dump import group_name
+from sparsetrace.core.checked import write_checked_table
+from sparsetrace.core.files import write_sealed_json
+from sparsetrace.formats.dump import group_name, read_seal
 from sparsetrace.formats.tables import SEQUENCES, TOKENS
 from sparsetrace.generation.runner import FinishedGroup
 from sparsetrace.model.tokenizer import Tokenizer
@@ -18,7 +18,7 @@ def discard_other_runs(folder: Path, key: str) -> None:
     """Remove what a run of another key left, and blocks of groups that were never sealed."""
     sealed = set()
     for seal in folder.glob("group-*.json"):
-        if read_json(seal, "generate")["key"] == key:
+        if read_seal(seal, "generate")["key"] == key:
             sealed.add(seal.stem)
     for file in folder.glob("group-*"):
         if file.name.split(".")[0] not in sealed:
@@ -41,8 +41,7 @@ def write_seal(folder: Path, key: str, finished: FinishedGroup, tokenizer: Token
     fed["token"] = [bases[s] + p for s, p in zip(fed["sequence"], fed["position"], strict=True)]
     fed["text"] = [tokenizer.piece(token_id) for token_id in fed["token_id"]]
     tokens = pa.table({name: pa.array(fed[name], TOKENS.field(name).type) for name in TOKENS.names}, schema=TOKENS)
-    with write_beside(stem.with_suffix(".tokens.parquet")) as partial:
-        pq.write_table(tokens.sort_by("token"), partial)
+    write_checked_table(tokens.sort_by("token"), stem.with_suffix(".tokens.parquet"))
     sequences = [
         dataclasses.asdict(sequence)
         | {
@@ -53,8 +52,7 @@ def write_seal(folder: Path, key: str, finished: FinishedGroup, tokenizer: Token
         }
         for sequence, ids, stopped in zip(group, result.output_ids, result.stopped, strict=True)
     ]
-    with write_beside(stem.with_suffix(".sequences.parquet")) as partial:
-        pq.write_table(pa.Table.from_pylist(sequences, schema=SEQUENCES), partial)
+    write_checked_table(pa.Table.from_pylist(sequences, schema=SEQUENCES), stem.with_suffix(".sequences.parquet"))
     seal = {
         "key": key,
         "group": group[0].group,
@@ -62,7 +60,7 @@ def write_seal(folder: Path, key: str, finished: FinishedGroup, tokenizer: Token
         "rows": finished.rows,
         "batch_size": finished.batch_size,
     }
-    write_json(stem.with_suffix(".json"), seal)
+    write_sealed_json(stem.with_suffix(".json"), seal)
     return seal
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from sparsetrace.core.files import InputError
 from sparsetrace.formats.sites import Site, by_leaf, layer_sites
@@ -67,10 +67,22 @@ class FromFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    file: str = Field(description="Parquet or CSV with the columns layer, matrix, threshold")
+    file: str = Field(min_length=1, description="Parquet or CSV with the columns layer, matrix, threshold")
 
 
-Allocation = Literal["uniform", "greedy"] | PerLayer | FromFile
+def _kind(value: Any) -> str:
+    """Which form of an allocation a value has; faults are then reported of this form alone."""
+    if isinstance(value, str):
+        return "word"
+    return "file" if isinstance(value, FromFile) or (isinstance(value, dict) and "file" in value) else "per_layer"
+
+
+Allocation = Annotated[
+    Annotated[Literal["uniform", "greedy"], Tag("word")]
+    | Annotated[PerLayer, Tag("per_layer")]
+    | Annotated[FromFile, Tag("file")],
+    Discriminator(_kind),
+]
 
 
 class ThresholdMethod(Method):
@@ -83,6 +95,15 @@ class ThresholdMethod(Method):
         "uniform",
         description="how the target is spread over the matrices: uniform, greedy, {per_layer: [...]} or {file: PATH}",
     )
+
+    @field_validator("allocation", mode="before")
+    @classmethod
+    def _has_a_form(cls, value: Any) -> Any:
+        own = isinstance(value, PerLayer | FromFile)
+        mapping = isinstance(value, dict) and ("per_layer" in value) != ("file" in value)
+        if not own and not mapping and value not in ("uniform", "greedy"):
+            raise ValueError(f"must be uniform, greedy, {{per_layer: [...]}} or {{file: PATH}}, got {value!r}")
+        return value
 
     @model_validator(mode="before")
     @classmethod

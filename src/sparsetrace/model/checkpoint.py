@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparsetrace.core.files import InputError, read_json, sha256_file, sha256_json
+from sparsetrace.core.files import InputError, sha256_file, sha256_json
+from sparsetrace.model.weight_files import INDEX, open_weights, weight_files
 
 # Rows of a weight that are checked, cast and transposed at a time: they fit the processor's cache.
 STRIP_ROWS = 256
@@ -19,37 +19,26 @@ class Checkpoint:
     """The weights of a checkpoint folder; files are opened at once, tensors read when asked for.
 
     Args:
-        folder: holds `model.safetensors`, or shards with `model.safetensors.index.json`.
+        folder: holds `model.safetensors`, or else shards with `model.safetensors.index.json`.
 
     Raises:
         InputError: a file is missing or broken, the index does not fit the files, or two files hold the same tensor.
     """
 
     def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            weight_map = read_json(index, "convert").get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise InputError(f"convert: {index}: weight_map must be an object, got {weight_map!r}")
-            self.files = sorted({folder / file for file in weight_map.values()})
-        else:
-            weight_map = None
-            self.files = [folder / "model.safetensors"]
+        self.files, weight_map = weight_files(folder)
         self.folder = folder
         self.shapes: dict[str, list[int]] = {}
         self._file_of: dict[str, Any] = {}
         for file in self.files:
             self._open(file)
         if weight_map is not None and (absent := sorted(set(weight_map) - set(self._file_of))):
-            raise InputError(f"convert: {index}: tensors must be in the files it names, got none for {_some(absent)}")
+            raise InputError(
+                f"convert: {folder / INDEX}: tensors must be in the files it names, got none for {_some(absent)}"
+            )
 
     def _open(self, file: Path) -> None:
-        if not file.is_file():
-            raise InputError(f"convert: {file} must be a safetensors file, got nothing there")
-        try:
-            handle = safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"convert: {file} must be a whole safetensors file, got {error}") from None
+        handle = open_weights(file, "pt")
         for name in handle.keys():  # noqa: SIM118  # not a mapping
             if name in self._file_of:
                 raise InputError(f"convert: {file}: tensor {name} must be in one file only, got it twice")
@@ -82,6 +71,17 @@ class Checkpoint:
                     raise InputError(f"convert: {self.folder}: tensor {name} must be finite, got NaN or Inf")
                 raise InputError(f"convert: {self.folder}: tensor {name} must fit {dtype}, got {stored.abs().max():g}")
             yield start, strip
+
+    def refuse_other_values(self, name: str, other: str, shape: list[int], dtype: torch.dtype) -> None:
+        """Refuse two tensors that config.json ties, but that differ once they are cast to `dtype`."""
+        pairs = zip(self.strips(name, shape, dtype), self.strips(other, shape, dtype), strict=True)
+        for (start, strip), (_, own) in pairs:
+            if not torch.equal(strip, own):
+                raise InputError(
+                    f"convert: {self.folder}: tensors {name} and {other} must be equal where config.json says "
+                    f"tie_word_embeddings, got other values from row {start} on: set tie_word_embeddings to false to "
+                    "keep both, as transformers 5 does, or remove one"
+                )
 
     def refuse_unexpected(self, wanted: set[str], spare: set[str]) -> None:
         """Refuse a checkpoint that lacks a wanted tensor, or holds one that is neither wanted nor spare."""

@@ -2,14 +2,15 @@
 
 | file | what |
 |---|---|
-| `config.json` | version, architecture, sites, tensors with file, shape and sha256, hash of the source; written last |
+| `config.json` | version, architecture, sites, tensors with file, shape and hashes, hash of the source; written last |
 | `weights-00000.safetensors`, ... | `layers.N.<site>.weight` [in, out], the site's matrices side by side; the rest |
-| `tokenizer.json` or `tokenizer.model` | copied, with the files that say how it is used |
+| `tokenizer.json` | the checkpoint's tokenizer as transformers applies it; the files it came from lie beside it |
 """
 
 import dataclasses
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,69 @@ from sparsetrace.core.files import (
     write_json,
 )
 from sparsetrace.core.settings import Conversion
+from sparsetrace.formats.architecture import ModelConfig
+from sparsetrace.formats.sites import Site
 from sparsetrace.formats.versions import MODEL_VERSION
 from sparsetrace.model.checkpoint import Checkpoint
+from sparsetrace.model.families.base import RuntimeTensor
 from sparsetrace.model.read_config import read_config
+from sparsetrace.model.read_tokenizer import begin_token, build, read_tokenizer
 from sparsetrace.model.runtime import RuntimeModel, open_model
-from sparsetrace.model.tokenizer import COMPANION_FILES, TOKENIZER_FILES, Tokenizer, begin_token
+from sparsetrace.model.tokenizer import COMPANION_FILES, TOKENIZER_FILES, Tokenizer
 from sparsetrace.model.write_weights import write_weights
 
 OUTPUT_FILES = ("config.json", "weights-*.safetensors", *TOKENIZER_FILES, *COMPANION_FILES)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedCheckpoint:
+    """A checkpoint whose description, tokenizer and tensor names have been checked; no tensor has been read.
+
+    Args:
+        config: architecture, in the dtype that the model will have.
+        sites: of the model.
+        tokenizer: of the checkpoint.
+        eos: ids that end a sequence.
+        tensors: of the runtime model.
+        source: the weights.
+    """
+
+    config: ModelConfig
+    sites: tuple[Site, ...]
+    tokenizer: Tokenizer
+    eos: frozenset[int]
+    tensors: list[RuntimeTensor]
+    source: Checkpoint
+
+
+def open_checkpoint(checkpoint: Path, conversion: Conversion) -> OpenedCheckpoint:
+    """Check what can be known of a checkpoint without reading its weights.
+
+    Raises:
+        InputError: names what is missing, unexpected or not supported.
+    """
+    raw = read_json(checkpoint / "config.json", "convert")
+    family, config = read_config(raw, conversion, checkpoint)
+    applied = read_tokenizer(checkpoint, family.model_type)
+    # config.json's is for generation without a prompt, and often none that the tokenizer puts before a text
+    bos = begin_token(applied, checkpoint)
+    if not _is_id(raw.get("bos_token_id", 0)) and raw["bos_token_id"] is not None:
+        raise InputError(f"convert: {checkpoint}: bos_token_id must be an integer, got {raw['bos_token_id']!r}")
+    eos = _end_tokens(checkpoint, raw)
+    source = Checkpoint(checkpoint)
+    spare = set()
+    if config.tie_word_embeddings:
+        # a checkpoint may hold the one table under either name, or under both
+        spare = {family.embedding, family.head}
+        if spare <= set(source.shapes):
+            shape = [config.vocab_size, config.hidden_size]
+            source.refuse_other_values(family.embedding, family.head, shape, config.torch_dtype)
+        if family.embedding not in source:
+            family = dataclasses.replace(family, embedding=family.head)
+    tensors = list(family.tensors(config))
+    source.refuse_unexpected({name for tensor in tensors for name in tensor.sources}, spare)
+    tokenizer = Tokenizer(checkpoint, config.vocab_size, bos, applied)
+    return OpenedCheckpoint(config, tuple(family.sites(config)), tokenizer, eos, tensors, source)
 
 
 def convert(
@@ -52,43 +108,40 @@ def convert(
     Raises:
         InputError: names what is missing, unexpected, misshapen, not finite or not supported; nothing is left of `out`.
     """
-    raw = read_json(checkpoint / "config.json", "convert")
-    family, config = read_config(raw, conversion, checkpoint)
-    bos = begin_token(checkpoint, raw.get("bos_token_id"))
-    eos = _end_tokens(checkpoint, raw)
-    Tokenizer(checkpoint, config.vocab_size, bos)
-
-    source = Checkpoint(checkpoint)
-    spare = set()
-    if config.tie_word_embeddings:
-        # a checkpoint may hold the one table under either name, or under both
-        spare = {family.embedding, family.head}
-        if family.embedding not in source:
-            family = dataclasses.replace(family, embedding=family.head)
-    tensors = list(family.tensors(config))
-    source.refuse_unexpected({name for tensor in tensors for name in tensor.sources}, spare)
+    opened = open_checkpoint(checkpoint, conversion)
     refuse_unexpected_files(out, OUTPUT_FILES, "convert")
     with write_folder_beside(out) as partial:
-        entries, source_hash = write_weights(partial, tensors, config.dtype, source, report)
+        entries, source_hash = write_weights(partial, opened.tensors, opened.config.dtype, opened.source, report)
         for file in (*TOKENIZER_FILES, *COMPANION_FILES):
             if (checkpoint / file).is_file():
                 shutil.copyfile(checkpoint / file, partial / file)
-        architecture = config.to_json()
-        tokenizer = {file: sha256_file(partial / file) for file in TOKENIZER_FILES if (partial / file).is_file()}
+        applied = partial / "tokenizer.json"
+        # the file as it came is kept where it is what is applied
+        if not applied.is_file() or build(applied).to_str() != opened.tokenizer.backend.to_str():
+            opened.tokenizer.backend.save(str(applied))
+        architecture = opened.config.to_json()
+        hashes = {file: sha256_file(partial / file) for file in TOKENIZER_FILES if (partial / file).is_file()}
         content = {
             "format": "sparsetrace-model",
             "version": MODEL_VERSION,
-            "source": name or checkpoint.resolve().name,
+            "source": name or _folder_name(checkpoint),
             "source_hash": source_hash,
-            "model_hash": sha256_json([architecture, {key: t["sha256"] for key, t in entries.items()}, tokenizer]),
+            "model_hash": sha256_json([architecture, {key: t["sha256"] for key, t in entries.items()}, hashes]),
             "architecture": architecture,
-            "sites": [dataclasses.asdict(site) for site in family.sites(config)],
-            "bos": bos,
-            "eos": sorted(eos),
+            "sites": [dataclasses.asdict(site) for site in opened.sites],
+            "bos": opened.tokenizer.bos,
+            "eos": sorted(opened.eos),
+            "tokenizer": hashes,
             "tensors": entries,
         }
         write_json(partial / "config.json", content)
     return open_model(out)
+
+
+def _folder_name(checkpoint: Path) -> str:
+    """Name of the folder that the user gave, which may be a link to a folder that is named by a commit."""
+    folder = checkpoint.absolute()
+    return (folder.resolve() if folder.name == ".." else folder).name
 
 
 def _end_tokens(checkpoint: Path, raw: dict[str, Any]) -> frozenset[int]:
@@ -98,6 +151,10 @@ def _end_tokens(checkpoint: Path, raw: dict[str, Any]) -> frozenset[int]:
     if generation.is_file() and (own := read_json(generation, "convert").get("eos_token_id")) is not None:
         value = own
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(item, int) for item in ids):
+    if not all(map(_is_id, ids)):
         raise InputError(f"convert: {checkpoint}: eos_token_id must be an integer or a list of them, got {value!r}")
     return frozenset(ids)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

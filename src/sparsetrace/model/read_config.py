@@ -1,15 +1,16 @@
 """Hugging Face's config.json becomes a `ModelConfig`, or the field that stands in the way is named; without torch."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Conversion
-from sparsetrace.formats.architecture import HIDDEN_ACTS, ModelConfig, RopeScaling
+from sparsetrace.formats.architecture import HIDDEN_ACTS, ModelConfig
 from sparsetrace.formats.numbers import FORMATS
-from sparsetrace.model.families.base import QK_NORMS, Family, positive_integer
+from sparsetrace.model.families.base import QK_NORMS, Family, positive_integer, positive_number, truth_value
 from sparsetrace.model.families.registry import FAMILIES
+from sparsetrace.model.rope import read_rope
+from sparsetrace.model.weight_files import stored_dtype
 
 READ_FIELDS = {
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -23,6 +24,9 @@ HARMLESS_FIELDS = {
     *("pretraining_tp", "max_sequence_length", "return_dict", "output_attentions", "output_hidden_states"),
     *("is_encoder_decoder", "use_bfloat16", "chunk_size_feed_forward", "problem_type", "id2label", "label2id"),
 }
+
+# transformers' own where config.json has none
+DEFAULT_EPS = 1e-6
 
 
 def read_config(raw: dict[str, Any], conversion: Conversion, checkpoint: Path) -> tuple[Family, ModelConfig]:
@@ -46,25 +50,32 @@ def read_config(raw: dict[str, Any], conversion: Conversion, checkpoint: Path) -
         raise InputError(
             f"{where}: num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {kv_heads}"
         )
-    rope = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or {key: value for key, value in rope.items() if key != "rope_theta"}
     # where a family has a default of its own, null is none of its values
     derived = raw.get("head_dim") is None and "head_dim" not in family.defaults
+    head_dim = hidden // heads if derived else positive_integer(raw, "head_dim", where)
+    if derived and hidden % heads:
+        raise InputError(
+            f"{where}: hidden_size must be a multiple of num_attention_heads where there is no head_dim, got {hidden} "
+            f"and {heads}"
+        )
+    if head_dim % 2:
+        raise InputError(f"{where}: head_dim must be even, since halves of it are rotated, got {head_dim}")
+    rope_theta, rope_scaling = read_rope(raw, set(conversion.ignore_fields), where)
     return family, ModelConfig(
         hidden_size=hidden,
         intermediate_size=positive_integer(raw, "intermediate_size", where),
         num_hidden_layers=positive_integer(raw, "num_hidden_layers", where),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=hidden // heads if derived else positive_integer(raw, "head_dim", where),
+        head_dim=head_dim,
         vocab_size=positive_integer(raw, "vocab_size", where),
         max_position_embeddings=positive_integer(raw, "max_position_embeddings", where),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
-        rope_scaling=_rope_scaling(scaling, where),
+        rms_norm_eps=positive_number({"rms_norm_eps": DEFAULT_EPS, **raw}, "rms_norm_eps", where),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
         sliding_window=family.window(raw, where),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        dtype=_dtype(raw, conversion, where),
+        tie_word_embeddings=truth_value(raw, "tie_word_embeddings", where),
+        dtype=_dtype(raw, conversion, checkpoint, where),
         hidden_act=raw.get("hidden_act", "silu"),
         qk_norm=set(QK_NORMS) <= set(family.norms),
     )
@@ -91,23 +102,16 @@ def _either(values: tuple[Any, ...]) -> str:
     return " or ".join(map(repr, values))
 
 
-def _dtype(raw: dict[str, Any], conversion: Conversion, where: str) -> str:
-    """The dtype asked for, or the checkpoint's own."""
+def _dtype(raw: dict[str, Any], conversion: Conversion, checkpoint: Path, where: str) -> str:
+    """The dtype asked for, or that of config.json, or where it names none, that of the tensors."""
     if conversion.dtype != "auto":
         return conversion.dtype
-    dtype: str = raw.get("torch_dtype") or raw.get("dtype") or "float32"
-    if dtype not in FORMATS:
-        raise InputError(f"{where}: torch_dtype must be one of {', '.join(FORMATS)}, got {dtype!r}: choose a dtype")
-    return dtype
-
-
-def _rope_scaling(scaling: dict[str, Any], where: str) -> RopeScaling | None:
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    if rope_type == "default":
-        return None
-    if rope_type != "llama3":
-        raise InputError(f"{where}: rope_scaling type must be default or llama3, got {rope_type!r}")
-    names = [field.name for field in dataclasses.fields(RopeScaling)]
-    if missing := [name for name in names if name not in scaling]:
-        raise InputError(f"{where}: rope_scaling must hold {', '.join(names)}, got none for {', '.join(missing)}")
-    return RopeScaling(**{name: scaling[name] for name in names})
+    # transformers 5 renamed the field
+    named = {name: raw[name] for name in ("torch_dtype", "dtype") if raw.get(name) is not None}
+    for name, dtype in named.items():
+        if not isinstance(dtype, str) or dtype not in FORMATS:
+            raise InputError(f"{where}: {name} must be one of {', '.join(FORMATS)}, got {dtype!r}: choose a dtype")
+    if len(set(named.values())) > 1:
+        given = ", ".join(f"{dtype} in {name}" for name, dtype in named.items())
+        raise InputError(f"{where}: dtype must be the same wherever it is given, got {given}: choose a dtype")
+    return next(iter(named.values()), None) or stored_dtype(checkpoint)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from sparsetrace.core.files import InputError, read_json
+from sparsetrace.core.checksum import Checksum
+from sparsetrace.core.files import InputError, read_json, sha256_file
 from sparsetrace.core.settings import Machine
 from sparsetrace.formats.architecture import ModelConfig, weight_name
 from sparsetrace.formats.sites import Leaf, Site, by_leaf, layer_sites, sites_from_json
@@ -44,8 +45,9 @@ class RuntimeModel:
         source: what data sets call the model.
         bos: id put before prompts, or None.
         eos: ids that end a sequence.
+        tokenizer_files: sha256 of each.
         sites: the places where a vector is read, in the order of execution.
-        tensors: name to {file, shape, sha256, sources}; sources are the checkpoint's tensors that it was made of.
+        tensors: name to {file, shape, sha256, xxh3, sources}; sources are the checkpoint's tensors that it was made of.
     """
 
     folder: Path
@@ -55,11 +57,19 @@ class RuntimeModel:
     source: str
     bos: int | None
     eos: frozenset[int]
+    tokenizer_files: dict[str, str]
     sites: tuple[Site, ...]
     tensors: dict[str, dict[str, Any]]
 
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
+        """The model's tokenizer.
+
+        Raises:
+            InputError: its file is missing, or not what `convert` wrote.
+        """
+        file = self.folder / "tokenizer.json"
+        if not file.is_file() or sha256_file(file) != self.tokenizer_files[file.name]:
+            raise InputError(f"model: {file} must be as config.json records it, got another or none: convert again")
         return Tokenizer(self.folder, self.config.vocab_size, self.bos)
 
     def weight(self, site: Site) -> str:
@@ -76,7 +86,8 @@ class RuntimeModel:
         """The decoder with its weights on `device`.
 
         Raises:
-            InputError: the folder records other sites than the decoder has, a file is broken, or the GPU too small.
+            InputError: the folder records other sites than the decoder has, a file is broken or holds other bytes than
+                were written, or the GPU is too small.
         """
         import torch
 
@@ -86,6 +97,25 @@ class RuntimeModel:
             model = Decoder(self.config)
         if self.sites != model.sites:
             raise InputError(f"model: {self.folder}: sites must be those of the decoder, got others: convert again")
+        mapped = self._map()
+        try:
+            state, checksums = _place(mapped, device)
+        except torch.OutOfMemoryError:
+            size = sum(tensor.nbytes for tensor in mapped.values())
+            raise InputError(
+                f"model: {self.folder} must fit the memory of one GPU, got {size:,} bytes of weights: use a larger "
+                "GPU, or `device: cpu`"
+            ) from None
+        if damaged := [name for name, entry in self.tensors.items() if checksums[name] != entry["xxh3"]]:
+            raise self._damaged(damaged[0], f"other bytes in {len(damaged)} of {len(mapped)} tensors")
+        if self.config.tie_word_embeddings:
+            state["lm_head"] = state["embedding"]
+        model.load_state_dict(state, assign=True)
+        model.lm_head = model.embedding if self.config.tie_word_embeddings else model.lm_head
+        return model.requires_grad_(False).eval()
+
+    def _map(self) -> dict[str, Tensor]:
+        """The tensors that config.json records, mapped."""
         mapped: dict[str, Tensor] = {}
         for file in sorted({entry["file"] for entry in self.tensors.values()}):
             try:
@@ -93,27 +123,35 @@ class RuntimeModel:
                     mapped |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a mapping
             except (SafetensorError, OSError) as error:
                 raise InputError(f"model: {self.folder / file} must be whole, got {error}: convert again") from None
-        try:
-            state = _place(mapped, device)
-        except torch.OutOfMemoryError:
-            size = sum(tensor.nbytes for tensor in mapped.values())
-            raise InputError(
-                f"model: {self.folder} must fit the memory of one GPU, got {size:,} bytes of weights: use a larger "
-                "GPU, or `device: cpu`"
-            ) from None
-        if self.config.tie_word_embeddings:
-            state["lm_head"] = state["embedding"]
-        model.load_state_dict(state, assign=True)
-        model.lm_head = model.embedding if self.config.tie_word_embeddings else model.lm_head
-        return model.requires_grad_(False).eval()
+        if mapped.keys() != self.tensors.keys():
+            raise self._damaged(min(mapped.keys() ^ self.tensors.keys()), "it in one of the two only")
+        for name, entry in self.tensors.items():
+            shape, dtype = list(mapped[name].shape), mapped[name].dtype
+            if shape != entry["shape"] or dtype != self.config.torch_dtype:
+                raise self._damaged(name, f"{dtype} of shape {shape}")
+        return mapped
+
+    def _damaged(self, name: str, found: str) -> InputError:
+        return InputError(
+            f"model: {self.folder}: tensor {name} must be as config.json records it, got {found}: convert again"
+        )
 
 
-def _place(mapped: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Move tensors of mapped files to a device; on the host they stay mapped."""
-    return mapped if device.type == "cpu" else _copy(mapped, device)
+def _place(mapped: dict[str, Tensor], device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Move tensors of mapped files to a device, with the checksum of each; on the host they stay mapped."""
+    import torch
+
+    if device.type != "cpu":
+        return _copy(mapped, device)
+
+    def checksum(tensor: Tensor) -> str:
+        return str(Checksum(tensor.flatten().view(torch.uint8).numpy().data))
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return mapped, dict(zip(mapped, pool.map(checksum, mapped.values()), strict=True))
 
 
-def _copy(mapped: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def _copy(mapped: dict[str, Tensor], device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
     import torch
 
     own = local()
@@ -121,7 +159,8 @@ def _copy(mapped: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     def begin() -> None:
         own.staged = torch.empty(STAGED_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
-    def copy(tensor: Tensor) -> Tensor:
+    def copy(tensor: Tensor) -> tuple[Tensor, str]:
+        checksum = Checksum()
         out = torch.empty_like(tensor, device=device)
         chunks = (each.flatten().view(torch.uint8).split(STAGED_BYTES) for each in (tensor, out))
         for source, target in zip(*chunks, strict=True):
@@ -129,10 +168,13 @@ def _copy(mapped: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
             # numpy copies in this thread alone, torch would in many
             staged.numpy()[:] = source.numpy()
             target.copy_(staged)
-        return out
+            # what the GPU was given, before the buffer is used again
+            checksum.update(staged.numpy().data)
+        return out, str(checksum)
 
     with ThreadPoolExecutor(READERS, initializer=begin) as pool:
-        return dict(zip(mapped, pool.map(copy, mapped.values()), strict=True))
+        copies = dict(zip(mapped, pool.map(copy, mapped.values()), strict=True))
+    return {name: out for name, (out, _) in copies.items()}, {name: found for name, (_, found) in copies.items()}
 
 
 def open_model(folder: Path) -> RuntimeModel:
@@ -154,6 +196,7 @@ def open_model(folder: Path) -> RuntimeModel:
         source=content["source"],
         bos=content["bos"],
         eos=frozenset(content["eos"]),
+        tokenizer_files=content["tokenizer"],
         sites=sites_from_json(content["sites"]),
         tensors=content["tensors"],
     )

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsetrace.core.checksum import Checksum
 from sparsetrace.core.files import sync
 from sparsetrace.model.checkpoint import Checkpoint
 from sparsetrace.model.families.base import RuntimeTensor
-from sparsetrace.model.layout import WeightFile, lay_out
+from sparsetrace.model.layout import lay_out
 
 # Bytes of the tensors that are made at the same time, at most: they bound the step's memory.
 MADE_BYTES = 4 << 30
@@ -53,13 +54,13 @@ def write_weights(
         # once for each thread: the system takes longer to find memory than the cores to fill it
         own.memory = torch.empty(counts[0], dtype=torch_dtype)
 
-    def make(tensor: RuntimeTensor) -> str:
+    def make(tensor: RuntimeTensor) -> dict[str, str]:
         made = own.memory[: math.prod(tensor.shape)]
         _make(made.view(tensor.shape), tensor, source)
         data = made.view(torch.uint8).numpy().data
         file = file_of[tensor.name]
         _write_at(file.path, file.offsets[tensor.name], data)
-        return hashlib.sha256(data).hexdigest()
+        return {"sha256": hashlib.sha256(data).hexdigest(), "xxh3": str(Checksum(data))}
 
     for file in files:
         file.path.touch()
@@ -71,9 +72,14 @@ def write_weights(
         ThreadPoolExecutor(min(threads, max(most, 1)), initializer=begin) as pool,
         ThreadPoolExecutor(1) as flusher,
     ):
-        for tensor, digest in zip(tensors, pool.map(make, tensors), strict=True):
+        for tensor, hashes in zip(tensors, pool.map(make, tensors), strict=True):
             file = file_of[tensor.name]
-            entries[tensor.name] = _entry(tensor, file, digest)
+            entries[tensor.name] = {
+                "file": file.path.name,
+                "shape": tensor.shape,
+                **hashes,
+                "sources": tensor.sources,
+            }
             if tensor.name == list(file.offsets)[-1]:
                 flushed.append(flusher.submit(sync, file.path))
             if report is not None:
@@ -83,10 +89,6 @@ def write_weights(
         for done in flushed:
             done.result()
     return entries, source_hash
-
-
-def _entry(tensor: RuntimeTensor, file: WeightFile, digest: str) -> dict[str, Any]:
-    return {"file": file.path.name, "shape": tensor.shape, "sha256": digest, "sources": tensor.sources}
 
 
 def _make(out: Tensor, tensor: RuntimeTensor, source: Checkpoint) -> None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparsetrace.core.files import write_beside
+from sparsetrace.core.folder import footer_sha256
 from sparsetrace.formats.schema import column_encodings
 
 # Columns with statistics: index and row statistics. On masks and planes they would take space and select nothing.
@@ -35,6 +36,8 @@ class DataFile:
         self._writer = writer
         self._sink = sink
         self._group_rows = group_rows
+        # of the footer, once the file is closed
+        self.footer_sha256 = ""
         self._waiting: list[pa.Table] = []
 
     def add(self, table: pa.Table) -> None:
@@ -81,6 +84,8 @@ def data_file(path: Path, schema: pa.Schema, group_rows: int) -> Iterator[DataFi
             written = DataFile(writer, sink, group_rows)
             yield written
             written.flush()
+        file.flush()
+        written.footer_sha256 = footer_sha256(partial)
 
 
 def writer_settings(schema: pa.Schema) -> dict[str, Any]:

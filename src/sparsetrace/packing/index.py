@@ -10,12 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparsetrace import __version__
-from sparsetrace.core.files import InputError, read_json, sha256_json, write_beside, write_json
+from sparsetrace.core.files import (
+    InputError,
+    read_sealed_json,
+    sha256_file,
+    write_beside,
+    write_sealed_json,
+)
 from sparsetrace.core.provenance import merged
 from sparsetrace.formats.tables import teacher_forced_hash
 from sparsetrace.formats.versions import WORKLOAD_REVISION, WORKLOAD_VERSION
 from sparsetrace.packing.card import data_card
-from sparsetrace.packing.parts import SHARD_TABLES, is_whole
+from sparsetrace.packing.parts import PACKED_KEYS, SHARD_TABLES, is_whole
 from sparsetrace.packing.tables import matrix_table, merge_tables, table_entry
 from sparsetrace.packing.views import duckdb_views
 
@@ -75,7 +81,7 @@ def index(
     }
     with write_beside(workload / "README.md") as partial:
         partial.write_text(data_card(manifest, matrices), encoding="utf-8")
-    write_json(workload / "manifest.json", manifest | {"sha256": sha256_json(manifest)})
+    write_sealed_json(workload / "manifest.json", manifest)
     return manifest
 
 
@@ -86,7 +92,8 @@ def _capture(dump: dict[str, Any]) -> dict[str, Any]:
 
 def _read_shards(parts: list[Path], workload: Path) -> list[dict[str, Any]]:
     """Manifests of the packed shards in order, with their own path under `at`; refused if they are not of one run."""
-    shards = sorted((read_json(part, "index") | {"at": part} for part in parts), key=lambda shard: shard["shard"])
+    read = (read_sealed_json(part, "index", PACKED_KEYS) | {"at": part} for part in parts)
+    shards = sorted(read, key=lambda shard: shard["shard"])
     if [shard["shard"] for shard in shards] != list(range(len(shards))):
         raise InputError(f"index: shards must be 0 to {len(shards) - 1}, got {[shard['shard'] for shard in shards]}")
     first = shards[0]["manifest"]
@@ -98,6 +105,12 @@ def _read_shards(parts: list[Path], workload: Path) -> list[dict[str, Any]]:
             raise InputError(f"index: shards must be of one run, got {shard['at']} with another {', '.join(other)}")
         if not is_whole(shard, workload, shard["at"].parent):
             raise InputError(f"index: {shard['at']} must have all its files, got some missing: pack it again")
+        for table, digest in shard.get("tables", {}).items():
+            path = shard["at"].with_suffix(f".{table}.parquet")
+            if sha256_file(path) != digest:
+                raise InputError(
+                    f"index: {path} must have sha256 {digest[:12]}, got damaged: generate and pack it again"
+                )
     return shards
 
 
@@ -108,7 +121,9 @@ def _write_tables(
     entries = []
     for table, schema in SHARD_TABLES.items():
         with write_beside(workload / f"{table}.parquet") as partial:
-            rows = merge_tables([shard["at"].with_suffix(f".{table}.parquet") for shard in shards], partial, schema)
+            rows = merge_tables(
+                [shard["at"].with_suffix(f".{table}.parquet") for shard in shards], partial, schema, "index"
+            )
         entries.append(table_entry(workload, f"{table}.parquet", rows))
     with write_beside(workload / "matrices.parquet") as partial:
         pq.write_table(matrices, partial, compression="zstd")

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from sparsetrace.core.files import InputError, parse_json, sha256_json
 from sparsetrace.packing.parts import has_size
 
 
 class Journal:
-    """One line of JSON for each finished file, after a line that names the dump.
+    """One line of JSON for each finished file, after a line that names the dump; each beside its own hash.
 
     Args:
         out: the shard's manifest, beside which the journal lies.
@@ -31,7 +32,11 @@ class Journal:
         # the last line may have been cut off, and the next one is appended after it
         whole = content[: content.rfind(b"\n") + 1]
         os.truncate(self._path, len(whole))
-        entries = [json.loads(line) for line in whole.splitlines()]
+        try:
+            entries = [_unsealed(parse_json(line, str(self._path))) for line in whole.splitlines()]
+        except InputError:
+            # damaged: every file is written again
+            return {}
         if not entries or entries[0] != self._head:
             return {}
         return {entry["path"]: entry for entry in entries[1:] if has_size(workload / entry["path"], entry["bytes"])}
@@ -52,9 +57,17 @@ class Journal:
     def note(self, entry: dict[str, Any]) -> None:
         """Append one entry."""
         assert self._file is not None
-        self._file.write(json.dumps(entry) + "\n")
+        self._file.write(json.dumps([entry, sha256_json(entry)]) + "\n")
         self._file.flush()
 
     def remove(self) -> None:
         """Delete the journal."""
         self._path.unlink(missing_ok=True)
+
+
+def _unsealed(line: Any) -> dict[str, Any]:
+    """The entry of a line, which must be as it was written."""
+    if not isinstance(line, list) or len(line) != 2 or sha256_json(line[0]) != line[1]:
+        raise InputError("pack: a line of the journal must be an entry and its hash, got another")
+    entry: dict[str, Any] = line[0]
+    return entry

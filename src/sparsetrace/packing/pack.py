@@ -15,16 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrace import __version__
-from sparsetrace.core.files import InputError, read_json, sha256_json, write_beside, write_json
+from sparsetrace.core.files import (
+    InputError,
+    read_sealed_json,
+    sha256_file,
+    sha256_json,
+    write_beside,
+    write_sealed_json,
+)
 from sparsetrace.formats.columns import as_read_by, encode_rows
-from sparsetrace.formats.dump import Block, array_prefix, group_name
+from sparsetrace.formats.dump import Block, array_prefix, group_name, read_manifest, read_seal
 from sparsetrace.formats.schema import data_schema, leaf, part_name
-from sparsetrace.formats.versions import DUMP_VERSION, WORKLOAD_REVISION, WORKLOAD_VERSION
+from sparsetrace.formats.versions import WORKLOAD_REVISION, WORKLOAD_VERSION
 from sparsetrace.packing.data_file import data_file
 from sparsetrace.packing.gather import RELEASE_BYTES, Operand, gather
 from sparsetrace.packing.journal import Journal
 from sparsetrace.packing.order import ORDER_ROWS, SORT_BYTES, Orders
-from sparsetrace.packing.parts import SHARD_TABLES, is_whole
+from sparsetrace.packing.parts import PACKED_KEYS, SHARD_TABLES, is_whole
 from sparsetrace.packing.tables import merge_tables
 
 # Memory of all threads together, for row groups and mapped pages of the dump: wide matrices get fewer threads.
@@ -64,9 +71,7 @@ def pack(
     Returns:
         The manifest of the packed shard.
     """
-    dump = read_json(dump_manifest, "pack")
-    if dump["version"] != DUMP_VERSION:
-        raise InputError(f"pack: {dump_manifest} must have version {DUMP_VERSION}, got {dump['version']}")
+    dump = read_manifest(dump_manifest, "pack")
     if dump.get("capture", {}) is None:
         raise InputError(
             f"pack: {dump_manifest} must be a dump of operands, got tokens alone: give them to `generate --tokens`, "
@@ -74,7 +79,7 @@ def pack(
         )
     # a copy of the manifest that survives where a workflow deletes `out` after a kill
     record = out.with_name(f".{out.name}.record")
-    packed = read_json(record, "pack") if record.is_file() else None
+    packed = read_sealed_json(record, "pack", PACKED_KEYS) if record.is_file() else None
     wanted = sha256_json([dump, __version__, WORKLOAD_VERSION, WORKLOAD_REVISION, encoding, share_inputs])
     journal = Journal(out, wanted)
     if packed is None or packed["dump"] != wanted or not is_whole(packed, workload, out.parent):
@@ -82,13 +87,13 @@ def pack(
         (workload / "manifest.json").unlink(missing_ok=True)
         shard = _Shard(dump, dump_manifest.parent, workload, out, encoding, share_inputs)
         packed = {"dump": wanted} | shard.pack(journal, threads, report)
-        write_json(record, packed, indent=None)
+        write_sealed_json(record, packed, indent=None)
     # also a journal that an earlier call was killed before removing
     journal.remove()
-    write_json(out, packed, indent=None)
+    sealed = write_sealed_json(out, packed, indent=None)
     for file in dump_manifest.parent.glob("group-*"):
         file.unlink()
-    return packed
+    return sealed
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +123,7 @@ class _Shard:
     def pack(self, journal: Journal, threads: int, report: Callable[[int, int], None] | None) -> dict[str, Any]:
         """Write every file that is not finished yet; returns the shard's manifest."""
         names = [group_name(group) for group in self.dump["groups"]]
-        seals = (read_json(self.folder / f"{name}.json", "pack") for name in names)
+        seals = (read_seal(self.folder / f"{name}.json", "pack") for name in names)
         blocks = [Block(self.folder / file) for seal in seals for file in seal["blocks"]]
         orders = Orders(blocks, self.out.parent)
         found = orders.all_tokens
@@ -143,15 +148,18 @@ class _Shard:
                     done[entry["path"]] = entry
                     if report is not None:
                         report(len(done), len(paths))
+        tables = {}
         for table, schema in SHARD_TABLES.items():
             with write_beside(self.out.with_suffix(f".{table}.parquet")) as partial:
-                merge_tables([self.folder / f"{name}.{table}.parquet" for name in names], partial, schema)
+                merge_tables([self.folder / f"{name}.{table}.parquet" for name in names], partial, schema, "pack")
+                tables[table] = sha256_file(partial)
         return {
             "shard": int(self.out.stem),
             "encoding": self.encoding,
             "shared": shared,
             "manifest": self.dump,
             "files": [done[path] for path in paths],
+            "tables": tables,
         }
 
     def _path(self, matrix: dict[str, Any], cut: int | None) -> str:
@@ -213,6 +221,7 @@ class _Shard:
                 "last_token": last_token,
                 "bytes": file.size,
                 "sha256": file.sha256,
+                "footer_sha256": file.footer_sha256,
             }
             for matrix, path, file in zip(operand.matrices, paths, files, strict=True)
         ]

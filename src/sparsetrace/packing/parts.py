@@ -2,7 +2,7 @@
 
 | file | what |
 |---|---|
-| `parts/00003.json` | the shard's manifest: that of the dump, and every data file with its rows and sha256 |
+| `parts/00003.json` | that of the dump, and every data file with its rows and sha256; the tables' sha256 |
 | `parts/00003.tokens.parquet`, `parts/00003.sequences.parquet` | the shard's small tables |
 | `workload/data/...` | the data files that the manifest names |
 """
@@ -12,6 +12,8 @@ from typing import Any
 
 from sparsetrace.formats.tables import SEQUENCES, TOKENS
 
+# Keys that a shard's manifest must have.
+PACKED_KEYS = ("dump", "shard", "encoding", "shared", "manifest", "files")
 SHARD_TABLES = {"tokens": TOKENS, "sequences": SEQUENCES}
 
 

@@ -6,7 +6,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sparsetrace.core.checked import read_checked_table
 from sparsetrace.core.files import sha256_file
+from sparsetrace.core.folder import footer_sha256
 from sparsetrace.formats.schema import leaf
 from sparsetrace.formats.tables import MATRIX_TABLE
 
@@ -14,14 +16,17 @@ from sparsetrace.formats.tables import MATRIX_TABLE
 MERGED_ROWS = 1 << 17
 
 
-def merge_tables(files: list[Path], out: Path, schema: pa.Schema) -> int:
-    """Concatenate tables into one file, in row groups of `MERGED_ROWS` or more; returns the number of rows."""
+def merge_tables(files: list[Path], out: Path, schema: pa.Schema, where: str) -> int:
+    """Concatenate tables into one file, in row groups of `MERGED_ROWS` or more; returns the number of rows.
+
+    Raises:
+        InputError: a table is damaged.
+    """
     rows = 0
     with pq.ParquetWriter(out, schema, compression="zstd", write_page_checksum=True) as writer:
         waiting: list[pa.Table] = []
         for number, file in enumerate(files, start=1):
-            # in less than half the time of `read_table`, which opens every file as a data set
-            waiting.append(pq.ParquetFile(file).read(use_threads=False))
+            waiting.append(read_checked_table(file, where, "a whole table of a dump", schema))
             if number == len(files) or sum(map(len, waiting)) >= MERGED_ROWS:
                 rows += sum(map(len, waiting))
                 writer.write_table(pa.concat_tables(waiting))
@@ -32,7 +37,8 @@ def merge_tables(files: list[Path], out: Path, schema: pa.Schema) -> int:
 def table_entry(workload: Path, name: str, rows: int) -> dict[str, Any]:
     """Manifest entry of a file that is not a data file."""
     path = workload / name
-    return {"path": name, "rows": rows, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    entry = {"path": name, "rows": rows, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    return entry | ({"footer_sha256": footer_sha256(path)} if path.suffix == ".parquet" else {})
 
 
 def matrix_table(shards: list[dict[str, Any]]) -> pa.Table:

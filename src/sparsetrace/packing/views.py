@@ -4,7 +4,7 @@ from sparsetrace.formats.numbers import FORMATS
 
 
 def duckdb_views(dtype: str, encoding: str = "split", level: str = "full", share_inputs: bool = False) -> str:
-    """Text of views.sql, which is run with the workload folder as the working directory.
+    """Text of views.sql, which is run with the workload folder as the working directory or as `file_search_path`.
 
     Args:
         dtype: number format of the operands.
@@ -46,7 +46,8 @@ CREATE OR REPLACE MACRO row_values({", ".join(planes)}) AS list_transform(
 
 
 _VIEWS = """\
--- DuckDB views of a sparsetrace workload; run with this folder as the working directory.
+-- DuckDB views of a sparsetrace workload. Files are found below the working directory; to work in another folder,
+-- first name the folder of this file: SET file_search_path = '/path/to/workload';
 CREATE OR REPLACE VIEW tokens AS SELECT * FROM read_parquet('tokens.parquet');
 CREATE OR REPLACE VIEW sequences AS SELECT * FROM read_parquet('sequences.parquet');
 CREATE OR REPLACE VIEW matrices AS SELECT * FROM read_parquet('matrices.parquet');

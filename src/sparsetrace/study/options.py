@@ -5,13 +5,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from sparsetrace.core.files import InputError
 from sparsetrace.methods import WeightMethod
 from sparsetrace.study.sections import Pruning, Setting, method_settings
 from sparsetrace.study.study import error_lines
+from sparsetrace.study.yaml_text import parse_yaml
 
 
 def options(section: BaseModel) -> str:
@@ -90,7 +90,7 @@ def _parameters(words: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise InputError(f"--set must be NAME=VALUE, got {word!r}")
         try:
-            values[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            values[name] = parse_yaml(value, name)
+        except InputError:
             raise InputError(f"--set: {name} must be a YAML value, got {value!r}") from None
     return values

@@ -1,11 +1,12 @@
 """Sections of the study file that the workflow reads, and no step by itself: models, runs and their methods."""
 
 import itertools
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_serializer, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_serializer, model_validator
 
 from sparsetrace.core.devices import auto_shards
 from sparsetrace.core.settings import (
@@ -31,6 +32,18 @@ AUTO_SHARDS = "SPARSETRACE_AUTO_SHARDS"
 # Files and folders that lie beside the settings of a run.
 RESERVED_LABELS = ("prompts.parquet", "dense_tokens")
 
+# Settings that the lists of one entry under `methods` may stand for.
+MOST_SETTINGS = 1000
+
+
+def _as_path(text: str) -> str:
+    """Refuse what Snakemake would take for a pattern, and what no file system takes."""
+    if not text or set(text) & set("{}") or not text.isprintable():
+        raise ValueError(f"must be a path without braces and control characters, got {text!r}")
+    return text
+
+
+FilePath = Annotated[str, AfterValidator(_as_path)]
 # Labels and names become folders.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -64,15 +77,19 @@ class Pruning(Section):
 class Model(Section):
     """One checkpoint."""
 
-    checkpoint: str = Field(description="folder in Hugging Face form, or `embedded` for the demonstration model")
+    checkpoint: FilePath = Field(description="folder in Hugging Face form, or `embedded` for the demonstration model")
     conversion: Conversion = Field(Conversion(), description="how the checkpoint becomes a runtime model")
     prune: Pruning | None = Field(
         None, description="weight-side method, {name: magnitude | wanda, sparsity: s} or {name: ..., pattern: N:M}"
     )
-    calibration_text: str = Field(description="file of text, or `embedded` with the demonstration model")
+    calibration_text: FilePath | None = Field(
+        None,
+        description="file of text, or `embedded` with the demonstration model; needed where a method takes thresholds "
+        "from it, or `prune` reads activations",
+    )
     calibration: Calibration = Field(Calibration(), description="which activations are counted")
     greedy: Greedy = Field(Greedy(), description="search behind `allocation: greedy`")
-    quality_text: str | None = Field(
+    quality_text: FilePath | None = Field(
         None, description="file of held-out text, or `embedded` with the demonstration model; null measures no quality"
     )
     quality: Quality = Field(Quality(), description="how quality is measured")
@@ -97,7 +114,7 @@ class Run(Section):
     """One prompt set, run under several method settings."""
 
     models: tuple[Name, ...] | None = Field(None, description="models that the run uses; all if not given")
-    prompts: str = Field(description="file of prompts, or `embedded` with the demonstration model")
+    prompts: FilePath = Field(description="file of prompts, or `embedded` with the demonstration model")
     prompt_set: PromptSet = Field(PromptSet(), description="which prompts are read")
     batching: Batching = Field(Batching(), description="how sequences are batched")
     decoding: Decoding = Field(Decoding(), description="how tokens are produced")
@@ -160,6 +177,8 @@ def method_settings(entry: Any) -> Iterator[Setting]:
         raise ValueError(f"method {name}: {empty[0]} must have at least one value, got an empty list")
     # a list stands for several settings; a parameter that is itself a list is written as a list in a list
     axes = [[(key, v) for v in (value if isinstance(value, list) else [value])] for key, value in parameters.items()]
+    if (settings := math.prod(map(len, axes))) > MOST_SETTINGS:
+        raise ValueError(f"method {name}: its lists must stand for at most {MOST_SETTINGS} settings, got {settings}")
     methods = [METHODS[name](**dict(values)) for values in itertools.product(*axes)]
     for method in methods:
         label = method.label

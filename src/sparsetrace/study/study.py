@@ -4,31 +4,38 @@ Imports no torch: every dry run loads it.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from sparsetrace.core.files import InputError, read_json
 from sparsetrace.core.settings import Machine, Section
 from sparsetrace.methods import FromFile, ThresholdMethod
+from sparsetrace.model.weight_files import weight_files
 from sparsetrace.study.resources import Need, needs
-from sparsetrace.study.sections import EMBEDDED, Model, Name, Run, Setting
+from sparsetrace.study.sections import EMBEDDED, FilePath, Model, Name, Run, Setting
+from sparsetrace.study.yaml_text import read_yaml
 
 # Layers of the embedded model: the workflow has to know them before the model is trained.
 EMBEDDED_LAYERS = 4
 
+# Layers for which jobs are planned before the checkpoint is read: `layer` has three digits in file names.
+MOST_LAYERS = 1000
+
+# Faults of a study file that are listed.
+MOST_FAULTS = 20
+
 # Files and folders that lie beside the runs of a model, and beside the models.
-RESERVED_RUNS = ("checkpoint", "model", "pruned", "histograms", "greedy")
+RESERVED_RUNS = ("checkpoint", "model", "pruned", "histograms", "greedy", "quality_dense.safetensors")
 RESERVED_MODELS = ("logs",)
 
 
 class Study(Section):
     """The whole file."""
 
-    results: str = Field("results", description="folder for everything that is written; may lie elsewhere")
+    results: FilePath = Field("results", description="folder for everything that is written; may lie elsewhere")
     machine: Machine = Field(Machine(), description="where the model runs")
     models: dict[Name, Model] = Field(min_length=1, description="checkpoints by name")
     runs: dict[Name, Run] = Field(min_length=1, description="runs by name")
@@ -51,6 +58,21 @@ class Study(Section):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _texts_are_named_where_they_are_needed(self) -> Self:
+        for name, model in self.models.items():
+            if model.calibration_text is None and (users := self.users_of_calibration(name)):
+                raise ValueError(f"models.{name}.calibration_text must be given, since {users[0]} needs it, got none")
+        return self
+
+    def users_of_calibration(self, model: str) -> list[str]:
+        """What needs a model's calibration text, in words."""
+        users = ["prune"] if self._pruning_reads_text(model) else []
+        for run in self.runs_of(model):
+            needing = (setting for setting in self.runs[run].methods if setting.method.needs_thresholds)
+            users += [f"{setting.label} of run {run}" for setting in needing]
+        return users
+
     def workloads(self) -> list[tuple[str, str, str]]:
         """(model, run, label) of every workload."""
         return [
@@ -59,6 +81,11 @@ class Study(Section):
             for model in self.models_of(run)
             for setting in self.runs[run].methods
         ]
+
+    def finished(self) -> list[str]:
+        """Folders of the workloads that are complete."""
+        folders = (Path(self.results, *names, "workload") for names in self.workloads())
+        return [str(folder) for folder in folders if (folder / "manifest.json").is_file()]
 
     def models_of(self, run: str) -> tuple[str, ...]:
         """Names of the models that a run uses."""
@@ -81,12 +108,29 @@ class Study(Section):
         """Weight files of a checkpoint; none of the embedded one, which is made whole with its config.json."""
         if self.models[model].checkpoint == EMBEDDED:
             return []
-        return sorted(str(path) for path in Path(self.models[model].checkpoint).glob("*.safetensors"))
+        # what is absent is left for `convert` to name
+        files = weight_files(Path(self.models[model].checkpoint))[0]
+        return [str(file) for file in files if file.is_file()]
 
-    def calibration_text(self, model: str) -> str:
-        """File of a model's calibration text."""
+    def calibration_text(self, model: str) -> str | None:
+        """File of a model's calibration text; None where none is named, which nothing then needs."""
         text = self.models[model].calibration_text
         return f"{self.checkpoint(model)}/calibration.txt" if text == EMBEDDED else text
+
+    def pruning_text(self, model: str) -> list[str]:
+        """File of the text over which `prune` reads activations; none where it scores weights alone."""
+        text = self.calibration_text(model)
+        return [text] if self._pruning_reads_text(model) and text is not None else []
+
+    def _pruning_reads_text(self, model: str) -> bool:
+        pruning = self.models[model].prune
+        return pruning is not None and pruning.method.needs_norms
+
+    def threshold_source(self, model: str, run: str, label: str) -> str:
+        """What the thresholds of a setting are made from: histograms, or the model alone where it has none."""
+        if self.setting(run, label).method.needs_thresholds:
+            return f"{self.results}/{model}/histograms.safetensors"
+        return self.runtime_model(model)
 
     def quality_text(self, model: str) -> str | None:
         """File of a model's held-out text; None where no quality is measured."""
@@ -130,7 +174,12 @@ class Study(Section):
             layers = EMBEDDED_LAYERS
         else:
             config = Path(self.models[model].checkpoint) / "config.json"
-            layers = read_json(config, "config").get("num_hidden_layers", 0)
+            found = read_json(config, "config").get("num_hidden_layers")
+            if type(found) is not int or not 1 <= found <= MOST_LAYERS:
+                raise InputError(
+                    f"config: {config}: num_hidden_layers must be a whole number from 1 to {MOST_LAYERS}, got {found!r}"
+                )
+            layers = found
         return [f"{layer:03d}" for layer in range(layers)]
 
     def shards(self, run: str) -> list[str]:
@@ -179,9 +228,9 @@ class Study(Section):
 
     def _weight_bytes(self, model: str, converted: str | None) -> int:
         # before the runtime model is there, which is so in a dry run, the checkpoint's own weights are counted
-        folders = (*([Path(converted).parent] if converted else []), Path(self.models[model].checkpoint))
-        sizes = (sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in folders)
-        return next((size for size in sizes if size), 0)
+        own = Path(converted).parent.glob("*.safetensors") if converted else ()
+        files = list(own) or weight_files(Path(self.models[model].checkpoint))[0]
+        return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def load_study(path: Path) -> Study:
@@ -189,14 +238,18 @@ def load_study(path: Path) -> Study:
     return parse_study(_read_yaml(path), str(path))
 
 
-def study_of(config: Mapping[str, Any], default: Path) -> Study:
+def study_of(config: Mapping[str, Any], default: Path, files: Iterable[str | Path] = ()) -> Study:
     """The study that Snakemake was given.
 
     Args:
         config: Snakemake's, from `--configfile` and `--config`.
         default: study file to read where `config` names no models; keys that `config` has, such as `results`, replace
             those of the file.
+        files: that `config` was read from. Snakemake takes the last of two equal keys, so they are read once more.
     """
+    for file in map(Path, files):
+        if file.is_file():
+            _ = read_json(file, "config") if file.suffix == ".json" else read_yaml(file, "config")
     if "models" in config:
         return parse_study(config, "config")
     return parse_study(_read_yaml(default) | dict(config), str(default))
@@ -215,8 +268,9 @@ def parse_study(content: Mapping[str, Any], where: str) -> Study:
 
 
 def error_lines(error: ValidationError, where: str) -> Iterator[str]:
-    """A line for each fault that pydantic found."""
-    for item in error.errors():
+    """A line for each fault that pydantic found, the first `MOST_FAULTS` of them."""
+    faults = error.errors()
+    for item in faults[:MOST_FAULTS]:
         place = ".".join(str(part) for part in item["loc"])
         match item["type"]:
             case "extra_forbidden":
@@ -229,6 +283,8 @@ def error_lines(error: ValidationError, where: str) -> Iterator[str]:
                 yield f"{where}: {place + ': ' if place else ''}{item['ctx']['error']}"
             case _:
                 yield f"{where}: {place} must be valid, got {item['input']!r}: {item['msg']}"
+    if len(faults) > MOST_FAULTS:
+        yield f"{where}: {len(faults) - MOST_FAULTS} more faults"
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
@@ -247,12 +303,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"config: {path} must be a file, got nothing there") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"config: {path} must be YAML, got {' '.join(str(error).split())}") from None
+    content = read_yaml(path, "config")
     if not isinstance(content, dict):
         raise InputError(f"config: {path} must hold `models` and `runs`, got {content!r}")
     return content

@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
-from sparsetrace.core.files import InputError, read_json
+from sparsetrace.core.files import InputError, read_json, refuse_outside_name
 from sparsetrace.study.sections import EMBEDDED
-from sparsetrace.study.study import parse_study
+from sparsetrace.study.study import Study, parse_study
+from sparsetrace.tools.supervised import supervised
 
 RESULTS = "results"
 SNAKEFILE = Path(__file__).parents[3] / "workflow" / "Snakefile"
@@ -36,19 +37,31 @@ class Reproduction:
     notes: list[str]
 
 
-def reproduce(workload: Path, folder: Path, base: Path, on_line: Callable[[str], None] | None = None) -> Reproduction:
+def reproduce(
+    workload: Path, folder: Path, base: Path, on_line: Callable[[str], None] | None = None, *, outside: bool = False
+) -> Reproduction:
     """Run the study that a manifest carries, and compare the result with the data set.
 
     Args:
         workload: a data set.
         folder: working folder of the run; everything is written below it.
         base: folder that the study's relative paths start from.
-        on_line: called with each line that Snakemake prints.
+        on_line: called with each line of the study before it runs, and with each that Snakemake prints.
+        outside: whether the study may read files that do not lie in `base`.
 
     Raises:
-        InputError: the manifest carries no study, a source is missing, or the run fails.
+        InputError: the manifest is not one that can be made again, a source is missing or lies outside, or the run
+            fails.
     """
     manifest = read_json(workload / "manifest.json", "reproduce")
+    where = f"reproduce: {workload / 'manifest.json'}"
+    for key, kind in {"files": list, "versions": dict}.items():
+        if not isinstance(manifest.get(key), kind):
+            raise InputError(f"{where}: {key} must be {kind.__name__}, got {manifest.get(key)!r}")
+    for file in manifest["files"]:
+        if not isinstance(file, dict) or not isinstance(file.get("sha256"), str):
+            raise InputError(f"{where}: files must have a path and a sha256 each, got {file!r}")
+        refuse_outside_name(file.get("path"), where)
     if not manifest.get("study"):
         raise InputError(
             f"reproduce: {workload / 'manifest.json'} must carry its study, got none: it was made by hand, not by the "
@@ -57,9 +70,19 @@ def reproduce(workload: Path, folder: Path, base: Path, on_line: Callable[[str],
     if not SNAKEFILE.is_file():
         raise InputError(f"reproduce: {SNAKEFILE} must be there, got nothing: run it from a clone of the repository")
     folder.mkdir(parents=True, exist_ok=True)
-    study = relocated(manifest["study"], base, folder)
-    ((model, run, label),) = parse_study(study, f"reproduce: {workload / 'manifest.json'}").workloads()
-    (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
+    # checked before paths are taken from it
+    parsed = _parsed(manifest["study"], where)
+    ((model, run, label),) = parsed.workloads()
+    models = manifest["study"]["models"]
+    if not parsed.users_of_calibration(model):
+        # it may be gone, as nothing reads it
+        models = {model: models[model] | {"calibration_text": None}}
+    study = relocated(manifest["study"] | {"models": models}, base, folder, outside=outside)
+    text = yaml.safe_dump(study, sort_keys=False)
+    (folder / "study.yaml").write_text(text, encoding="utf-8")
+    if on_line is not None:
+        for line in text.splitlines():
+            on_line(line)
     made = Path(RESULTS, model, run, label, "workload")
     _snakemake(folder, made / "manifest.json", on_line)
 
@@ -71,23 +94,40 @@ def reproduce(workload: Path, folder: Path, base: Path, on_line: Callable[[str],
     return Reproduction(folder / made, equal, [path for path in paths if path not in equal], changes(manifest, new))
 
 
-def relocated(study: dict[str, Any], base: Path, folder: Path) -> dict[str, Any]:
+def _parsed(study: Any, where: str) -> Study:
+    """The study of one workload."""
+    if not isinstance(study, dict):
+        raise InputError(f"{where}: study must be an object, got {study!r}")
+    parsed = parse_study(study, where)
+    if (count := len(parsed.workloads())) != 1:
+        raise InputError(f"{where}: study must make one workload, got {count}")
+    return parsed
+
+
+def relocated(study: dict[str, Any], base: Path, folder: Path, *, outside: bool = False) -> dict[str, Any]:
     """The study with its inputs reachable from `folder`, and its results below it.
 
     Relative paths are kept and become links: the path of a threshold file is part of what is compared.
 
     Raises:
-        InputError: a file or folder that the study names is missing.
+        InputError: a file or folder that the study names is missing, or lies outside `base` and `outside` is not set:
+            a manifest may come from anybody.
     """
+    root = Path(os.path.realpath(base))
 
     def find(section: dict[str, Any], name: str) -> dict[str, Any]:
-        if section[name] == EMBEDDED:
+        if section[name] in (EMBEDDED, None):
             return section
         path = base / section[name]
         if not path.exists():
             raise InputError(
                 f"reproduce: {name} must be there, got nothing at {path.absolute()}: put it there, or name with --base "
                 "the folder that the study was run in"
+            )
+        if not outside and not Path(os.path.realpath(path)).is_relative_to(root):
+            raise InputError(
+                f"reproduce: {name} must lie in {base.absolute()}, got {path.absolute()}: name with --base a folder "
+                "that holds it, or allow it with --outside"
             )
         if Path(section[name]).is_absolute() or ".." in path.parts:
             return section | {name: str(path.absolute())}
@@ -128,14 +168,9 @@ def _snakemake(folder: Path, target: Path, on_line: Callable[[str], None] | None
     words = [sys.executable, "-m", "snakemake", "--snakefile", SNAKEFILE, "--cores", "all"]
     words += ["--rerun-incomplete", "--configfile", "study.yaml", "--", target]
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    with subprocess.Popen(
-        [str(word) for word in words],
-        cwd=folder,
-        env=os.environ | {"PATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
+    options = {"cwd": folder, "env": os.environ | {"PATH": path}}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with supervised([str(word) for word in words], **options, **pipes) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if on_line is not None:

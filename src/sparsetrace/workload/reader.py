@@ -317,9 +317,10 @@ class Workload:
     def weight_mask(self, layer: int | None, matrix: str) -> np.ndarray | None:
         """Which weights a weight-side method kept, bool [in, out] as `weight` is; None if it kept all."""
         row = self._stored.row(layer, matrix)
-        if not any(file["path"] == "weight_masks.parquet" for file in self.manifest["files"]):
+        entry = next((file for file in self.manifest["files"] if file["path"] == "weight_masks.parquet"), None)
+        if entry is None:
             return None
-        return read_weight_mask(self._stored.folder, row)
+        return read_weight_mask(self._stored.folder, row, entry.get("footer_sha256"))
 
     def product(self, layer: int | None, matrix: str, token: int) -> np.ndarray:
         """y = x W of one row, float32 [out], from the weight rows of the kept inputs, summed in float64.

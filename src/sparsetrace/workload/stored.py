@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sparsetrace.core.files import InputError
+from sparsetrace.core.files import InputError, sha256_json
 from sparsetrace.core.folder import Folder
 from sparsetrace.formats.columns import decode_rows, operand_columns
 from sparsetrace.formats.numbers import FORMATS
@@ -73,6 +73,8 @@ class StoredWorkload:
         self.folder = folder
         self.manifest = folder.read_json("manifest.json")
         refuse_unknown_format(self.manifest, f"open: {folder.where}")
+        _refuse_misshapen(self.manifest, f"open: {folder.where}/manifest.json")
+        self._entries: dict[str, dict[str, Any]] = {file["path"]: file for file in self.manifest["files"]}
         self._parts: dict[Leaf, list[dict[str, Any]]] = {}
         for file in self.manifest["files"]:
             if "matrix" in file and file["rows"]:
@@ -90,17 +92,21 @@ class StoredWorkload:
     @cached_property
     def matrices(self) -> pa.Table:
         """`matrices.parquet`."""
-        return self.folder.read_table("matrices.parquet")
+        return self._table("matrices.parquet")
 
     @cached_property
     def tokens(self) -> pa.Table:
         """`tokens.parquet`."""
-        return self.folder.read_table("tokens.parquet")
+        return self._table("tokens.parquet")
 
     @cached_property
     def sequences(self) -> pa.Table:
         """`sequences.parquet`."""
-        return self.folder.read_table("sequences.parquet")
+        return self._table("sequences.parquet")
+
+    def _table(self, name: str) -> pa.Table:
+        """A table beside the data files, checked against its hash in the manifest."""
+        return self.folder.read_table(name, self._entries.get(name, {}).get("sha256"))
 
     @cached_property
     def by_leaf(self) -> dict[Leaf, dict[str, Any]]:
@@ -147,7 +153,9 @@ class StoredWorkload:
         if source not in self._own_tokens:
             pieces = [np.empty(0, np.int64)]
             for part in self._parts.get(source, []):
-                pieces.append(self.folder.parquet(part["path"]).read(columns=["token"])["token"].to_numpy())
+                metadata, _, _ = self.footer(part["path"])
+                table = self.row_groups(part["path"], 0, metadata.num_row_groups, ("token",))
+                pieces.append(table["token"].to_numpy())
             self._own_tokens[source] = np.concatenate(pieces)
         return self._own_tokens[source]
 
@@ -189,8 +197,8 @@ class StoredWorkload:
         file = self.folder.parquet(path, metadata)
         try:
             return file.read_row_groups(range(start, stop), columns=list(columns), use_threads=False)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise InputError(f"workload: {path} must be undamaged, got {error}: run `sparsetrace verify`") from None
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise _damaged(path, error) from None
 
     def _row_group(self, path: str, group: int, columns: tuple[str, ...]) -> pa.Table:
         """Columns of one row group; `recent` is the same with a cache."""
@@ -198,11 +206,54 @@ class StoredWorkload:
 
     def _footer(self, path: str) -> tuple[pq.FileMetaData, np.ndarray, list[str]]:
         """Metadata, first token of each row group, and columns of a file; `footer` is the same with a cache."""
-        file = self.folder.parquet(path)
-        names = file.schema_arrow.names
-        column = file.metadata.schema.names.index("token")
-        groups = (file.metadata.row_group(i).column(column).statistics.min for i in range(file.num_row_groups))
-        return file.metadata, np.fromiter(groups, np.int64), names
+        metadata = self.folder.footer(path, self._entries.get(path, {}).get("footer_sha256"))
+        names = metadata.schema.to_arrow_schema().names
+        try:
+            column = metadata.schema.names.index("token")
+            groups = [metadata.row_group(i).column(column).statistics.min for i in range(metadata.num_row_groups)]
+            return metadata, np.array(groups, np.int64), names
+        except (ValueError, AttributeError, TypeError) as error:
+            raise InputError(f"workload: {path} must have tokens with statistics, got {error}") from None
+
+
+def _damaged(path: str, error: Exception) -> InputError:
+    text = " ".join(str(error).split())
+    return InputError(f"workload: {path} must be undamaged, got {text}: run `sparsetrace verify`")
+
+
+# Keys of a manifest that the reader needs, and those of its files; `sparsetrace verify` knows them all.
+_MANIFEST = {"dtype": str, "tokens": int, "files": list}
+_FILE = {"path": str, "rows": int}
+_DATA_FILE = _FILE | {"matrix": str, "first_token": int}
+
+
+def _refuse_misshapen(manifest: dict[str, Any], where: str) -> None:
+    """Refuse a manifest that was damaged or lacks what the reader needs.
+
+    Raises:
+        InputError: names the first such key.
+    """
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    if manifest.get("sha256", (digest := sha256_json(content))) != digest:
+        raise InputError(
+            f"{where} must have the sha256 that was written into it, got damaged: run `sparsetrace verify`"
+        )
+    _refuse_keys(manifest, _MANIFEST, where)
+    if manifest["dtype"] not in FORMATS:
+        raise InputError(f"{where}: dtype must be one of {', '.join(FORMATS)}, got {manifest['dtype']}")
+    for file in manifest["files"]:
+        if not isinstance(file, dict):
+            raise InputError(f"{where}: files must be objects, got {file!r}")
+        holds_rows = "matrix" in file and file.get("rows")
+        _refuse_keys(file, _DATA_FILE if holds_rows else _FILE, f"{where}: {file.get('path', 'a file')}")
+        if holds_rows and not isinstance(file.get("layer", ""), int | None):
+            raise InputError(f"{where}: {file['path']}: layer must be a number or null, got {file.get('layer')!r}")
+
+
+def _refuse_keys(content: dict[str, Any], keys: dict[str, type], where: str) -> None:
+    for key, kind in keys.items():
+        if not isinstance(content.get(key), kind):
+            raise InputError(f"{where}: {key} must be {kind.__name__}, got {content.get(key)!r}")
 
 
 def read_rows(stored: StoredWorkload, leaf: Leaf, wanted: np.ndarray, values: bool, row_bytes: int) -> Iterator[Rows]:
@@ -230,7 +281,10 @@ def read_rows(stored: StoredWorkload, leaf: Leaf, wanted: np.ndarray, values: bo
             table = stored.row_groups(path, first_group, stop_group, columns)
         at = places(table["token"].to_numpy(), chosen)
         first, last = int(at[0]), int(at[-1])
-        rows = decode_rows(table.slice(first, last + 1 - first), layer, matrix, features, number)
+        try:
+            rows = decode_rows(table.slice(first, last + 1 - first), layer, matrix, features, number)
+        except (ValueError, IndexError, KeyError, pa.ArrowException) as error:
+            raise _damaged(path, error) from None
         # copies only if rows in between are left out
         yield rows.take(at - first)
 

@@ -3,7 +3,7 @@
 For each file: its hash; that it can be read, page checksums included; its schema; which rows it has;
 nnz = popcount of the mask = number of values; absmax and l2; no -0.0, Inf or NaN; the method's rule. For the whole: the
 manifest's own hash and keys, unexpected files in `data/`, tokens and sequences, and the counts in `matrices.parquet`.
-Only a manifest that lacks a key, or has another type there, ends the search at once.
+Only a manifest that lacks a key, has another type there, or names files outside its folder ends the search at once.
 
 Dropped inputs are not stored, so only a part of each method's rule can be checked:
 
@@ -28,7 +28,7 @@ from sparsetrace.formats.versions import refuse_unknown_format
 from sparsetrace.workload.reader import Workload
 from sparsetrace.workload.verify_faults import Fault, file_faults
 from sparsetrace.workload.verify_leaves import data_faults
-from sparsetrace.workload.verify_manifest import manifest_faults, method_of
+from sparsetrace.workload.verify_manifest import link_faults, manifest_faults, method_of
 from sparsetrace.workload.verify_outputs import output_faults
 from sparsetrace.workload.verify_tables import TABLES, read_tables, table_faults
 
@@ -54,6 +54,8 @@ def verify(folder: Path, report: Callable[[int, int], None] | None = None) -> li
         faults.append(Fault("manifest.json", "its own sha256 must fit its content: it was edited or damaged"))
     if misshapen := list(manifest_faults(manifest)):
         return faults + misshapen
+    if outside := list(link_faults(folder, manifest)):
+        return faults + outside
     known = {file["path"] for file in manifest["files"]}
     for path in sorted((folder / "data").rglob("*")):
         if path.is_file() and path.relative_to(folder).as_posix() not in known:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrace.core.files import sha256_file
+from sparsetrace.core.folder import footer_sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,8 @@ def file_faults(folder: Path, entry: dict[str, Any]) -> Iterator[Fault]:
         yield Fault(entry["path"], f"must have {entry['bytes']} bytes, got {path.stat().st_size}")
     elif (digest := sha256_file(path)) != entry["sha256"]:
         yield Fault(entry["path"], f"must have sha256 {entry['sha256'][:12]}, got {digest[:12]}")
+    elif "footer_sha256" in entry and entry["footer_sha256"] != (footer := footer_sha256(path)):
+        yield Fault("manifest.json", f"footer_sha256 of {entry['path']} must be {footer}, got {entry['footer_sha256']}")
 
 
 def named(layer: int | None, matrix: str) -> str:

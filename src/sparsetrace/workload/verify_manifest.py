@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from sparsetrace.core.files import InputError, inside, refuse_outside_name
 from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.formats.schema import ENCODINGS, LEVELS
 from sparsetrace.methods import METHODS, Method
@@ -44,6 +46,11 @@ def manifest_faults(manifest: dict[str, Any]) -> Iterator[Fault]:
             elif not isinstance(part[key], kind):
                 name = getattr(kind, "__name__", str(kind))
                 yield Fault("manifest.json", f"{key}{of} must be {name}, got {part[key]!r}")
+            elif key == "path":
+                try:
+                    refuse_outside_name(part[key], "files")
+                except InputError as error:
+                    yield Fault("manifest.json", str(error))
     capture = manifest.get("capture")
     level = capture.get("level") if isinstance(capture, dict) else None
     for key, value, among in (
@@ -53,6 +60,20 @@ def manifest_faults(manifest: dict[str, Any]) -> Iterator[Fault]:
     ):
         if value not in among:
             yield Fault("manifest.json", f"{key} must be one of {', '.join(among)}, got {value}")
+
+
+def link_faults(folder: Path, manifest: dict[str, Any]) -> Iterator[Fault]:
+    """Files of the manifest that are links to a place outside the folder.
+
+    Args:
+        folder: of the workload.
+        manifest: with names that lie below it.
+    """
+    for file in manifest["files"]:
+        try:
+            inside(folder, file["path"], "files")
+        except InputError as error:
+            yield Fault("manifest.json", str(error))
 
 
 def method_of(manifest: dict[str, Any], faults: list[Fault]) -> Method | None:

@@ -126,17 +126,18 @@ class Checkpoint:
             )
 
 
-def read_weight_mask(folder: Folder, matrix: dict[str, Any]) -> np.ndarray | None:
+def read_weight_mask(folder: Folder, matrix: dict[str, Any], footer_sha256: str | None) -> np.ndarray | None:
     """Which weights of one matrix a weight-side method kept, from `weight_masks.parquet`.
 
     Args:
         folder: of the workload.
         matrix: a row of `matrices.parquet`.
+        footer_sha256: of the table's file, in the manifest; None if it has none.
 
     Returns:
         bool [in, out]; None if the table lacks the matrix, whose weights are then all kept.
     """
-    file = folder.parquet("weight_masks.parquet")
+    file = folder.parquet("weight_masks.parquet", folder.footer("weight_masks.parquet", footer_sha256))
     for group in range(file.num_row_groups):
         named = file.read_row_group(group, columns=["layer", "matrix"])
         if (named["layer"][0].as_py(), named["matrix"][0].as_py()) == (matrix["layer"], matrix["matrix"]):
@@ -177,7 +178,7 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
         header.pop("__metadata__", None)
         start = _PREFIX_BYTES + length
         needed = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"weights: {file} must be a safetensors file, got {error!r}") from None
     if size < needed:
         raise InputError(f"weights: {file} must have {needed} bytes, got {size}: copy it again")

@@ -4,6 +4,7 @@ The families share one structure, that of `sparsetrace.model.decoder`. To add on
 and list it in `registry.py`.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,3 +105,19 @@ def positive_integer(raw: dict[str, Any], name: str, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(f"{where}: {name} must be a positive integer, got {value!r}")
     return value
+
+
+def positive_number(raw: dict[str, Any], name: str, where: str) -> float:
+    """A field of config.json that must hold a positive number that a float can hold."""
+    value = raw.get(name)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max:
+        return float(value)
+    raise InputError(f"{where}: {name} must be a positive number, got {value!r:.80}")
+
+
+def truth_value(raw: dict[str, Any], name: str, where: str) -> bool:
+    """A field of config.json that must hold true or false; false where it is absent or null."""
+    value = raw.get(name)
+    if not isinstance(value, bool | None):
+        raise InputError(f"{where}: {name} must be true or false, got {value!r}")
+    return bool(value)
