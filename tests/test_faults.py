@@ -3,6 +3,7 @@
 The oracle is the disk: after each fault every file that was there has its bytes, and nothing new has a final name.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -402,6 +403,8 @@ def test_a_real_lack_of_memory_halves_the_batch(tiny, tmp_path, rng, monkeypatch
     write_split(groups, 1, tmp_path / "split.parquet")
     settings = (Decoding(ignore_eos=True), batching, Machine(device="cuda"))
     job = Job(model, tmp_path / "split.parquet", 0, tmp_path / "dump" / "manifest.json", *settings)
+    # what earlier tests left in reference cycles would be freed during the run, and make room
+    gc.collect()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (450 << 20)) / total)
