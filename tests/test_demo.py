@@ -64,7 +64,8 @@ def folder(made):
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-    return Tokenizer(folder, shape.CONFIG.vocab_size, begin_token(read_tokenizer(folder, "llama"), folder))
+    backend = read_tokenizer(folder, "llama")
+    return Tokenizer(backend, shape.CONFIG.vocab_size, begin_token(backend, folder))
 
 
 def test_two_runs_write_the_same_bytes(made):

@@ -11,6 +11,7 @@ from sparsetrace.core.settings import Batching, PromptSet
 from sparsetrace.core.text import read_documents, read_text
 from sparsetrace.formats.tables import PROMPTS
 from sparsetrace.generation.prompts import Sequence, read_shard, split, write_split
+from sparsetrace.model.read_tokenizer import build, read_tokenizer
 from sparsetrace.model.tokenizer import Tokenizer
 
 TEXTS = ["plain", 'quote " and \\', "two\nlines", "café ☃ 𝄞", "next\x85line\u2028sep\x0cfeed"]
@@ -95,7 +96,7 @@ def test_running_text(tmp_path):
 
 @pytest.fixture
 def tokenizer(tiny, tmp_path):
-    return Tokenizer(tiny.tokenizer(tmp_path / "tokenizer"), tiny.vocabulary, 1)
+    return Tokenizer(build(tiny.tokenizer(tmp_path / "tokenizer") / "tokenizer.json"), tiny.vocabulary, 1)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 20])
@@ -153,11 +154,11 @@ def test_texts_need_no_room_for_new_tokens(tokenizer, tiny, tmp_path, rng):
 
 def test_an_empty_prompt_is_its_begin_token_or_refused(tiny, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": ""}\n')
-    folder = tiny.tokenizer(tmp_path / "tokenizer")
-    groups, _ = split(tmp_path / "p.jsonl", Tokenizer(folder, 96, 1), 90, PromptSet(), Batching(batch_size=1))
+    backend = build(tiny.tokenizer(tmp_path / "tokenizer") / "tokenizer.json")
+    groups, _ = split(tmp_path / "p.jsonl", Tokenizer(backend, 96, 1), 90, PromptSet(), Batching(batch_size=1))
     assert groups[0][0].prompt_ids == [1]
     with pytest.raises(InputError, match="prompt 0 must hold at least one token, got an empty text"):
-        split(tmp_path / "p.jsonl", Tokenizer(folder, 96, None), 90, PromptSet(), Batching(batch_size=1))
+        split(tmp_path / "p.jsonl", Tokenizer(backend, 96, None), 90, PromptSet(), Batching(batch_size=1))
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 5])
@@ -181,7 +182,7 @@ def test_more_shards_than_groups_are_refused(tokenizer, tiny, tmp_path, rng):
 
 
 def test_tokenizer_of_another_model_is_refused(tiny, tmp_path):
-    tokenizer = Tokenizer(tiny.tokenizer(tmp_path), 50, None)
+    tokenizer = Tokenizer(build(tiny.tokenizer(tmp_path) / "tokenizer.json"), 50, None)
     assert tokenizer.encode("w49 w3", "here") == [49, 3]
     with pytest.raises(InputError, match="here: token ids must be below the model's vocabulary of 50, got 50"):
         tokenizer.encode("w50", "here")
@@ -194,7 +195,7 @@ def test_padding_and_truncation_in_the_file_are_ignored(tiny, tmp_path):
     backend.enable_padding(length=10)
     backend.enable_truncation(2)
     backend.save(str(tmp_path / "tokenizer.json"))
-    assert Tokenizer(tmp_path, 96, None).encode("w9 w8 w7", "test") == [9, 8, 7]
+    assert Tokenizer(build(tmp_path / "tokenizer.json"), 96, None).encode("w9 w8 w7", "test") == [9, 8, 7]
 
 
 def test_sentencepiece(tmp_path):
@@ -212,7 +213,7 @@ def test_sentencepiece(tmp_path):
     )
     # without it, transformers puts no space before a text
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    tokenizer = Tokenizer(tmp_path, 60, 1)
+    tokenizer = Tokenizer(read_tokenizer(tmp_path, "llama"), 60, 1)
     processor = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     ids = tokenizer.encode("the lazy fox", "test")
     assert ids == [1, *processor.encode("the lazy fox")]

@@ -72,8 +72,7 @@ class FusedDecoder:
     """
 
     def __init__(self, model: Decoder, patch: Patch, positions: int, table: TuningTable | None) -> None:
-        rules = [rule for module in patch.modules.values() for rule in module.rules.values()]
-        if reason := unsupported(model.config, patch.method, rules):
+        if reason := unsupported(model.config, patch.method, patch.rules):
             raise InputError(f"generate: engine must be torch here, got triton: {reason}")
         self.model = model
         self.config = model.config

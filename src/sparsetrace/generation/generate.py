@@ -17,7 +17,7 @@ from sparsetrace.calibration.thresholds import Thresholds, dense_thresholds, rea
 from sparsetrace.core.files import InputError, sha256_json, write_sealed_json
 from sparsetrace.core.provenance import commit, tuning_table
 from sparsetrace.core.settings import Capture
-from sparsetrace.formats.dump import group_name, read_seal
+from sparsetrace.formats.dump import group_name
 from sparsetrace.formats.versions import DUMP_VERSION
 from sparsetrace.generation.backend import BackendName, EngineSetup
 from sparsetrace.generation.backends import choose_backend
@@ -51,7 +51,7 @@ def generate(job: Job, report: Report | None = None) -> dict[str, Any]:
     key = sha256_json(identity)
     folder = job.out.parent
     folder.mkdir(parents=True, exist_ok=True)
-    discard_other_runs(folder, key)
+    earlier = discard_other_runs(folder, key)
 
     tokenizer = job.model.tokenizer()
     sealed: list[dict[str, Any]] = []
@@ -64,9 +64,8 @@ def generate(job: Job, report: Report | None = None) -> dict[str, Any]:
     runner: Runner | None = None
     try:
         for group in groups:
-            seal = folder / f"{group_name(group[0].group)}.json"
-            if seal.is_file():
-                note(read_seal(seal, "generate"))
+            if (seal := earlier.get(group_name(group[0].group))) is not None:
+                note(seal)
                 continue
             if runner is None:
                 runner = _new_runner(job, thresholds, groups, backend, device)

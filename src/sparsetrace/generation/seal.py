@@ -14,15 +14,18 @@ from sparsetrace.generation.runner import FinishedGroup
 from sparsetrace.model.tokenizer import Tokenizer
 
 
-def discard_other_runs(folder: Path, key: str) -> None:
-    """Remove what a run of another key left, and blocks of groups that were never sealed."""
-    sealed = set()
-    for seal in folder.glob("group-*.json"):
-        if read_seal(seal, "generate")["key"] == key:
-            sealed.add(seal.stem)
+def discard_other_runs(folder: Path, key: str) -> dict[str, dict[str, Any]]:
+    """Remove what a run of another key left, and blocks of groups that were never sealed.
+
+    Returns:
+        The seals that stay, by the names of their groups.
+    """
+    seals = {file.stem: read_seal(file, "generate") for file in folder.glob("group-*.json")}
+    sealed = {name: seal for name, seal in seals.items() if seal["key"] == key}
     for file in folder.glob("group-*"):
         if file.name.split(".")[0] not in sealed:
             file.unlink()
+    return sealed
 
 
 def write_seal(folder: Path, key: str, finished: FinishedGroup, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -46,8 +46,7 @@ class Selection:
 
 def select(sites: tuple[Site, ...], dtype: str, patch: Patch, capture: Capture) -> Selection:
     """The selection of a model with a method installed."""
-    rules = [rule for module in patch.modules.values() for rule in module.rules.values()]
-    parts = operand_parts(patch.method, sites, rules)
+    parts = operand_parts(patch.method, sites, patch.rules)
     return Selection(sites, dtype, parts, patch.method.out_masks, capture)
 
 

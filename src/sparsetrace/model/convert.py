@@ -85,7 +85,7 @@ def open_checkpoint(checkpoint: Path, conversion: Conversion) -> OpenedCheckpoin
             family = dataclasses.replace(family, embedding=family.head)
     tensors = list(family.tensors(config))
     source.refuse_unexpected({name for tensor in tensors for name in tensor.sources}, spare)
-    tokenizer = Tokenizer(checkpoint, config.vocab_size, bos, applied)
+    tokenizer = Tokenizer(applied, config.vocab_size, bos)
     return OpenedCheckpoint(config, tuple(family.sites(config)), tokenizer, eos, tensors, source)
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsetrace.formats.dtypes import STORED_CODES
 from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.model.families.base import RuntimeTensor
 
 # A new file begins once the last one holds this many bytes.
 FILE_BYTES = 1 << 30
-SAFETENSORS_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def lay_out(folder: Path, tensors: Sequence[RuntimeTensor], dtype: str) -> list[
         for tensor in sorted(group, key=lambda tensor: tensor.name):
             starts[tensor.name], end = end, end + sizes[tensor.name]
             content[tensor.name] = {
-                "dtype": SAFETENSORS_DTYPES[dtype],
+                "dtype": STORED_CODES[dtype],
                 "shape": tensor.shape,
                 "data_offsets": [starts[tensor.name], end],
             }

@@ -56,10 +56,14 @@ class Patch:
         return self._memory.setdefault(layer, {})
 
     @property
+    def rules(self) -> list[MatrixRule]:
+        """The rules of all matrices, in the order of execution."""
+        return [rule for module in self.modules.values() for rule in module.rules.values()]
+
+    @property
     def parts(self) -> Parts:
         """The matrices of each site, grouped: those of one group read the same operand."""
-        rules = [rule for module in self.modules.values() for rule in module.rules.values()]
-        return operand_parts(self.method, self.sites, rules)
+        return operand_parts(self.method, self.sites, self.rules)
 
     def set_rules(self, rules: list[MatrixRule]) -> None:
         """Replace the rules of every site that `rules` name; a site's rules come together."""

@@ -164,11 +164,12 @@ def _from_pieces(pieces: Pieces, settings: dict[str, Any], llama: bool, path: Pa
 def _add_tokens(tokenizer: Tokenizer, folder: Path, settings: dict[str, Any]) -> None:
     """Add the tokens that the settings name, and see that each has the id that they give it."""
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    for token, _ in sorted(_named_tokens(folder, settings), key=lambda pair: (pair[1] is None, pair[1] or 0)):
+    named = list(_named_tokens(folder, settings))
+    for token, _ in sorted(named, key=lambda pair: (pair[1] is None, pair[1] or 0)):
         if token.content not in known:
             known.add(token.content)
             tokenizer.add_tokens([token])
-    for token, given in _named_tokens(folder, settings):
+    for token, given in named:
         if given is not None and (found := tokenizer.token_to_id(token.content)) != given:
             raise InputError(
                 f"tokenizer: {folder}: token {token.content!r} must have the id {given} that the added tokens give it, "

@@ -20,6 +20,7 @@ from sparsetrace.core.settings import Machine
 from sparsetrace.formats.architecture import ModelConfig, weight_name
 from sparsetrace.formats.sites import Leaf, Site, by_leaf, layer_sites, sites_from_json
 from sparsetrace.formats.versions import MODEL_VERSION
+from sparsetrace.model.read_tokenizer import build
 from sparsetrace.model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class RuntimeModel:
         file = self.folder / "tokenizer.json"
         if not file.is_file() or sha256_file(file) != self.tokenizer_files[file.name]:
             raise InputError(f"model: {file} must be as config.json records it, got another or none: convert again")
-        return Tokenizer(self.folder, self.config.vocab_size, self.bos)
+        return Tokenizer(build(file), self.config.vocab_size, self.bos)
 
     def weight(self, site: Site) -> str:
         """Name of the runtime tensor that holds the matrices of a site side by side."""

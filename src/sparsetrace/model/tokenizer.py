@@ -1,12 +1,10 @@
 """Text to token ids and back, by a runtime model's `tokenizer.json`."""
 
 import functools
-from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
 from sparsetrace.core.files import InputError
-from sparsetrace.model.read_tokenizer import build, read_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 # Files that say how a tokenizer is applied; copied with it.
@@ -17,19 +15,15 @@ class Tokenizer:
     """A model's tokenizer.
 
     Args:
-        folder: of a runtime model, whose `tokenizer.json` is applied as it is; or it holds `tokenizer.model` alone.
+        backend: what is applied.
         vocab_size: of the model; ids at or beyond it are refused.
         bos: id put before every text; None for none.
-        backend: what is applied, where it has been read already; None reads it from the folder.
     """
 
-    def __init__(self, folder: Path, vocab_size: int, bos: int | None, backend: Backend | None = None) -> None:
+    def __init__(self, backend: Backend, vocab_size: int, bos: int | None) -> None:
+        self.backend = backend
         self.vocab_size = vocab_size
         self.bos = bos
-        if backend is None:
-            file = folder / "tokenizer.json"
-            backend = build(file) if file.is_file() else read_tokenizer(folder, "llama")
-        self.backend = backend
 
     def encode(self, text: str, where: str) -> list[int]:
         """Token ids of a text, the begin token first.

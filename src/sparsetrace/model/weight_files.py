@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrace.core.files import InputError, read_json
+from sparsetrace.formats.dtypes import STORED_DTYPES
 
 WHOLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# safetensors' names of the formats that a decoder may have
-STORED_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from sparsetrace.formats.dtypes import STORED_CODES
 from sparsetrace.formats.numbers import FORMATS
 from sparsetrace.workload.export_operands import Operands
-
-SAFETENSORS_CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
 def write_mtx(operands: Operands, path: Path) -> None:
@@ -69,7 +68,7 @@ def write_safetensors(operands: Operands, path: Path) -> None:
         "col_indices": ("I64", rows.indices().astype(np.int64)),
         "token": ("I64", rows.token),
         "shape": ("I64", np.array([operands.tokens, operands.features], np.int64)),
-        "values": (SAFETENSORS_CODES[rows.dtype], rows.patterns),
+        "values": (STORED_CODES[rows.dtype], rows.patterns),
     }
     layer = {} if operands.layer is None else {"layer": str(operands.layer)}
     header: dict[str, object] = {"__metadata__": {"format": "sparse_csr", **layer, "matrix": operands.matrix}}

@@ -14,9 +14,9 @@ import numpy as np
 
 from sparsetrace.core.files import InputError
 from sparsetrace.core.folder import Folder
+from sparsetrace.formats.dtypes import STORED_DTYPES
 from sparsetrace.formats.numbers import FORMATS
 
-_CODES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _PREFIX_BYTES = 8
 
 
@@ -47,9 +47,9 @@ class Checkpoint:
         if name not in self._tensors:
             raise InputError(f"weights: {self.folder} must hold {name}, got no such tensor: give the workload's model")
         file, entry = self._tensors[name]
-        if entry["dtype"] not in _CODES:
-            raise InputError(f"weights: {name} must be one of {', '.join(_CODES)}, got {entry['dtype']}")
-        dtype = _CODES[entry["dtype"]]
+        if entry["dtype"] not in STORED_DTYPES:
+            raise InputError(f"weights: {name} must be one of {', '.join(STORED_DTYPES)}, got {entry['dtype']}")
+        dtype = STORED_DTYPES[entry["dtype"]]
         shape = tuple(entry["shape"])
         mapped = np.frombuffer(
             self._map(file), FORMATS[dtype].bits, int(np.prod(shape)), entry["start"] + entry["data_offsets"][0]
