@@ -128,9 +128,18 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, or is not a JSON object.
     """
-    content = parse_json(read_regular(path, where), f"{where}: {path}")
+    return parse_json_object(read_regular(path, where), f"{where}: {path}")
+
+
+def parse_json_object(text: str | bytes, where: str, what: str = "JSON") -> dict[str, Any]:
+    """The object of a JSON text; arguments as in `parse_json`.
+
+    Raises:
+        InputError: it is not JSON, or not an object.
+    """
+    content = parse_json(text, where, what)
     if not isinstance(content, dict):
-        raise InputError(f"{where}: {path} must be a JSON object, got {type(content).__name__}")
+        raise InputError(f"{where} must be a JSON object, got {type(content).__name__}")
     return content
 
 

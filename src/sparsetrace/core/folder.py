@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from sparsetrace.core.files import InputError, inside, parse_json, refuse_outside_name
+from sparsetrace.core.files import InputError, inside, parse_json_object, refuse_outside_name
 
 # The end of a Parquet file, behind its footer: the footer's length and four letters.
 _TAIL_BYTES = 8
@@ -71,10 +71,7 @@ class Folder:
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Read a JSON object."""
-        content = parse_json(self._read(name), f"open: {self.where}/{name}", "JSON that can be read")
-        if not isinstance(content, dict):
-            raise InputError(f"open: {self.where}/{name} must be a JSON object, got {type(content).__name__}")
-        return content
+        return parse_json_object(self._read(name), f"open: {self.where}/{name}", "JSON that can be read")
 
     def read_table(self, name: str, sha256: str | None = None) -> pa.Table:
         """Read a whole Parquet file.

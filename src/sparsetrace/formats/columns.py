@@ -96,7 +96,7 @@ def decode_rows(table: pa.Table, layer: int | None, matrix: str, features: int, 
     token = table["token"].to_numpy()
     out_mask = None
     if "out_mask" in table.column_names and len(token) and not table["out_mask"].null_count:
-        out_mask = _bytes(table["out_mask"])[0].reshape(len(token), -1)
+        out_mask = column_bytes(table["out_mask"])[0].reshape(len(token), -1)
     if "indices" in table.column_names:
         offsets, indices = _list_parts(table["indices"])
         values = _list_parts(table["values"])[1] if "values" in table.column_names else None
@@ -105,10 +105,10 @@ def decode_rows(table: pa.Table, layer: int | None, matrix: str, features: int, 
         mask = np.packbits(keep, axis=1, bitorder="little")
         bits = None if values is None else number.from_float(values)
         return Rows(layer, matrix, features, number.name, token, mask, offsets, bits, out_mask)
-    mask = _bytes(table["mask"])[0].reshape(len(token), mask_bytes(features))
+    mask = column_bytes(table["mask"])[0].reshape(len(token), mask_bytes(features))
     if number.planes[0] not in table.column_names:
         return Rows(layer, matrix, features, number.name, token, mask, offsets_of(popcounts(mask)), None, out_mask)
-    planes = [_bytes(table[name]) for name in number.planes]
+    planes = [column_bytes(table[name]) for name in number.planes]
     patterns = number.from_planes([plane for plane, _ in planes])
     return Rows(layer, matrix, features, number.name, token, mask, planes[0][1], patterns, out_mask)
 
@@ -146,13 +146,22 @@ def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
-def _bytes(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+def column_bytes(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """The bytes of a binary column and int64 offsets into them; not copied where the column is a single chunk."""
     array = _one_chunk(column)
-    _, offsets_buffer, data = array.buffers()
-    offsets = np.frombuffer(offsets_buffer, np.int32)[array.offset : array.offset + len(array) + 1].astype(np.int64)
-    data = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
+    offsets, buffer = _offsets(array).astype(np.int64), array.buffers()[2]
+    data = np.frombuffer(buffer, np.uint8) if buffer is not None else np.empty(0, np.uint8)
     return data[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def row_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    """int32: length of each row of a column of bytes or lists."""
+    return np.diff(_offsets(_one_chunk(column)))
+
+
+def _offsets(array: pa.Array) -> np.ndarray:
+    """int32 offsets of the rows of an array of bytes or lists, as its buffer holds them."""
+    return np.frombuffer(array.buffers()[1], np.int32)[array.offset : array.offset + len(array) + 1]
 
 
 def _list_parts(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,7 @@ class RowStatistics:
 
 
 def popcounts(mask: np.ndarray) -> np.ndarray:
-    """int64 [T]: number of set bits in each row of a mask [T, bytes]."""
+    """int64 [T]: number of set bits in each row of a mask [T, bytes or words]."""
     return np.bitwise_count(mask).sum(axis=1, dtype=np.int64)
 
 

@@ -20,6 +20,8 @@ ROW_GROUP_ROWS: Final = (512, 8192)
 ENCODINGS: Final = ("split", "open")
 # How much of an operand is captured: everything, its mask and row statistics, or the row statistics alone.
 LEVELS: Final = ("full", "masks", "stats")
+# Columns with statistics: index and row statistics. On masks and planes they would take space and select nothing.
+INDEXED: Final = ("layer", "matrix", "token", "sequence", "position", "nnz", "absmax", "l2")
 
 
 def row_group_rows(features: int) -> int:

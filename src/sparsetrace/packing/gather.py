@@ -25,6 +25,11 @@ PIECE_ROWS = ROW_GROUP_ROWS[0]
 FAULT_BYTES = 2 << 16
 
 
+def operand_prefix(matrix: dict[str, Any]) -> str:
+    """First part of the names of the arrays of the operand that a matrix of the dump manifest reads."""
+    return array_prefix(matrix["layer"], matrix["held_by"])
+
+
 @dataclass(frozen=True, slots=True)
 class Operand:
     """An operand of the dump, and those of the matrices reading it that get files.
@@ -48,7 +53,7 @@ class Operand:
     @property
     def prefix(self) -> str:
         """First part of the names of its arrays."""
-        return array_prefix(self.layer, self.matrices[0]["held_by"])
+        return operand_prefix(self.matrices[0])
 
     @property
     def features(self) -> int:

@@ -24,11 +24,11 @@ from sparsetrace.core.files import (
     write_sealed_json,
 )
 from sparsetrace.formats.columns import as_read_by, encode_rows
-from sparsetrace.formats.dump import Block, array_prefix, group_name, read_manifest, read_seal
+from sparsetrace.formats.dump import Block, group_name, read_manifest, read_seal
 from sparsetrace.formats.schema import data_schema, leaf, part_name
 from sparsetrace.formats.versions import WORKLOAD_REVISION, WORKLOAD_VERSION
 from sparsetrace.packing.data_file import data_file
-from sparsetrace.packing.gather import RELEASE_BYTES, Operand, gather
+from sparsetrace.packing.gather import RELEASE_BYTES, Operand, gather, operand_prefix
 from sparsetrace.packing.journal import Journal
 from sparsetrace.packing.order import ORDER_ROWS, SORT_BYTES, Orders
 from sparsetrace.packing.parts import PACKED_KEYS, SHARD_TABLES, is_whole
@@ -137,7 +137,7 @@ class _Shard:
             same = ((matrix, matrix.get("same_input_as")) for matrix in self.dump["matrices"])
             shared = {leaf(matrix["layer"], matrix["matrix"]): other for matrix, other in same if other}
         stored = [matrix for matrix in self.dump["matrices"] if leaf(matrix["layer"], matrix["matrix"]) not in shared]
-        paths = [self._path(matrix, cut) for matrix in stored for cut in _cuts(orders.rows(_prefix_of_operand(matrix)))]
+        paths = [self._path(matrix, cut) for matrix in stored for cut in _cuts(orders.rows(operand_prefix(matrix)))]
         done = journal.finished(self.workload)
         todo = list(self._unfinished(self._operands(stored, orders), done))
         threads = _threads(threads, todo, orders)
@@ -174,11 +174,11 @@ class _Shard:
         weights = {
             prefix: matrix["in_features"] * orders.rows(prefix)
             for matrix in self.dump["matrices"]
-            for prefix in [_prefix_of_operand(matrix)]
+            for prefix in [operand_prefix(matrix)]
         }
         readers: dict[str, list[dict[str, Any]]] = {}
         for matrix in stored:
-            readers.setdefault(_prefix_of_operand(matrix), []).append(matrix)
+            readers.setdefault(operand_prefix(matrix), []).append(matrix)
         total = max(1, sum(weights.values()))
         return [
             Operand(tuple(matrices), orders.rows(prefix), weights[prefix] / total)
@@ -225,11 +225,6 @@ class _Shard:
             }
             for matrix, path, file in zip(operand.matrices, paths, files, strict=True)
         ]
-
-
-def _prefix_of_operand(matrix: dict[str, Any]) -> str:
-    """First part of the names of the arrays of the operand that a matrix of the dump reads."""
-    return array_prefix(matrix["layer"], matrix["held_by"])
 
 
 def _cuts(rows: int) -> list[int | None]:

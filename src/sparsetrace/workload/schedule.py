@@ -114,9 +114,9 @@ def replay(selection: Selection, values: bool, window_bytes: int = WINDOW_BYTES)
         values: False reads the masks alone.
         window_bytes: bytes of operands held at a time; affects speed and memory alone.
     """
-    table = selection.fed().sort_by([("group", "ascending"), ("step", "ascending"), ("slot", "ascending")])
+    table, steps = _executed(selection)
     token, group, step = (table[name].to_numpy() for name in ("token", "group", "step"))
-    edges = np.array([start for start, _ in runs(group.astype(np.int64) << 32 | step)] + [len(token)])
+    edges = np.array([start for start, _ in steps] + [len(token)])
     token_bytes = 0
     for leaf in selection.leaves:
         features = selection.features(*leaf)
@@ -178,15 +178,13 @@ def batches(selection: Selection, size: int | None) -> Iterator[np.ndarray]:
             `size` at a time, in order, and the n-th decode tokens of those that have one form a batch; a prompt's
             tokens, and those of a text that was given, form batches of `size` consecutive ones.
     """
-    table = selection.fed()
     if size is None:
-        table = table.sort_by([("group", "ascending"), ("step", "ascending"), ("slot", "ascending")])
+        table, steps = _executed(selection)
         token = table["token"].to_numpy()
-        key = table["group"].to_numpy().astype(np.int64) << 32 | table["step"].to_numpy()
-        for start, stop in runs(key):
+        for start, stop in steps:
             yield token[start:stop]
         return
-    table = table.sort_by("token")
+    table = selection.fed()
     token, sequence = table["token"].to_numpy(), table["sequence"].to_numpy()
     decode = pc.equal(table["phase"].cast(pa.string()), "decode").to_numpy()
     together, one_by_one = np.flatnonzero(~decode), np.flatnonzero(decode)
@@ -201,3 +199,10 @@ def batches(selection: Selection, size: int | None) -> Iterator[np.ndarray]:
         order = np.argsort(nth, kind="stable")
         for start, stop in runs(nth[order]):
             yield numbers[order[start:stop]]
+
+
+def _executed(selection: Selection) -> tuple[pa.Table, list[tuple[int, int]]]:
+    """What was fed, in the order of execution, and (start, stop) of the rows of each step."""
+    table = selection.fed().sort_by([("group", "ascending"), ("step", "ascending"), ("slot", "ascending")])
+    key = table["group"].to_numpy().astype(np.int64) << 32 | table["step"].to_numpy()
+    return table, list(runs(key))

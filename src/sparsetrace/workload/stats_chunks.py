@@ -8,6 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sparsetrace.formats.numbers import mask_bytes
+from sparsetrace.formats.row_statistics import popcounts
 from sparsetrace.formats.sites import Leaf
 from sparsetrace.formats.tables import PHASES
 from sparsetrace.workload.reader import Workload
@@ -47,7 +49,7 @@ class Chunk:
         self.position = position
         self.phase = phase
         self.carried = carried
-        self.nnz = popcount(self.words_TW)
+        self.nnz = popcounts(self.words_TW)
 
     def follow(self, lag: int) -> np.ndarray:
         """Places of new rows whose sequence also holds the row `lag` positions before."""
@@ -69,23 +71,28 @@ def chunks(workload: Workload, leaf: Leaf, fed: pa.Table) -> Iterator[Chunk]:
     sequence, position = fed["sequence"].to_numpy(), fed["position"].to_numpy()
     phase = pc.index_in(fed["phase"].cast(pa.string()), pa.array(PHASES)).to_numpy()
     mask: np.ndarray | None = None
-    for start in range(0, len(token), CHUNK_ROWS):
-        stop = min(start + CHUNK_ROWS, len(token))
-        first = max(0, start - CARRIED_ROWS)
-        new = workload.matrix(*leaf, token[start:stop], values=False).mask
+    for start, new in zip(range(0, len(token), CHUNK_ROWS), _masks(workload, leaf, token), strict=True):
+        stop, first = start + len(new), max(0, start - CARRIED_ROWS)
         mask = new if mask is None else np.concatenate([mask[len(mask) - (start - first) :], new])
         near = slice(first, stop)
         yield Chunk(mask, token[near], sequence[near], position[near], phase[near], start - first)
 
 
+def _masks(workload: Workload, leaf: Leaf, token: np.ndarray) -> Iterator[np.ndarray]:
+    """Masks of the rows of some tokens, `CHUNK_ROWS` at a time; each row group is read once."""
+    held = np.empty((0, mask_bytes(workload.features(*leaf))), np.uint8)
+    for rows in workload.blocks(*leaf, values=False, tokens=token):
+        held = np.concatenate([held, rows.mask])
+        while len(held) >= CHUNK_ROWS:
+            yield held[:CHUNK_ROWS]
+            held = held[CHUNK_ROWS:]
+    if len(held):
+        yield held
+
+
 def words(mask: np.ndarray) -> np.ndarray:
     """uint64 [T, W]: masks padded with zeros to whole words."""
     return np.pad(mask, ((0, 0), (0, -mask.shape[1] % 8))).view(np.uint64)
-
-
-def popcount(words_TW: np.ndarray) -> np.ndarray:
-    """int64 [T]: set bits of each row."""
-    return np.bitwise_count(words_TW).sum(axis=-1, dtype=np.int64)
 
 
 def block_counts(mask: np.ndarray, block: int) -> np.ndarray:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from sparsetrace.formats.row_statistics import popcounts
 from sparsetrace.formats.tables import PHASES
-from sparsetrace.workload.stats_chunks import Chunk, block_counts, popcount
+from sparsetrace.workload.stats_chunks import Chunk, block_counts
 from sparsetrace.workload.stats_tables import BLOCKS, LAGS, PATTERNS, SIZES, TOP_COLUMNS, TOP_INPUTS
 
 TableRows = list[dict[str, Any]]
@@ -63,7 +64,7 @@ class LeafSums:
         self._add_marginals(chunk, nnz)
         for lag in LAGS:
             at = chunk.follow(lag)
-            both = popcount(chunk.words_TW[at] & chunk.words_TW[at - lag])
+            both = popcounts(chunk.words_TW[at] & chunk.words_TW[at - lag])
             either = chunk.nnz[at] + chunk.nnz[at - lag] - both
             some = either > 0
             self.lags[lag][0] += int(some.sum())
@@ -77,7 +78,7 @@ class LeafSums:
             last = chunk.follow(size - 1)
             last = last[(chunk.position[last] + 1) % size == 0]
             self.windows[size][0] += len(last)
-            self.windows[size][1] += int(popcount(union_TW[last]).sum())
+            self.windows[size][1] += int(popcounts(union_TW[last]).sum())
         self._add_shapes(mask)
 
     def _add_marginals(self, chunk: Chunk, nnz: np.ndarray) -> None:

@@ -8,10 +8,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sparsetrace.formats.ragged import runs
+from sparsetrace.formats.row_statistics import popcounts
 from sparsetrace.formats.sites import Leaf
 from sparsetrace.workload import stats_chunks
 from sparsetrace.workload.reader import Workload
-from sparsetrace.workload.stats_chunks import popcount, words
+from sparsetrace.workload.stats_chunks import words
 from sparsetrace.workload.stats_tables import SIZES
 
 # Steps of a bundle of sequences that are read at once.
@@ -54,7 +55,7 @@ def batch_unions(workload: Workload, leaf: Leaf, fed: pa.Table) -> dict[int, lis
                 whole = there.reshape(BATCH_STEPS, -1, size).all(axis=2)
                 union = np.bitwise_or.reduce(masks.reshape(BATCH_STEPS, -1, size, width), axis=2)
                 found[size][0] += int(whole.sum())
-                found[size][1] += int(popcount(union[whole]).sum())
+                found[size][1] += int(popcounts(union[whole]).sum())
     return found
 
 
@@ -73,7 +74,7 @@ def across_layers(workload: Workload) -> Iterator[dict[str, Any]]:
             for start in range(0, len(tokens), stats_chunks.CHUNK_ROWS):
                 chosen = tokens[start : start + stats_chunks.CHUNK_ROWS]
                 a, b = (words(workload.matrix(at, name, chosen, values=False).mask) for at in (layer, layer + 1))
-                both, either = popcount(a & b), popcount(a | b)
+                both, either = popcounts(a & b), popcounts(a | b)
                 pairs += int((either > 0).sum())
                 total += float((both[either > 0] / either[either > 0]).sum())
             if pairs:

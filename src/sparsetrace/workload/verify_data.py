@@ -11,16 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparsetrace.formats.columns import decode_rows, operand_columns
+from sparsetrace.formats.columns import column_bytes, decode_rows, operand_columns, row_lengths
 from sparsetrace.formats.numbers import FORMATS, NumberFormat, mask_bytes
 from sparsetrace.formats.row_statistics import popcounts, row_norms
 from sparsetrace.formats.rows import Rows
-from sparsetrace.formats.schema import data_schema, row_group_rows
+from sparsetrace.formats.schema import INDEXED, data_schema, row_group_rows
 from sparsetrace.methods import Method
 from sparsetrace.workload.verify_faults import Fault, one_line
 
-# Columns that must have statistics; `layer` has none where it is null.
-INDEXED = ("layer", "matrix", "token", "sequence", "position", "nnz", "absmax", "l2")
 INDEX = ("token", "sequence", "position")
 
 
@@ -132,6 +130,7 @@ class DataFile:
 
     def _statistics_faults(self, metadata: pq.FileMetaData) -> Iterator[Fault]:
         """Columns by which a query, the reader's own too, skips row groups."""
+        # `layer` has none where it is null
         indexed = [name for name in INDEXED if name != "layer" or self.entry["layer"] is not None]
         for group in range(metadata.num_row_groups):
             chunks = map(metadata.row_group(group).column, range(metadata.num_columns))
@@ -190,10 +189,10 @@ def _out_mask_faults(table: pa.Table, matrix: str, rules: Rules) -> Iterator[tup
         rule = "be there in every row" if stated else "be null"
         yield "out_mask", f"must {rule} under method {method.name}, got the contrary"
     elif stated:
-        if set(_lengths(table["out_mask"])) - {mask_bytes(outputs)}:
+        if set(row_lengths(table["out_mask"])) - {mask_bytes(outputs)}:
             yield "out_mask", f"must have {mask_bytes(outputs)} bytes in every row, got others"
             return
-        masks = np.array([list(mask) for mask in table["out_mask"].to_pylist()], np.uint8)
+        masks = column_bytes(table["out_mask"])[0].reshape(len(table), mask_bytes(outputs))
         if outputs % 8 and (masks[:, -1] >> (outputs % 8)).any():
             yield "out_mask", "bits beyond the last output must be zero, got ones"
         dropped = method.dropped_outputs(outputs)
@@ -206,14 +205,14 @@ def _shape_fault(table: pa.Table, features: int) -> tuple[str, str] | None:
     """The first column in which rows are not as long as they must be, so that they cannot be decoded."""
     nnz = table["nnz"].to_numpy()
     if "mask" in table.column_names:
-        if set(_lengths(table["mask"])) - {mask_bytes(features)}:
+        if set(row_lengths(table["mask"])) - {mask_bytes(features)}:
             return "mask", f"must have {mask_bytes(features)} bytes in every row, got others"
         for name in operand_columns(table.column_names):
-            if name.startswith("values") and not np.array_equal(_lengths(table[name]), nnz):
+            if name.startswith("values") and not np.array_equal(row_lengths(table[name]), nnz):
                 return name, "must have nnz bytes in every row, got others"
         return None
     for name in ("indices", "values"):
-        if name in table.column_names and not np.array_equal(_lengths(table[name]), nnz):
+        if name in table.column_names and not np.array_equal(row_lengths(table[name]), nnz):
             return name, "must have nnz items in every row, got others"
     indices = table["indices"].combine_chunks().flatten().to_numpy().astype(np.int64)
     row = np.repeat(np.arange(len(nnz)), nnz)
@@ -264,11 +263,3 @@ def _value_faults(rows: Rows, bits: np.ndarray, table: pa.Table, rules: Rules) -
 def _of(table: pa.Table, wrong: np.ndarray) -> str:
     """The first token of some rows, at the end of a fault."""
     return f" in token {table['token'].to_numpy()[wrong][0]}"
-
-
-def _lengths(column: pa.ChunkedArray) -> np.ndarray:
-    """Length of each row of a column of bytes or lists."""
-    array = column.combine_chunks()
-    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
-    offsets = np.frombuffer(array.buffers()[1], np.int32)[array.offset : array.offset + len(array) + 1]
-    return np.diff(offsets)
