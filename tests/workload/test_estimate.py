@@ -73,7 +73,7 @@ def test_estimated_time_is_that_of_the_passes(run, tmp_path, monkeypatch, decodi
     """A row takes a second; what is fed at once counts up to a power of two. The dense run counts once."""
     layers = 2
     monkeypatch.setattr("sparsetrace.tools.estimate._model_pass_seconds", lambda shape, rows, machine: layers * rows)
-    monkeypatch.setattr("sparsetrace.tools.estimate.prompt_lengths", lambda one, checkpoint: ([8] * 6, []))
+    monkeypatch.setattr("sparsetrace.tools.estimate.prompt_lengths", lambda one: ([8] * 6, []))
     monkeypatch.setattr("sparsetrace.tools.estimate.PACK_BYTES_PER_SECOND", float("inf"))
     methods = [{"name": "teal", "sparsity": [0.3, 0.6]}]
     batching = {"max_new_tokens": 4, "batch_size": 3}

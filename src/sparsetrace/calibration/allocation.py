@@ -13,10 +13,11 @@ from pathlib import Path
 
 from sparsetrace.calibration.histogram import Provenance
 from sparsetrace.calibration.search_table import SearchTable, read_search_table
-from sparsetrace.calibration.target import Target, layer_leaves
+from sparsetrace.calibration.target import Target
 from sparsetrace.calibration.threshold_file import read_threshold_file
 from sparsetrace.core.files import InputError
-from sparsetrace.methods import FromFile, Method, PerLayer, ThresholdMethod
+from sparsetrace.formats.sites import layer_leaves
+from sparsetrace.methods import FromFile, Method, PerLayer, ThresholdMethod, allocation_of
 
 
 def allocate_targets(
@@ -35,7 +36,7 @@ def allocate_targets(
     Raises:
         InputError: the allocation does not fit the model.
     """
-    allocation = method.allocation if isinstance(method, ThresholdMethod) else "uniform"
+    allocation = allocation_of(method)
     if isinstance(allocation, FromFile):
         return read_threshold_file(Path(allocation.file), provenance.sites), ()
     if allocation == "greedy":

@@ -26,7 +26,7 @@ from sparsetrace.calibration.search_table import write_search_table
 from sparsetrace.calibration.target import refuse_uncounted
 from sparsetrace.calibration.windows import calibration_windows, passes
 from sparsetrace.core.files import InputError, sha256_file, sha256_json
-from sparsetrace.core.settings import Calibration, Greedy, Machine
+from sparsetrace.core.settings import Greedy, Machine
 from sparsetrace.methods import ThresholdMethod
 from sparsetrace.model.runtime import RuntimeModel, set_up_torch
 
@@ -84,7 +84,7 @@ def allocate(job: SearchJob, report: Callable[[float, float], None] | None = Non
     refuse_uncounted(setting, histograms, job.histograms)
 
     device = set_up_torch(job.machine)
-    calibration = Calibration(**job.greedy.model_dump(exclude={"step"}))
+    calibration = job.greedy.calibration
     windows_WT = calibration_windows(model.tokenizer(), job.text, calibration, model.config.max_position_embeddings)
     identity = {
         "model_hash": model.model_hash,

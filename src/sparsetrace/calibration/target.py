@@ -1,6 +1,5 @@
 """The target of one matrix, and the threshold that the histograms give for it."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 
 from sparsetrace.calibration.histogram import Histograms
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.sites import Site, by_leaf, layer_sites
+from sparsetrace.formats.sites import by_leaf
 from sparsetrace.formats.tables import THRESHOLDS
 from sparsetrace.methods import Method
 
@@ -25,11 +24,6 @@ class Target:
 
     sparsity: float | None
     threshold: float | None = None
-
-
-def layer_leaves(sites: Iterable[Site]) -> list[tuple[int, str]]:
-    """Layer and name of every matrix that methods decide about, in the order of execution."""
-    return [(layer, matrix) for layer, matrix in by_leaf(layer_sites(sites)) if layer is not None]
 
 
 def refuse_uncounted(method: Method, histograms: Histograms, path: Path) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from sparsetrace.calibration.target import Target, layer_leaves
+from sparsetrace.calibration.target import Target
 from sparsetrace.core.checked import read_checked_table
 from sparsetrace.core.files import InputError, read_regular
-from sparsetrace.formats.sites import Site
+from sparsetrace.formats.sites import Site, layer_leaves
 
 # At most so many matrices are named in a message.
 NAMED = 7

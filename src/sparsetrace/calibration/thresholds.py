@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from sparsetrace.core.checked import read_checked_table, write_checked_table
 from sparsetrace.core.files import InputError, parse_json
 from sparsetrace.formats.numbers import FORMATS
-from sparsetrace.formats.sites import by_leaf, layer_sites
+from sparsetrace.formats.sites import layer_leaves
 from sparsetrace.formats.tables import THRESHOLDS
 from sparsetrace.methods import METHODS, MatrixRule, Method
 
@@ -115,7 +115,7 @@ def read_thresholds(path: Path, model: RuntimeModel) -> Thresholds:
 
 def _refuse_impossible(thresholds: Thresholds, model: RuntimeModel, path: Path) -> None:
     """Refuse a table whose rows are not those of the model's matrices, or hold what no threshold is."""
-    wanted = list(by_leaf(layer_sites(model.sites)))
+    wanted = layer_leaves(model.sites)
     if (found := [(row["layer"], row["matrix"]) for row in thresholds.rows]) != wanted:
         other = [f"layer {layer} {matrix}" for layer, matrix in set(found).symmetric_difference(wanted)]
         raise InputError(
@@ -134,6 +134,6 @@ def _refuse_impossible(thresholds: Thresholds, model: RuntimeModel, path: Path) 
 
 def dense_thresholds(model: RuntimeModel) -> Thresholds:
     """The setting that drops nothing, which needs no calibration."""
-    leaves = by_leaf(layer_sites(model.sites))
+    leaves = layer_leaves(model.sites)
     empty: dict[str, Any] = dict.fromkeys(THRESHOLDS.names)
     return Thresholds("dense", METHODS["dense"](), {}, [empty | {"layer": la, "matrix": m} for la, m in leaves])

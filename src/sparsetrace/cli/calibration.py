@@ -14,11 +14,12 @@ from sparsetrace.cli.options import gathered, path_argument, path_option, settin
 from sparsetrace.cli.terminal import progress
 from sparsetrace.core.files import InputError
 from sparsetrace.core.settings import Calibration, Greedy, Machine, Quality
+from sparsetrace.methods import METHODS, WEIGHT_METHODS, ThresholdMethod
 
 
 @click.command()
 @path_argument("model")
-@click.option("--method", type=click.Choice(["magnitude", "wanda"]), required=True, help="how weights are scored")
+@click.option("--method", type=click.Choice([*WEIGHT_METHODS]), required=True, help="how weights are scored")
 @click.option("--set", "parameters", multiple=True, metavar="NAME=VALUE", help="sparsity or pattern")
 @click.option("--text", type=click.Path(path_type=Path), help="calibration text, for wanda")
 @path_option("--out", "folder of the pruned model; appears when it is complete")
@@ -84,7 +85,6 @@ def calibrate(
       sparsetrace calibrate results/llama/model --text wiki.txt --out results/llama/histograms.safetensors
       sparsetrace calibrate --merge one.safetensors two.safetensors --out both.safetensors
     """
-    from sparsetrace.methods import METHODS
 
     known = [name for name, kind in METHODS.items() if kind.score in ("scaled", "gate")]
     if unknown := [name for name in job.scores if name not in known]:
@@ -138,7 +138,6 @@ def allocate(model: Path, search: LayerSearch, out: Path, greedy: Greedy, machin
     from sparsetrace.calibration.greedy import SearchJob
     from sparsetrace.calibration.greedy import allocate as run
     from sparsetrace.calibration.search_table import read_search_table
-    from sparsetrace.methods import METHODS, ThresholdMethod
     from sparsetrace.model.runtime import open_model
 
     known: dict[str, type[ThresholdMethod]] = {n: m for n, m in METHODS.items() if issubclass(m, ThresholdMethod)}

@@ -62,6 +62,11 @@ class Greedy(Section):
         0.05, gt=0, lt=1, description="sparsity step of q, 0 < s < 1; larger matrices take smaller steps"
     )
 
+    @property
+    def calibration(self) -> Calibration:
+        """The sequences that the error is measured on."""
+        return Calibration(**self.model_dump(exclude={"step"}))
+
 
 class Quality(Section):
     """How perplexity, KL divergence and top-1 agreement are measured on held-out text."""

@@ -76,6 +76,11 @@ def by_leaf(sites: Iterable[Site]) -> dict[Leaf, Site]:
     return {leaf: site for site in sites for leaf in site.leaves}
 
 
+def layer_leaves(sites: Iterable[Site]) -> list[tuple[int, str]]:
+    """Layer and name of every matrix that methods decide about, in the order of execution."""
+    return [(layer, matrix) for layer, matrix in by_leaf(layer_sites(sites)) if layer is not None]
+
+
 def sites_from_json(entries: list[dict[str, Any]]) -> tuple[Site, ...]:
     """The inverse of `dataclasses.asdict` on each site, after a round trip through JSON."""
     return tuple(

@@ -13,7 +13,7 @@ from sparsetrace.methods.griffin import Griffin
 from sparsetrace.methods.magnitude import Magnitude
 from sparsetrace.methods.nm import NM
 from sparsetrace.methods.teal import Teal
-from sparsetrace.methods.threshold_base import FromFile, PerLayer, ThresholdMethod
+from sparsetrace.methods.threshold_base import FromFile, PerLayer, ThresholdMethod, allocation_of
 from sparsetrace.methods.topk import TopK
 from sparsetrace.methods.wanda import Wanda
 from sparsetrace.methods.weight_base import WeightMethod
@@ -44,5 +44,6 @@ __all__ = [
     "Wanda",
     "WeightMethod",
     "Wina",
+    "allocation_of",
     "operand_parts",
 ]

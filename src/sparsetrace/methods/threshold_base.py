@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from sparsetrace.core.files import InputError
-from sparsetrace.formats.sites import Site, by_leaf, layer_sites
+from sparsetrace.formats.sites import Site, layer_leaves
 from sparsetrace.methods.base import MatrixRule, Method, Sparsity
 
 
@@ -46,8 +46,8 @@ class PerLayer(BaseModel):
         Raises:
             InputError: names the layer and the matrix.
         """
-        matrices: dict[int | None, list[str]] = {}
-        for layer, matrix in by_leaf(layer_sites(sites)):
+        matrices: dict[int, list[str]] = {}
+        for layer, matrix in layer_leaves(sites):
             matrices.setdefault(layer, []).append(matrix)
         if len(self.per_layer) != len(matrices):
             raise InputError(
@@ -142,3 +142,8 @@ class ThresholdMethod(Method):
 
     def same_mask(self, one: MatrixRule, other: MatrixRule) -> bool:
         return one.threshold_bits == other.threshold_bits
+
+
+def allocation_of(method: Method) -> Allocation:
+    """How a method's target is spread; one without thresholds of matrices has the same target everywhere."""
+    return method.allocation if isinstance(method, ThresholdMethod) else "uniform"

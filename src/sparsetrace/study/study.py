@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from sparsetrace.core.files import InputError, read_json
 from sparsetrace.core.settings import Machine, Section
-from sparsetrace.methods import FromFile, ThresholdMethod
+from sparsetrace.methods import FromFile, allocation_of
 from sparsetrace.model.weight_files import weight_files
 from sparsetrace.study.resources import Need, needs
 from sparsetrace.study.sections import EMBEDDED, FilePath, Model, Name, Run, Setting
@@ -152,9 +152,8 @@ class Study(Section):
 
     def threshold_file(self, run: str, label: str) -> list[str]:
         """The user's own threshold file of a setting, if it has one."""
-        method = self.setting(run, label).method
-        own = isinstance(method, ThresholdMethod) and isinstance(method.allocation, FromFile)
-        return [method.allocation.file] if own else []  # type: ignore[attr-defined]
+        allocation = allocation_of(self.setting(run, label).method)
+        return [allocation.file] if isinstance(allocation, FromFile) else []
 
     def calibration_shards(self, model: str) -> list[str]:
         """Names of the parts in which a model's calibration is counted."""
@@ -167,8 +166,7 @@ class Study(Section):
 
     def greedy_layers(self, model: str, run: str, label: str) -> list[str]:
         """Names of the layers whose search tables a setting needs; none where its allocation is not greedy."""
-        method = self.setting(run, label).method
-        if not isinstance(method, ThresholdMethod) or method.allocation != "greedy":
+        if allocation_of(self.setting(run, label).method) != "greedy":
             return []
         if self.models[model].checkpoint == EMBEDDED:
             layers = EMBEDDED_LAYERS

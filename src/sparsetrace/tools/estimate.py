@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from sparsetrace.core.settings import Batching, Capture, Conversion, Decoding, M
 from sparsetrace.core.text import read_documents
 from sparsetrace.formats.architecture import sites_of
 from sparsetrace.formats.numbers import FORMATS, mask_bytes
-from sparsetrace.formats.sites import Leaf, Site, by_leaf, layer_sites
+from sparsetrace.formats.sites import Leaf, Site, by_leaf, layer_leaves, layer_sites
 from sparsetrace.generation.job import Job
 from sparsetrace.generation.plan import Feed, feed_of, new_tokens
 from sparsetrace.generation.prompts import read_shard
@@ -109,8 +110,7 @@ class Operands:
     def parts(self, sites: Sequence[Site]) -> dict[tuple[int | None, str], list[list[str]]]:
         """The matrices of each site that read one operand: those of equal thresholds, or else of equal targets."""
         rules = []
-        for layer, matrix in by_leaf(layer_sites(sites)):
-            assert layer is not None
+        for layer, matrix in layer_leaves(sites):
             if self.thresholds is not None:
                 bits = self.thresholds.get((layer, matrix))
             else:
@@ -129,27 +129,29 @@ def estimate(study: Study, machine: Machine) -> list[Estimate]:
     """
     found = []
     dense_tokens: set[tuple[str, str]] = set()
-    for model, run, label in study.workloads():
-        checkpoint = study.models[model].checkpoint
-        shape = read_shape(checkpoint, study.models[model].conversion)
-        lengths, notes = prompt_lengths(study.runs[run], checkpoint)
-        one, method = study.runs[run], study.setting(run, label).method
-        operands = Operands(method, _targets(method), one.capture, one.packing)
-        made = sizes(shape, feeds(lengths, one.decoding, one.batching), operands)
-        warning = too_small(Path(study.results), made.dump_bytes + made.workload_bytes)
-        notes = notes if warning is None else [*notes, warning]
-        ways = [one.decoding]
-        if one.decoding.tokens_from == "dense" and (model, run) not in dense_tokens:
-            dense_tokens.add((model, run))
-            ways.append(Decoding())
-            notes = [*notes, "time includes the dense model's own run, whose tokens every setting is given"]
-        seconds = _model_seconds(shape, lengths, one.batching, ways, machine)
-        seconds += made.dense_bytes / PACK_BYTES_PER_SECOND
-        found.append(Estimate(f"{model}/{run}/{label}", made, seconds, notes))
+    for run, one in study.runs.items():
+        for model in study.models_of(run):
+            checkpoint = study.models[model].checkpoint
+            shape = read_shape(checkpoint, study.models[model].conversion)
+            lengths, assumed = prompt_lengths(one)
+            for setting in one.methods:
+                operands = Operands(setting.method, leaf_targets(setting.method), one.capture, one.packing)
+                made = sizes(shape, feeds(lengths, one.decoding, one.batching), operands)
+                warning = too_small(Path(study.results), made.dump_bytes + made.workload_bytes)
+                notes = assumed if warning is None else [*assumed, warning]
+                ways = [one.decoding]
+                if one.decoding.tokens_from == "dense" and (model, run) not in dense_tokens:
+                    dense_tokens.add((model, run))
+                    ways.append(Decoding())
+                    notes = [*notes, "time includes the dense model's own run, whose tokens every setting is given"]
+                seconds = _model_seconds(shape, lengths, one.batching, ways, machine)
+                seconds += made.dense_bytes / PACK_BYTES_PER_SECOND
+                found.append(Estimate(f"{model}/{run}/{setting.label}", made, seconds, notes))
     return found
 
 
-def _targets(method: Method) -> Callable[[Leaf], float | None]:
+def leaf_targets(method: Method) -> Callable[[Leaf], float | None]:
+    """The target of each matrix under a method; None where it is not known beforehand."""
     return lambda leaf: None if leaf[0] is None else method.target(leaf[0], leaf[1])
 
 
@@ -168,8 +170,8 @@ def read_shape(checkpoint: str, conversion: Conversion) -> Shape:
     return Shape(sites_of(config), config.dtype)
 
 
-def prompt_lengths(run: Run, checkpoint: str) -> tuple[list[int], list[str]]:
-    """Tokens of each prompt, by the model's tokenizer where there is one; with notes on what was assumed."""
+def prompt_lengths(run: Run) -> tuple[list[int], list[str]]:
+    """Tokens of each prompt, with notes on what was assumed."""
     if run.prompts == EMBEDDED:
         count = min(EMBEDDED_PROMPTS, run.prompt_set.limit or EMBEDDED_PROMPTS)
         note = f"prompts of the embedded model taken as {count} of {EMBEDDED_PROMPT_TOKENS} tokens"
@@ -272,6 +274,8 @@ def _round(length: int) -> int:
     return 1 << math.ceil(math.log2(max(length, 1)))
 
 
+# settings of one study run the same shapes
+@cache
 def _model_pass_seconds(shape: Shape, rows: int, machine: Machine) -> float:
     """Median time of all layers' multiplies for some rows: one layer is timed, and many rows in part, and scaled."""
     layers = len({site.layer for site in layer_sites(shape.sites)})

@@ -5,32 +5,30 @@ brings does not exist before it is trained, and is not checked.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparsetrace.calibration.dense_states import quality_windows
-from sparsetrace.calibration.target import layer_leaves
 from sparsetrace.calibration.threshold_file import read_threshold_file
 from sparsetrace.calibration.windows import calibration_windows
 from sparsetrace.core.files import InputError
-from sparsetrace.core.settings import Calibration
 from sparsetrace.core.text import read_documents
 from sparsetrace.formats.architecture import ModelConfig, sites_of
 from sparsetrace.formats.numbers import FORMATS
-from sparsetrace.formats.sites import Site
+from sparsetrace.formats.sites import Site, layer_leaves
 from sparsetrace.generation.backends import choose_backend
 from sparsetrace.generation.prompts import split
 from sparsetrace.generation.selection import captured_matrices, refuse_head_without_logits
-from sparsetrace.methods import FromFile, MatrixRule, PerLayer, ThresholdMethod
+from sparsetrace.methods import FromFile, MatrixRule, PerLayer, allocation_of
 from sparsetrace.model.convert import open_checkpoint
 from sparsetrace.model.demo.shape import CONFIG
 from sparsetrace.model.runtime import set_up_torch
 from sparsetrace.model.tokenizer import Tokenizer
 from sparsetrace.study.sections import EMBEDDED, Setting
 from sparsetrace.study.study import Study
-from sparsetrace.tools.estimate import Operands, Shape, feeds, sizes, too_small
+from sparsetrace.tools.estimate import Operands, Shape, feeds, leaf_targets, sizes, too_small
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +95,8 @@ def _check_model(study: Study, name: str, model: _Model, faults: _Faults) -> Non
     context = model.config.max_position_embeddings
     calibrations = [section.calibration]
     settings = [setting for run in study.runs_of(name) for setting in study.runs[run].methods]
-    if any(isinstance(s.method, ThresholdMethod) and s.method.allocation == "greedy" for s in settings):
-        calibrations.append(Calibration(**section.greedy.model_dump(exclude={"step"})))
+    if any(allocation_of(setting.method) == "greedy" for setting in settings):
+        calibrations.append(section.greedy.calibration)
     text, held_out = section.calibration_text, section.quality_text
     if model.tokenizer is not None and text is not None and study.users_of_calibration(name):
         for calibration in calibrations:
@@ -148,7 +146,7 @@ def _check_run(study: Study, name: str, model_name: str, model: _Model, faults: 
             made = sizes(
                 Shape(model.sites, model.config.dtype),
                 fed,
-                Operands(setting.method, _targets(setting), run.capture, run.packing),
+                Operands(setting.method, leaf_targets(setting.method), run.capture, run.packing),
             )
             yield made.dump_bytes, made.workload_bytes
 
@@ -157,7 +155,7 @@ def _refuse_setting(study: Study, setting: Setting, model: _Model) -> None:
     """Refuse a setting that does not fit the model, or that the engine asked for cannot run."""
     method = setting.method
     method.refuse_model(model.config, model.sites)
-    allocation = method.allocation if isinstance(method, ThresholdMethod) else None
+    allocation = allocation_of(method)
     if isinstance(allocation, PerLayer):
         allocation.refuse_model(model.sites)
     if isinstance(allocation, FromFile):
@@ -168,7 +166,3 @@ def _refuse_setting(study: Study, setting: Setting, model: _Model) -> None:
         for layer, matrix in layer_leaves(model.sites)
     ]
     choose_backend(study.machine.engine, set_up_torch(study.machine), model.config, method, rules)
-
-
-def _targets(setting: Setting) -> Callable[[tuple[int | None, str]], float | None]:
-    return lambda leaf: None if leaf[0] is None else setting.method.target(leaf[0], leaf[1])
